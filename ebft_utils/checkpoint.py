@@ -1,0 +1,130 @@
+"""Saving: checkpoints to go on from, and the final model to use. Each is written under a temporary name and renamed when it is whole."""
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict, set_model_state_dict, set_optimizer_state_dict
+
+from .config import Config, UserError
+
+STATE_FILE = "state.pt"
+
+
+def prepare_output_dir(config: Config) -> Path:
+    """Creates train.output_dir. Raises UserError when it cannot be written, or holds another run that this one would overwrite."""
+    folder = Path(config.train.output_dir).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".write-test-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"train.output_dir: {folder} is not writable: {error.strerror}") from None
+    if config.train.resume is None and not config.eval.only:
+        for name in ("metrics.jsonl", "final"):
+            if (folder / name).exists():
+                raise UserError(f"train.output_dir: {folder} already holds a run ({name}); choose another folder, or go on with it: train.resume=latest")
+    return folder
+
+
+def find_checkpoint(config: Config) -> Path | None:
+    """The checkpoint that train.resume names; None for a new run. Raises UserError when there is none."""
+    if config.train.resume is None:
+        return None
+    folder = Path(config.train.output_dir).expanduser()
+    if config.train.resume == "latest":
+        checkpoints = list_checkpoints(folder)
+        if not checkpoints:
+            raise UserError(f"train.resume: latest: {folder} holds no checkpoint")
+        return checkpoints[-1]
+    path = Path(config.train.resume).expanduser()
+    if not (path / STATE_FILE).is_file():
+        raise UserError(f"train.resume: {path} is not a checkpoint folder (it has no {STATE_FILE})")
+    return path
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Whole checkpoints, oldest first."""
+    found = [(int(match[1]), path) for path in folder.glob("checkpoint-*") if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and (path / STATE_FILE).is_file()]
+    return [path for _, path in sorted(found)]
+
+
+def save_checkpoint(config: Config, accelerator: Accelerator, policy, optimizer, scheduler, step: int) -> Path:
+    """Writes checkpoint-STEP: trained weights, optimizer, schedule, step, configuration; then removes the oldest ones over train.save_total_limit.
+
+    There is no random state to save: data order and rollouts are functions of (seed, step).
+    """
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    model_state = get_model_state_dict(policy, options=options)
+    optimizer_state = get_optimizer_state_dict(policy, optimizer, options=options)
+    folder = Path(config.train.output_dir).expanduser()
+    target = folder / f"checkpoint-{step}"
+    if accelerator.is_main_process:
+        with writing(target) as temporary:
+            (temporary / "config.yaml").write_text(config.to_yaml())
+            state = {"step": step, "model": model_state, "optimizer": optimizer_state, "scheduler": scheduler.state_dict()}
+            torch.save(state, temporary / STATE_FILE)
+        for old in list_checkpoints(folder)[: -config.train.save_total_limit]:
+            shutil.rmtree(old)
+    return target
+
+
+def load_checkpoint(path: Path, policy, optimizer, scheduler) -> int:
+    """Restores weights, optimizer and schedule; returns the number of steps done. Raises UserError when the checkpoint is of another model or damaged."""
+    try:
+        state = torch.load(path / STATE_FILE, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError) as error:
+        raise UserError(f"train.resume: {path / STATE_FILE} cannot be read (damaged?): {str(error).splitlines()[0]}") from None
+    trained = {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
+    shapes = {name.removeprefix("module."): parameter.shape for name, parameter in trained.items()}
+    saved = {name: tensor.shape for name, tensor in state["model"].items()}
+    wrong = [name for name, shape in shapes.items() if saved.get(name) != shape]
+    if wrong:
+        raise UserError(
+            f"train.resume: {path} is of another model or adapter: {len(wrong)} of {len(shapes)} trained weights differ, for example {wrong[0]} "
+            f"({tuple(shapes[wrong[0]])} here, {tuple(saved[wrong[0]]) if wrong[0] in saved else 'missing'} there)"
+        )
+    options = StateDictOptions(full_state_dict=True, ignore_frozen_params=True, strict=False)
+    set_model_state_dict(policy, state["model"], options=options)
+    set_optimizer_state_dict(policy, optimizer, state["optimizer"], options=options)
+    scheduler.load_state_dict(state["scheduler"])
+    return state["step"]
+
+
+class writing:
+    """`with writing(target) as temporary:` - the folder appears under its name only when the block has ended without an error."""
+
+    def __init__(self, target: Path):
+        self.target, self.temporary = target, target.with_name(f".{target.name}.tmp-{os.getpid()}")
+
+    def __enter__(self) -> Path:
+        shutil.rmtree(self.temporary, ignore_errors=True)
+        self.temporary.mkdir(parents=True)
+        return self.temporary
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if kind is None:
+            old = self.target.with_name(f".{self.target.name}.old-{os.getpid()}")
+            if self.target.exists():
+                os.replace(self.target, old)
+            os.replace(self.temporary, self.target)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            shutil.rmtree(self.temporary, ignore_errors=True)
+
+
+def export_final(config: Config, accelerator: Accelerator, causal_lm, tokenizer, card: str) -> Path:
+    """Writes <output_dir>/final: the model (or adapter) as `from_pretrained` loads it, tokenizer, configuration and model card."""
+    target = Path(config.train.output_dir).expanduser() / "final"
+    if accelerator.is_main_process:
+        with writing(target) as temporary:
+            causal_lm.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+            (temporary / "training_config.yaml").write_text(config.to_yaml())
+            (temporary / "README.md").write_text(card)
+    accelerator.wait_for_everyone()
+    return target

@@ -1,0 +1,239 @@
+"""Raw text -> tokenised documents -> rows -> batches.
+
+A document is a list of token ids. A row is what the model sees in one line of a batch: one document, or several with `data.packing`. Which rows
+make up an optimizer step is a function of (seed, step) alone, so a run resumes where it stopped and does not depend on the number of processes.
+
+Axis legend: B rows, S tokens of a row (right-padded), A anchors, N rollouts at an anchor, G tokens of a rollout.
+"""
+
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from torch import Tensor
+
+from .config import Config, UserError
+from .strided import find_anchors
+
+LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# Sources
+
+
+def load_texts(source: str, *, name: str | None, revision: str | None, split: str, text_column: str, file_pattern: str) -> datasets.Dataset:
+    """The rows of a dataset as a `datasets.Dataset` with the column text_column. Raises UserError naming the dataset when it cannot be had."""
+    path = Path(source).expanduser()
+    try:
+        if source == "python_stdlib":
+            texts = _read_files(_stdlib_files(), source, split, text_column)
+        elif path.is_dir():
+            files = sorted(file for file in path.rglob(file_pattern) if file.is_file())
+            if not files:
+                raise UserError(f"data: the folder {source} holds no file that matches data.file_pattern {file_pattern!r}")
+            suffix = files[0].suffix
+            texts = _load_rows([str(file) for file in files], suffix, split) if suffix in LOADERS else _read_files(files, source, split, text_column)
+        elif path.suffix in LOADERS:
+            if not path.is_file():
+                raise UserError(f"data: the file {source} does not exist")
+            texts = _load_rows([str(path)], path.suffix, split)
+        elif source.startswith((".", "/", "~")):
+            raise UserError(f"data: {source} is neither a folder nor a file of a known kind ({', '.join(LOADERS)})")
+        else:
+            texts = datasets.load_dataset(source, name, revision=revision, split=split)
+    except (OSError, ValueError, ConnectionError, datasets.exceptions.DatasetsError) as error:
+        raise UserError(f"data: {source!r} (split {split!r}) cannot be loaded: {str(error).splitlines()[0]}") from None
+    if text_column not in texts.column_names:
+        raise UserError(f"data: {source!r} has no column {text_column!r}; it has {', '.join(texts.column_names)}: set data.text_column")
+    if len(texts) == 0:
+        raise UserError(f"data: {source!r} (split {split!r}) is empty")
+    return texts
+
+
+def _load_rows(files: list[str], suffix: str, split: str) -> datasets.Dataset:
+    return datasets.load_dataset(LOADERS[suffix], data_files={split.partition("[")[0]: files}, split=split)
+
+
+def _stdlib_files() -> list[Path]:
+    """The standard library's modules, without its tests and without installed packages: nearly the same on every machine."""
+    root = Path(sysconfig.get_path("stdlib"))
+    left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+    return sorted(file for file in root.rglob("*.py") if not left_out & set(file.relative_to(root).parts))
+
+
+def _read_files(files: list[Path], source: str, split: str, text_column: str) -> datasets.Dataset:
+    """One document a file; `split` may cut a part out, as in train[:10%]."""
+    texts = []
+    for file in files:
+        try:
+            texts.append(file.read_text(encoding="utf-8"))
+        except UnicodeDecodeError:
+            raise UserError(f"data: {file} in {source!r} is not UTF-8 text; narrow data.file_pattern") from None
+    whole = datasets.Dataset.from_dict({text_column: [text for text in texts if text.strip()]})
+    parts = datasets.ReadInstruction.from_spec(split).to_absolute({split.partition("[")[0]: len(whole)})
+    return whole.select([row for part in parts for row in range(len(whole))[part.from_ : part.to]])
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# Documents and rows
+
+
+def tokenize_documents(texts: datasets.Dataset, tokenizer, config: Config, source: str) -> datasets.Dataset:
+    """Token ids of each document, cut to data.sequence_length; the column input_ids. Bad rows stop with their number, or are left out and counted."""
+    data, column = config.data, config.data.text_column
+    shortest = config.first_anchor + config.ebft.generate_max_len
+
+    def tokenize(batch: dict, rows: list[int]) -> dict:
+        for row, text in zip(rows, batch[column], strict=True):
+            if not isinstance(text, str) and (data.on_bad_row == "error" or text is not None):
+                raise UserError(f"data: {source!r}, row {row}, column {column!r}: {_shorten(text)} is not text")
+        ids = tokenizer([text or "" for text in batch[column]], truncation=True, max_length=data.sequence_length)["input_ids"]
+        if data.append_eos:
+            ids = [tokens + [tokenizer.eos_token_id] if len(tokens) < data.sequence_length else tokens for tokens in ids]
+        for row, text, tokens in zip(rows, batch[column], ids, strict=True):
+            if data.on_bad_row == "error" and len(tokens) < shortest:
+                raise UserError(
+                    f"data: {source!r}, row {row}, column {column!r}: {len(tokens)} tokens have no room for one anchor, which needs {shortest} "
+                    f"(ebft.context_length or min_completion_prefix + ebft.generate_max_len); text {_shorten(text)}; data.on_bad_row: skip leaves such rows out"
+                )
+        return {"input_ids": ids}
+
+    documents = texts.map(tokenize, batched=True, with_indices=True, remove_columns=texts.column_names, desc="tokenising")
+    lengths = np.array([len(tokens) for tokens in documents["input_ids"]])
+    kept = np.flatnonzero(lengths >= shortest)
+    if len(kept) == 0:
+        raise UserError(f"data: {source!r} has no document with the {shortest} tokens that one anchor needs (the longest of {len(lengths)} has {lengths.max()})")
+    if len(kept) < len(lengths):
+        print(f"data: {len(lengths) - len(kept)} of {len(lengths)} rows of {source!r} left out (no text, or fewer than {shortest} tokens)")
+    return documents.select(kept)
+
+
+def _shorten(value) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of documents: rows[i] is the list of the documents' token ids in row i."""
+
+    documents: datasets.Dataset
+    members: list[list[int]]
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def __getitem__(self, row: int) -> list[list[int]]:
+        return self.documents[self.members[row]]["input_ids"]
+
+
+def pack_documents(documents: datasets.Dataset, sequence_length: int, seed: int) -> Rows:
+    """Fills rows of sequence_length with whole documents, in a shuffled order, a new row when the next document does not fit."""
+    lengths = [len(tokens) for tokens in documents["input_ids"]]
+    members, room = [], 0
+    for document in np.random.default_rng(seed).permutation(len(lengths)).tolist():
+        if lengths[document] > room:
+            members.append([])
+            room = sequence_length
+        members[-1].append(document)
+        room -= lengths[document]
+    return Rows(documents, members)
+
+
+def load_rows(config: Config, tokenizer) -> tuple[Rows, Rows | None]:
+    """Training rows and held-out rows (always one document a row; None when eval.num_documents is 0)."""
+    data, evaluation = config.data, config.eval
+
+    def documents_of(source: str, split: str) -> datasets.Dataset:
+        texts = load_texts(
+            source, name=data.name, revision=data.revision, split=split, text_column=data.text_column, file_pattern=data.file_pattern
+        )
+        if data.max_documents is not None:
+            texts = texts.select(range(min(data.max_documents, len(texts))))
+        return tokenize_documents(texts, tokenizer, config, source)
+
+    documents = documents_of(data.dataset, data.split)
+    held_out = None
+    if evaluation.num_documents and evaluation.dataset is not None:
+        pool = documents_of(evaluation.dataset, evaluation.split)
+        if len(pool) < evaluation.num_documents:
+            raise UserError(f"eval.num_documents: {evaluation.num_documents} asked for, and {evaluation.dataset!r} has {len(pool)} usable documents")
+        held_out = pool.select(np.random.default_rng(evaluation.seed).permutation(len(pool))[: evaluation.num_documents])
+    elif evaluation.num_documents:
+        if len(documents) <= evaluation.num_documents:
+            raise UserError(
+                f"eval.num_documents: {evaluation.num_documents} cannot be held out of the {len(documents)} usable documents of {data.dataset!r} "
+                "and leave any to train on; lower it, or set eval.dataset"
+            )
+        order = np.random.default_rng(evaluation.seed).permutation(len(documents))
+        held_out = documents.select(np.sort(order[: evaluation.num_documents]))
+        documents = documents.select(np.sort(order[evaluation.num_documents :]))
+    train = pack_documents(documents, data.sequence_length, config.train.seed) if data.packing else one_document_a_row(documents)
+    return train, None if held_out is None else one_document_a_row(held_out)
+
+
+def one_document_a_row(documents: datasets.Dataset) -> Rows:
+    """Unpacked rows."""
+    return Rows(documents, [[document] for document in range(len(documents))])
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# Batches
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One forward's worth of rows.
+
+    row_ids: which rows; document_ids, segment_ids (B, S): token ids and the number of the document in its row, -1 for padding;
+    anchors, valid (B, A).
+    """
+
+    row_ids: list[int]
+    document_ids: Tensor
+    segment_ids: Tensor
+    anchors: Tensor
+    valid: Tensor
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(self.row_ids, *(tensor.to(device) for tensor in (self.document_ids, self.segment_ids, self.anchors, self.valid)))
+
+
+def make_batch(rows: Rows, row_ids: list[int], pad_token_id: int, *, first_anchor: int, stride: int, num_generated: int) -> Batch:
+    """Collates rows: right padding up to the longest, anchors of each row."""
+    contents = [rows[row] for row in row_ids]
+    length = max(sum(map(len, documents)) for documents in contents)
+    document_ids = torch.full((len(contents), length), pad_token_id)
+    segment_ids = torch.full((len(contents), length), -1)
+    for index, documents in enumerate(contents):
+        tokens = [token for document in documents for token in document]
+        segments = [segment for segment, document in enumerate(documents) for _ in document]
+        document_ids[index, : len(tokens)] = torch.tensor(tokens)
+        segment_ids[index, : len(tokens)] = torch.tensor(segments)
+    anchors, valid = find_anchors(segment_ids, first_anchor=first_anchor, stride=stride, num_generated=num_generated)
+    return Batch(row_ids, document_ids, segment_ids, anchors, valid)
+
+
+def rows_of_step(num_rows: int, step: int, rows_per_step: int, seed: int) -> list[int]:
+    """The rows of the whole global batch of an optimizer step (counted from 0): the next ones in an endless series of shuffled epochs.
+
+    No row is dropped at an epoch's end: a batch may hold the last rows of one epoch and the first of the next.
+    """
+    orders: dict[int, np.ndarray] = {}
+    chosen = []
+    for position in range(step * rows_per_step, (step + 1) * rows_per_step):
+        epoch, index = divmod(position, num_rows)
+        if epoch not in orders:
+            orders[epoch] = np.random.default_rng([seed, epoch]).permutation(num_rows)
+        chosen.append(int(orders[epoch][index]))
+    return chosen
+
+
+def rollout_uniforms(seed: int, step: int, row_ids: list[int], num_anchors: int, num_samples: int, num_generated: int) -> Tensor:
+    """The uniform numbers that rollouts are drawn with, keyed by (seed, step, row): the same whichever process runs the row. (B, A, N, G)."""
+    shape = (num_anchors, num_samples, num_generated)
+    return torch.from_numpy(np.stack([np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, step, row]))).random(shape) for row in row_ids]))

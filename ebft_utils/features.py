@@ -1,0 +1,117 @@
+"""Features: hidden states of the frozen network, normalised per layer, concatenated, pooled over the tokens of a rollout.
+
+Axis legend
+    B  rows      S  document tokens      A  anchors      N  rollouts at an anchor      G  tokens of a rollout
+    L  packed tokens, S + A*N*G, anchor-major (see strided.py)
+    K  packed positions that are read    T  positions read of one rollout    D  feature width, (number of layers) * H
+"""
+
+import copy
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+
+import torch
+from torch import Tensor
+
+from .strided import attention_arguments, pack_layout
+
+EMBED_METHODS = ("last_token", "mean_pooling", "completion_mean", "concat")
+
+
+def layer_indices(feature_layers: list[float], num_layers: int) -> list[int]:
+    """Depths in 0..1 -> indices into the num_layers + 1 hidden states (0 = embeddings, num_layers = after the final norm)."""
+    return [int(depth * num_layers) for depth in feature_layers]
+
+
+def pooled_steps(embed_method: str, num_generated: int) -> list[int]:
+    """Which of a rollout's G tokens are read. mean_pooling and completion_mean both average all of them: in strided mode a rollout is its completion."""
+    if embed_method not in EMBED_METHODS:
+        raise ValueError(f"embed_method is {embed_method!r}; allowed: {', '.join(EMBED_METHODS)}")
+    if embed_method == "last_token":
+        return [num_generated - 1]
+    if embed_method == "concat":
+        return [num_generated * quarter // 4 for quarter in (1, 2, 3)]
+    return list(range(num_generated))
+
+
+def pool(states: Tensor, embed_method: str) -> Tensor:
+    """(..., T, D) states at `pooled_steps` -> (..., D), or (..., 3 D) for concat."""
+    return states.mean(-2) if embed_method in ("mean_pooling", "completion_mean") else states.flatten(-2)
+
+
+def cut_decoder(decoder: torch.nn.Module, num_layers: int) -> torch.nn.Module:
+    """A view of a decoder that ends after num_layers layers. It shares the parameters; the final norm is left out unless all layers are kept."""
+    view = copy.copy(decoder)
+    view._modules = dict(decoder._modules)
+    view.layers = torch.nn.ModuleList(list(decoder.layers)[:num_layers])
+    if num_layers < len(decoder.layers):
+        view.norm = torch.nn.Identity()
+    return view
+
+
+class FeatureNetwork:
+    """The frozen network phi: a decoder cut after its deepest feature layer, without LM head, run without gradient.
+
+    Args:
+        decoder: of the frozen copy, or of the policy itself when it is trained with LoRA.
+        layers: indices of the hidden states to read.
+        frozen: context in which the decoder computes phi (for LoRA: the adapter switched off). Closed again before anything is trained.
+    """
+
+    def __init__(self, decoder: torch.nn.Module, layers: list[int], frozen: Callable[[], AbstractContextManager] = nullcontext):
+        self.layers = layers
+        self.decoder = cut_decoder(decoder, max(layers))
+        self.frozen = frozen
+
+    @torch.no_grad()
+    def hidden_states(self, input_ids: Tensor, position_ids: Tensor, index: Tensor, **attention) -> list[Tensor]:
+        """The raw hidden states of each feature layer at chosen positions: input_ids (B, L), index (B, K) -> list of (B, K, H)."""
+        captured = {}
+
+        def read(states: Tensor) -> Tensor:
+            return states.gather(1, index.unsqueeze(-1).expand(-1, -1, states.shape[-1]))
+
+        was_training = self.decoder.training
+        with ExitStack() as stack:
+            stack.enter_context(self.frozen())
+            stack.callback(self.decoder.train, was_training)
+            self.decoder.eval()
+            for layer in set(self.layers) - {max(self.layers)}:  # hidden state k is what enters layer k
+
+                def hook(module, args, layer=layer):
+                    captured[layer] = read(args[0])
+
+                stack.callback(self.decoder.layers[layer].register_forward_pre_hook(hook).remove)
+            last = self.decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False, **attention).last_hidden_state
+            captured[max(self.layers)] = read(last)
+        return [captured[layer] for layer in self.layers]
+
+
+@torch.no_grad()
+def strided_features(
+    network: FeatureNetwork, document_ids: Tensor, segment_ids: Tensor, rollouts: Tensor, anchors: Tensor, valid: Tensor, embed_method: str
+) -> tuple[Tensor, Tensor]:
+    """Features of all rollouts and of the ground truth at the same places, in one packed forward.
+
+    The truth at anchor a is the document itself: its token t is the document token a + t.
+
+    Args: document_ids, segment_ids (B, S); rollouts (B, A, N, G); anchors, valid (B, A).
+    Returns: rollouts' features (B, A, N, D) and truth's (B, A, D), float32.
+    """
+    batch, num_anchors, num_samples, num_generated = rollouts.shape
+    length, device = document_ids.shape[1], document_ids.device
+    steps = torch.tensor(pooled_steps(embed_method, num_generated), device=device)
+    layout = pack_layout(segment_ids, anchors, valid, num_samples, num_generated)
+    truth_index = (anchors.unsqueeze(-1) + steps).flatten(1)
+    rollout_start = length + torch.arange(num_anchors * num_samples, device=device) * num_generated
+    rollout_index = (rollout_start.unsqueeze(-1) + steps).flatten().expand(batch, -1)
+    states = network.hidden_states(
+        torch.cat([document_ids, rollouts.flatten(1)], dim=1),
+        layout.position_ids,
+        torch.cat([truth_index, rollout_index], dim=1),
+        **attention_arguments(network.decoder, layout),
+    )
+    states = torch.cat([torch.nn.functional.normalize(state.float(), dim=-1) for state in states], dim=-1)  # (B, K, D)
+    truth, generated = states.split([truth_index.shape[1], rollout_index.shape[1]], dim=1)
+    truth = pool(truth.unflatten(1, (num_anchors, -1)), embed_method)
+    return pool(generated.unflatten(1, (num_anchors, num_samples, -1)), embed_method), truth

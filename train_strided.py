@@ -1,0 +1,379 @@
+"""Strided energy-based fine-tuning (EBFT; Jelassi et al. 2026, arXiv 2603.12248) on raw text.
+
+    python train_strided.py --cfg examples/quickstart.yaml
+    accelerate launch --config_file accelerate_configs/cpu.yaml train_strided.py --cfg examples/quickstart.yaml train.max_steps=10
+
+One training step, for each document (`train_step` below reads like this list):
+    1. every `stride` tokens an anchor; at each anchor the policy writes n short rollouts, all anchors at once      strided.generate_rollouts
+    2. a frozen copy of the model turns each rollout, and the ground truth at the same place, into features         features.strided_features
+    3. a rollout's reward: its features' cosine with the truth's, minus its similarity to its siblings (eq 7-9)     rewards.feature_matching_rewards
+    4. advantage: reward minus the corrected leave-one-out baseline (eq 94)                                        rewards.rloo_advantages
+    5. loss: rl_coef * policy gradient + ce_coef * cross-entropy, log-probs from one packed forward                 strided.strided_logprobs
+`ebft.rl_coef=0 ebft.ce_coef=1` leaves out 1-4 and is plain supervised fine-tuning.
+
+What differs from the paper's released code: the n rollouts of all anchors share ONE copy of the document (they copy it n times); rollouts
+are decoded with a KV cache; equal rollouts have equal features; log-probs are those of the policy that sampled (temperature included); windows
+that would cross a document's end are no groups; whitening is eq 8 by default (`ebft.whitening: sample` is the released code's).
+"""
+
+import json
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm import tqdm
+
+from ebft_utils.checkpoint import export_final, find_checkpoint, load_checkpoint, prepare_output_dir, save_checkpoint
+from ebft_utils.config import Config, UserError, parse_command_line
+from ebft_utils.data import Batch, Rows, load_rows, make_batch, rollout_uniforms, rows_of_step
+from ebft_utils.features import FeatureNetwork, strided_features
+from ebft_utils.losses import cross_entropy_loss, policy_gradient_loss
+from ebft_utils.metrics import MetricLogger, MetricSums, mean_with_error, rollout_table
+from ebft_utils.models import StridedPolicy, base_causal_lm, load_feature_network, load_policy, load_tokenizer, model_card
+from ebft_utils.rewards import (
+    FeatureRewards,
+    feature_matching_rewards,
+    first_equal_rollout,
+    group_norm_advantages,
+    rloo_advantages,
+    share_equal_rollouts,
+    unbiased_cfm,
+)
+from ebft_utils.strided import generate_rollouts, truth_windows
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# The algorithm
+
+
+@dataclass
+class Groups:
+    """The rollouts of a batch and what they are worth. rollouts (B, A, N, G); features (B, A, N, D); truth_features (B, A, D)."""
+
+    rollouts: Tensor
+    features: Tensor
+    truth_features: Tensor
+    rewards: FeatureRewards
+
+
+def sample_and_score(config: Config, causal_lm, network: FeatureNetwork, batch: Batch, seed: int, step: int) -> Groups:
+    """Points 1 to 3 of the algorithm: rollouts at every anchor, features of rollouts and truth, rewards."""
+    ebft = config.ebft
+    num_anchors = batch.anchors.shape[1]
+    uniforms = rollout_uniforms(seed, step, batch.row_ids, num_anchors, ebft.n_samples_per_prompt, ebft.generate_max_len)
+    where = (batch.document_ids, batch.segment_ids)
+    rollouts = generate_rollouts(
+        base_causal_lm(causal_lm), *where, batch.anchors, batch.valid, ebft.temperature, uniforms.to(batch.anchors.device)
+    )
+    features, truth_features = strided_features(network, *where, rollouts, batch.anchors, batch.valid, ebft.embed_method)
+    features = share_equal_rollouts(features, rollouts)
+    rewards = feature_matching_rewards(
+        features,
+        truth_features,
+        whitening=ebft.whitening if ebft.use_whitening else None,
+        alignment_coef=ebft.alignment_coef,
+        diversity_coef=ebft.diversity_coef,
+        whiten_tol=ebft.whiten_tol,
+    )
+    return Groups(rollouts, features, truth_features, rewards)
+
+
+def advantages_of(config: Config, rewards: FeatureRewards) -> Tensor:
+    """Point 4: how much better each rollout is than its siblings. (B, A, N)."""
+    ebft = config.ebft
+    if ebft.advantage_estimator == "rloo":
+        return rloo_advantages(rewards.alignment, rewards.diversity, ebft.alignment_coef, ebft.diversity_coef)
+    if ebft.advantage_estimator == "group_norm":
+        return group_norm_advantages(rewards.reward)
+    return rewards.reward
+
+
+def document_targets(batch: Batch) -> Tensor:
+    """(B, S-1), True where document token s+1 is predicted by token s: both in the same document."""
+    return (batch.segment_ids[:, 1:] >= 0) & (batch.segment_ids[:, 1:] == batch.segment_ids[:, :-1])
+
+
+def train_step(config: Config, accelerator: Accelerator, policy, network: FeatureNetwork, batches: list[Batch], step: int):
+    """Gradients of one optimizer step, accumulated over its micro-batches. Returns metric sums, the loss, and the last micro-batch's groups."""
+    ebft, sums = config.ebft, MetricSums()
+    causal_lm = accelerator.unwrap_model(policy).causal_lm
+    # the token counts of the whole global batch, known before the first forward: each loss is sum over tokens / global count
+    counts = torch.stack([sum(batch.valid.sum() for batch in batches), sum(document_targets(batch).sum() for batch in batches)]).to(accelerator.device)
+    num_anchors, num_targets = accelerator.reduce(counts, reduction="sum").tolist()
+    num_rollout_tokens = num_anchors * ebft.n_samples_per_prompt * ebft.generate_max_len
+    total_loss, groups = torch.zeros((), device=accelerator.device), None
+    for index, batch in enumerate(batches):
+        batch = batch.to(accelerator.device)
+        rollouts = None
+        if ebft.rl_coef > 0:
+            with accelerator.autocast():
+                groups = sample_and_score(config, causal_lm, network, batch, config.train.seed, step)
+            rollouts, advantages = groups.rollouts, advantages_of(config, groups.rewards)
+        last = index == len(batches) - 1
+        with nullcontext() if last else accelerator.no_sync(policy):
+            rollout_logps, document_logps = policy(
+                document_ids=batch.document_ids,
+                segment_ids=batch.segment_ids,
+                rollouts=rollouts,
+                anchors=batch.anchors,
+                valid=batch.valid,
+                temperature=ebft.temperature,
+                document_grad=ebft.ce_coef > 0,
+            )
+            targets = document_targets(batch)
+            ce_loss = cross_entropy_loss(document_logps, targets, num_targets)
+            loss = ebft.ce_coef * ce_loss
+            if rollouts is not None:
+                counted = batch.valid.unsqueeze(-1).expand_as(advantages)
+                rl_loss = policy_gradient_loss(rollout_logps, advantages, counted, num_rollout_tokens)
+                loss = loss + ebft.rl_coef * rl_loss
+                count_groups(sums, batch, groups, advantages, counted)
+                sums.add_sum("ebft/rl_loss", rl_loss * num_rollout_tokens, counted.sum() * ebft.generate_max_len)
+            # DDP and FSDP average gradients over the processes; the sum is wanted
+            accelerator.backward(loss * accelerator.num_processes)
+        sums.add("ebft/ce_loss", -document_logps, targets)
+        sums.add_sum("tokens", (batch.segment_ids >= 0).sum() + (0 if rollouts is None else rollouts.numel()), 1.0)
+        total_loss += loss.detach()
+    return sums, accelerator.reduce(total_loss, reduction="sum").item(), groups
+
+
+def count_groups(sums: MetricSums, batch: Batch, groups: Groups, advantages: Tensor, counted: Tensor) -> None:
+    """Adds the metrics of a batch's groups; only valid anchors count."""
+    rewards = groups.rewards
+    sums.add("ebft/alignment", rewards.alignment, counted)
+    sums.add("ebft/diversity", rewards.diversity, counted)
+    sums.add("ebft/mean_reward", rewards.reward, counted)
+    sums.add("ebft/cfm_loss", rewards.cfm, batch.valid)
+    sums.add("advantage", advantages, counted)
+    sums.add("advantage_square", advantages.square(), counted)
+    duplicate = first_equal_rollout(groups.rollouts) != torch.arange(counted.shape[-1], device=counted.device)
+    sums.add("ebft/duplicate_rollouts", duplicate.float(), counted)
+    sums.add_sum("ebft/valid_anchors", batch.valid.sum(), batch.valid.numel())
+
+
+@torch.no_grad()
+def evaluate(config: Config, accelerator: Accelerator, policy, network: FeatureNetwork, rows: Rows, pad_token_id: int) -> dict[str, float]:
+    """Held-out cross-entropy, CFM and reward, each with its standard error over documents (name + "_se"). Same seed, same numbers."""
+    causal_lm = accelerator.unwrap_model(policy).causal_lm
+    policy.eval()
+    size = config.eval.per_device_batch_size
+    mine = range(accelerator.process_index * size, len(rows), accelerator.num_processes * size)
+    names = ("targets", "groups", "cross_entropy", "cfm_loss", "cfm_unbiased", "reward_pass@1", "reward_best_of_n")
+    totals = torch.zeros(len(names), len(rows), dtype=torch.float64, device=accelerator.device)  # of each document
+    for start in tqdm(mine, desc="evaluating", disable=not accelerator.is_main_process, leave=False):
+        batch = batch_of(config, rows, list(range(start, min(start + size, len(rows)))), pad_token_id).to(accelerator.device)
+        with accelerator.autocast():
+            groups = sample_and_score(config, causal_lm, network, batch, config.eval.seed, 0)
+        _, logps = policy(
+            document_ids=batch.document_ids,
+            segment_ids=batch.segment_ids,
+            rollouts=None,
+            anchors=batch.anchors,
+            valid=batch.valid,
+            temperature=1.0,
+            document_grad=False,
+        )
+        targets, valid, rewards = document_targets(batch), batch.valid, groups.rewards
+        per_document = (
+            targets.sum(1),
+            valid.sum(1),
+            torch.where(targets, -logps, 0.0).sum(1),
+            torch.where(valid, rewards.cfm, 0.0).sum(1),
+            torch.where(valid, unbiased_cfm(groups.features, groups.truth_features), 0.0).sum(1),
+            torch.where(valid, rewards.reward.mean(-1), 0.0).sum(1),
+            torch.where(valid, rewards.reward.amax(-1), 0.0).sum(1),
+        )
+        totals[:, batch.row_ids] = torch.stack(per_document).double()
+    policy.train()
+    table = dict(zip(names, accelerator.reduce(totals, reduction="sum").cpu(), strict=True))
+    results = {}
+    for name in names[2:]:
+        mean, error = mean_with_error(table[name], table["targets" if name == "cross_entropy" else "groups"])
+        results[f"eval/{name}"], results[f"eval/{name}_se"] = mean, error
+    perplexity = torch.tensor(results["eval/cross_entropy"]).exp().item()
+    return {**results, "eval/perplexity": perplexity, "eval/perplexity_se": perplexity * results["eval/cross_entropy_se"]}
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# Around it
+
+
+def batch_of(config: Config, rows: Rows, row_ids: list[int], pad_token_id: int) -> Batch:
+    """The rows as tensors, with their anchors."""
+    return make_batch(
+        rows, row_ids, pad_token_id, first_anchor=config.first_anchor, stride=config.ebft.stride, num_generated=config.ebft.generate_max_len
+    )
+
+
+def step_batches(config: Config, accelerator: Accelerator, rows: Rows, step: int, pad_token_id: int) -> list[Batch]:
+    """This process's micro-batches of an optimizer step (counted from 0)."""
+    size, micro_batches = config.train.per_device_batch_size, config.train.gradient_accumulation_steps
+    row_ids = rows_of_step(len(rows), step, size * micro_batches * accelerator.num_processes, config.train.seed)
+    starts = [(index * accelerator.num_processes + accelerator.process_index) * size for index in range(micro_batches)]
+    return [batch_of(config, rows, row_ids[start : start + size], pad_token_id) for start in starts]
+
+
+def learning_rate_factor(config: Config, step: int) -> float:
+    """Learning rate of a step (counted from 0) as a share of the peak: linear warm-up, then constant, cosine or linear decay to 0."""
+    train = config.train
+    warmup_steps = round(train.warmup_ratio * train.max_steps)
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    done = torch.tensor((step - warmup_steps) / max(1, train.max_steps - warmup_steps))
+    return {"constant": 1.0, "linear": 1 - done.item(), "cosine": 0.5 * (1 + (torch.pi * done).cos().item())}[train.lr_scheduler]
+
+
+def sample_table(tokenizer, batch: Batch, groups: Groups, num_rows: int = 8) -> str:
+    """A few rollouts of a batch as text, evenly over its valid anchors."""
+    truths = truth_windows(batch.document_ids, batch.anchors, groups.rollouts.shape[-1])
+    places = batch.valid.nonzero().tolist()
+    table = []
+    for row, index in places[:: max(1, len(places) // num_rows)][:num_rows]:
+        anchor = int(batch.anchors[row, index])
+        table.append(
+            {
+                "prefix": tokenizer.decode(batch.document_ids[row, max(0, anchor - 24) : anchor]),
+                "rollout": tokenizer.decode(groups.rollouts[row, index, 0].cpu()),
+                "ground truth": tokenizer.decode(truths[row, index]),
+                "reward": groups.rewards.reward[row, index, 0].item(),
+            }
+        )
+    return rollout_table(table)
+
+
+def summary_of(metrics: dict[str, float]) -> str:
+    """Evaluation results as one line: mean ± standard error."""
+    return ", ".join(f"{name.removeprefix('eval/')} {value:.4f} ± {metrics[name + '_se']:.4f}" for name, value in metrics.items() if not name.endswith("_se"))
+
+
+def describe_run(config: Config, accelerator: Accelerator, policy, rows: Rows) -> str:
+    """What this run really runs on."""
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    per_step = config.train.per_device_batch_size * config.train.gradient_accumulation_steps * accelerator.num_processes
+    return (
+        f"{accelerator.num_processes} process(es) on {accelerator.device}, forwards in {config.model.dtype}, "
+        f"{'LoRA' if config.lora else 'full fine-tuning'}: {sum(parameter.numel() for parameter in trained):,} trained weights in "
+        f"{', '.join(sorted({str(parameter.dtype).removeprefix('torch.') for parameter in trained}))}; {len(rows)} training rows, {per_step} a step"
+    )
+
+
+def train(config: Config, accelerator: Accelerator, policy, network, optimizer, scheduler, rows: Rows, held_out: Rows | None, tokenizer, logger) -> dict:
+    """The loop. Returns the evaluation results by step. Whatever ends it, what was trained is saved."""
+    done = saved = scheduler.last_epoch
+    results: dict[int, dict[str, float]] = {}
+    progress = tqdm(total=config.train.max_steps, initial=done, desc="training", disable=not accelerator.is_main_process)
+
+    def evaluate_at(step: int) -> None:
+        results[step] = evaluate(config, accelerator, policy, network, held_out, tokenizer.pad_token_id)
+        if accelerator.is_main_process:
+            logger.log(step, results[step])
+            progress.write(f"step {step}: {summary_of(results[step])}")
+
+    if held_out is not None and config.eval.at_start and done == 0:
+        evaluate_at(0)
+    policy.train()
+    try:
+        while done < config.train.max_steps:
+            started = time.perf_counter()
+            batches = step_batches(config, accelerator, rows, done, tokenizer.pad_token_id)
+            sums, loss, groups = train_step(config, accelerator, policy, network, batches, done)
+            grad_norm = accelerator.clip_grad_norm_(policy.parameters(), config.train.max_grad_norm).item()
+            if not torch.tensor([loss, grad_norm]).isfinite().all():
+                raise UserError(f"step {done + 1}: loss {loss}, gradient norm {grad_norm}: not finite, stopped before the update; lower train.learning_rate")
+            learning_rate = scheduler.get_last_lr()[0]
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+            done += 1
+            if done % config.train.logging_steps == 0 or done == config.train.max_steps:
+                metrics = sums.means(accelerator)
+                tokens = metrics.pop("tokens") * len(batches) * accelerator.num_processes
+                if "advantage" in metrics:
+                    mean = metrics.pop("advantage")
+                    metrics["ebft/advantages_std"] = max(0.0, metrics.pop("advantage_square") - mean**2) ** 0.5
+                metrics |= {"train/loss": loss, "train/learning_rate": learning_rate, "train/grad_norm": grad_norm}
+                metrics["train/tokens_per_second"] = tokens / (time.perf_counter() - started)
+                if accelerator.is_main_process:
+                    logger.log(done, metrics)
+                    shown = {"reward": "ebft/mean_reward", "cfm": "ebft/cfm_loss", "ce": "ebft/ce_loss", "tok/s": "train/tokens_per_second"}
+                    line = {label: f"{metrics[name]:.4g}" for label, name in shown.items() if name in metrics}
+                    progress.set_postfix(line)
+                    progress.write(f"step {done}: " + ", ".join(f"{label} {value}" for label, value in line.items()))
+            progress.update()
+            table_steps = config.train.rollout_table_steps
+            if accelerator.is_main_process and groups is not None and table_steps and (done % table_steps == 0 or done == 1):
+                logger.text(done, "rollouts", sample_table(tokenizer, batches[-1], groups))
+            if held_out is not None and config.eval.every_steps and done % config.eval.every_steps == 0 and done < config.train.max_steps:
+                evaluate_at(done)
+            if config.train.save_steps and done % config.train.save_steps == 0:
+                save_checkpoint(config, accelerator, policy, optimizer, scheduler, done)
+                saved = done
+        if held_out is not None and config.eval.at_end:
+            evaluate_at(done)
+    finally:
+        if done > saved:
+            save_checkpoint(config, accelerator, policy, optimizer, scheduler, done)
+        progress.close()
+    return results
+
+
+def main(argv: list[str]) -> None:
+    # --- configuration -----------------------------------------------------------------------------------------------------------------
+    config = parse_command_line(argv, __doc__)
+    if config is None:
+        return
+    accelerator = Accelerator(mixed_precision="bf16" if config.model.dtype == "bfloat16" else "no")
+    torch.manual_seed(config.train.seed)  # the initial adapter; all else is drawn from (seed, step, row)
+
+    # --- folder, data, model -----------------------------------------------------------------------------------------------------------
+    output_dir = prepare_output_dir(config)
+    checkpoint = find_checkpoint(config)
+    tokenizer = load_tokenizer(config.model)
+    rows, held_out = load_rows(config, tokenizer)
+    causal_lm = load_policy(config)
+    network = load_feature_network(causal_lm, config)
+    network.decoder.to(accelerator.device)
+
+    # --- optimizer ---------------------------------------------------------------------------------------------------------------------
+    policy = StridedPolicy(causal_lm)
+    optimizer = torch.optim.AdamW(
+        [parameter for parameter in policy.parameters() if parameter.requires_grad],
+        lr=config.train.learning_rate,
+        betas=(config.train.adam_beta1, config.train.adam_beta2),
+        weight_decay=config.train.weight_decay,
+    )
+    policy, optimizer = accelerator.prepare(policy, optimizer)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer.optimizer, lambda step: learning_rate_factor(config, step))
+    first_step = 0 if checkpoint is None else load_checkpoint(checkpoint, policy, optimizer.optimizer, scheduler)
+    accelerator.print(describe_run(config, accelerator, policy, rows))
+    if checkpoint is not None:
+        accelerator.print(f"going on from {checkpoint}, step {first_step}")
+
+    # --- evaluate only, or train -------------------------------------------------------------------------------------------------------
+    if config.eval.only:
+        if held_out is None:
+            raise UserError("eval.only: true with eval.num_documents 0 leaves nothing to do")
+        results = evaluate(config, accelerator, policy, network, held_out, tokenizer.pad_token_id)
+        accelerator.print(f"step {first_step}: {summary_of(results)}")
+        if accelerator.is_main_process:
+            (output_dir / "eval.json").write_text(json.dumps({"step": first_step, **results}, indent=2) + "\n")
+        return
+    logger = MetricLogger(output_dir, first_step) if accelerator.is_main_process else None
+    results = train(config, accelerator, policy, network, optimizer, scheduler, rows, held_out, tokenizer, logger)
+
+    # --- the final model ---------------------------------------------------------------------------------------------------------------
+    target = export_final(config, accelerator, accelerator.unwrap_model(policy).causal_lm, tokenizer, model_card(config, results))
+    accelerator.print(f"the final model is in {target}")
+    if logger is not None:
+        logger.close()
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        sys.exit(f"error: {error}")
