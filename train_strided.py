@@ -17,13 +17,15 @@ that would cross a document's end are no groups; whitening is eq 8 by default (`
 """
 
 import json
+import math
+import os
 import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from torch import Tensor
 from tqdm import tqdm
 
@@ -44,6 +46,8 @@ from ebft_utils.rewards import (
     unbiased_cfm,
 )
 from ebft_utils.strided import generate_rollouts, truth_windows
+
+EVALUATED = ("cross_entropy", "cfm_loss", "cfm_unbiased", "reward_pass@1", "reward_best_of_n")
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -156,14 +160,13 @@ def count_groups(sums: MetricSums, batch: Batch, groups: Groups, advantages: Ten
 
 
 @torch.no_grad()
-def evaluate(config: Config, accelerator: Accelerator, policy, network: FeatureNetwork, rows: Rows, pad_token_id: int) -> dict[str, float]:
-    """Held-out cross-entropy, CFM and reward, each with its standard error over documents (name + "_se"). Same seed, same numbers."""
+def evaluate(config: Config, accelerator: Accelerator, policy, network: FeatureNetwork, rows: Rows, pad_token_id: int) -> dict[str, Tensor]:
+    """Held-out cross-entropy, CFM and reward of each document: name -> (2, documents), totals and their weights. Same seed, same numbers."""
     causal_lm = accelerator.unwrap_model(policy).causal_lm
     policy.eval()
     size = config.eval.per_device_batch_size
     mine = range(accelerator.process_index * size, len(rows), accelerator.num_processes * size)
-    names = ("targets", "groups", "cross_entropy", "cfm_loss", "cfm_unbiased", "reward_pass@1", "reward_best_of_n")
-    totals = torch.zeros(len(names), len(rows), dtype=torch.float64, device=accelerator.device)  # of each document
+    table = torch.zeros(len(EVALUATED), 2, len(rows), dtype=torch.float64, device=accelerator.device)
     for start in tqdm(mine, desc="evaluating", disable=not accelerator.is_main_process, leave=False):
         batch = batch_of(config, rows, list(range(start, min(start + size, len(rows)))), pad_token_id).to(accelerator.device)
         with accelerator.autocast():
@@ -177,25 +180,32 @@ def evaluate(config: Config, accelerator: Accelerator, policy, network: FeatureN
             temperature=1.0,
             document_grad=False,
         )
-        targets, valid, rewards = document_targets(batch), batch.valid, groups.rewards
-        per_document = (
-            targets.sum(1),
-            valid.sum(1),
-            torch.where(targets, -logps, 0.0).sum(1),
-            torch.where(valid, rewards.cfm, 0.0).sum(1),
-            torch.where(valid, unbiased_cfm(groups.features, groups.truth_features), 0.0).sum(1),
-            torch.where(valid, rewards.reward.mean(-1), 0.0).sum(1),
-            torch.where(valid, rewards.reward.amax(-1), 0.0).sum(1),
-        )
-        totals[:, batch.row_ids] = torch.stack(per_document).double()
+        targets, rewards = document_targets(batch), groups.rewards
+        cfm_unbiased = unbiased_cfm(groups.features, groups.truth_features)
+        per_group = (rewards.cfm, cfm_unbiased, rewards.reward.mean(-1), rewards.reward.amax(-1))
+        values = [(-logps, targets)] + [(value, batch.valid) for value in per_group]
+        for index, (value, counted) in enumerate(values):
+            table[index, 0, batch.row_ids] = torch.where(counted, value, 0.0).double().sum(1)
+            table[index, 1, batch.row_ids] = counted.double().sum(1)
     policy.train()
-    table = dict(zip(names, accelerator.reduce(totals, reduction="sum").cpu(), strict=True))
-    results = {}
-    for name in names[2:]:
-        mean, error = mean_with_error(table[name], table["targets" if name == "cross_entropy" else "groups"])
-        results[f"eval/{name}"], results[f"eval/{name}_se"] = mean, error
-    perplexity = torch.tensor(results["eval/cross_entropy"]).exp().item()
-    return {**results, "eval/perplexity": perplexity, "eval/perplexity_se": perplexity * results["eval/cross_entropy_se"]}
+    return dict(zip(EVALUATED, accelerator.reduce(table, reduction="sum").cpu(), strict=True))
+
+
+def evaluation_metrics(table: dict[str, Tensor], before: dict[str, Tensor] | None) -> dict[str, float]:
+    """Means over documents with their standard errors (name + "_se"); with the evaluation before training, also the change since then.
+
+    The same documents and random numbers are used each time, so the error of a change is that of the paired differences: much smaller than that
+    of the level, which is mostly the difference between documents.
+    """
+    metrics = {}
+    for name, (totals, weights) in table.items():
+        metrics[f"eval/{name}"], metrics[f"eval/{name}_se"] = mean_with_error(totals, weights)
+    perplexity = math.exp(metrics["eval/cross_entropy"])
+    metrics |= {"eval/perplexity": perplexity, "eval/perplexity_se": perplexity * metrics["eval/cross_entropy_se"]}
+    if before is not None:
+        for name, (totals, weights) in table.items():
+            metrics[f"eval/{name}_change"], metrics[f"eval/{name}_change_se"] = mean_with_error(totals - before[name][0], weights)
+    return metrics
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -246,8 +256,26 @@ def sample_table(tokenizer, batch: Batch, groups: Groups, num_rows: int = 8) -> 
 
 
 def summary_of(metrics: dict[str, float]) -> str:
-    """Evaluation results as one line: mean ± standard error."""
-    return ", ".join(f"{name.removeprefix('eval/')} {value:.4f} ± {metrics[name + '_se']:.4f}" for name, value in metrics.items() if not name.endswith("_se"))
+    """Evaluation results as a table: metric, mean ± standard error, and the change since the start where it is known."""
+    lines = []
+    for name in (name for name in metrics if not name.endswith(("_se", "_change"))):
+        line = f"  {name.removeprefix('eval/'):18}{metrics[name]:9.4f} ± {metrics[name + '_se']:.4f}"
+        if f"{name}_change" in metrics:
+            line += f"   change {metrics[name + '_change']:+.4f} ± {metrics[name + '_change_se']:.4f}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def prepare_accelerator(config: Config) -> Accelerator:
+    """The accelerator, with the precision that model.dtype asks for. Raises UserError where the launch asks for something else."""
+    precision = {"bfloat16": "bf16", "float32": "no"}[config.model.dtype]
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched not in ("no", precision):
+        raise UserError(f"mixed_precision: {launched} in the accelerate config contradicts model.dtype: {config.model.dtype}; set mixed_precision: 'no' there")
+    accelerator = Accelerator(mixed_precision=precision)
+    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        raise UserError(f"distributed_type: {accelerator.distributed_type.value} in the accelerate config is not supported; allowed: NO, MULTI_CPU, MULTI_GPU")
+    return accelerator
 
 
 def describe_run(config: Config, accelerator: Accelerator, policy, rows: Rows) -> str:
@@ -265,13 +293,17 @@ def train(config: Config, accelerator: Accelerator, policy, network, optimizer, 
     """The loop. Returns the evaluation results by step. Whatever ends it, what was trained is saved."""
     done = saved = scheduler.last_epoch
     results: dict[int, dict[str, float]] = {}
+    before: dict[str, Tensor] | None = None
     progress = tqdm(total=config.train.max_steps, initial=done, desc="training", disable=not accelerator.is_main_process)
 
     def evaluate_at(step: int) -> None:
-        results[step] = evaluate(config, accelerator, policy, network, held_out, tokenizer.pad_token_id)
+        nonlocal before
+        table = evaluate(config, accelerator, policy, network, held_out, tokenizer.pad_token_id)
+        results[step] = evaluation_metrics(table, before)
+        before = table if step == 0 else before
         if accelerator.is_main_process:
             logger.log(step, results[step])
-            progress.write(f"step {step}: {summary_of(results[step])}")
+            progress.write(f"step {step}, {len(held_out)} held-out documents, mean ± standard error:\n{summary_of(results[step])}")
 
     if held_out is not None and config.eval.at_start and done == 0:
         evaluate_at(0)
@@ -283,7 +315,8 @@ def train(config: Config, accelerator: Accelerator, policy, network, optimizer, 
             sums, loss, groups = train_step(config, accelerator, policy, network, batches, done)
             grad_norm = accelerator.clip_grad_norm_(policy.parameters(), config.train.max_grad_norm).item()
             if not torch.tensor([loss, grad_norm]).isfinite().all():
-                raise UserError(f"step {done + 1}: loss {loss}, gradient norm {grad_norm}: not finite, stopped before the update; lower train.learning_rate")
+                kept = f"the weights after step {done} are saved as checkpoint-{done}" if done else "nothing was trained yet"
+                raise UserError(f"step {done + 1}: loss {loss}, gradient norm {grad_norm}: not finite, stopped before the update; {kept}; lower train.learning_rate")
             learning_rate = scheduler.get_last_lr()[0]
             optimizer.step()
             scheduler.step()
@@ -326,14 +359,15 @@ def main(argv: list[str]) -> None:
     config = parse_command_line(argv, __doc__)
     if config is None:
         return
-    accelerator = Accelerator(mixed_precision="bf16" if config.model.dtype == "bfloat16" else "no")
+    accelerator = prepare_accelerator(config)
     torch.manual_seed(config.train.seed)  # the initial adapter; all else is drawn from (seed, step, row)
 
     # --- folder, data, model -----------------------------------------------------------------------------------------------------------
     output_dir = prepare_output_dir(config)
     checkpoint = find_checkpoint(config)
     tokenizer = load_tokenizer(config.model)
-    rows, held_out = load_rows(config, tokenizer)
+    with accelerator.main_process_first():  # the others then read its cache
+        rows, held_out = load_rows(config, tokenizer)
     causal_lm = load_policy(config)
     network = load_feature_network(causal_lm, config)
     network.decoder.to(accelerator.device)
@@ -357,8 +391,8 @@ def main(argv: list[str]) -> None:
     if config.eval.only:
         if held_out is None:
             raise UserError("eval.only: true with eval.num_documents 0 leaves nothing to do")
-        results = evaluate(config, accelerator, policy, network, held_out, tokenizer.pad_token_id)
-        accelerator.print(f"step {first_step}: {summary_of(results)}")
+        results = evaluation_metrics(evaluate(config, accelerator, policy, network, held_out, tokenizer.pad_token_id), None)
+        accelerator.print(f"step {first_step}, {len(held_out)} held-out documents, mean ± standard error:\n{summary_of(results)}")
         if accelerator.is_main_process:
             (output_dir / "eval.json").write_text(json.dumps({"step": first_step, **results}, indent=2) + "\n")
         return
@@ -377,3 +411,5 @@ if __name__ == "__main__":
         main(sys.argv[1:])
     except UserError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; what was trained is saved: go on with train.resume=latest")

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from peft import PeftModel
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict, set_model_state_dict, set_optimizer_state_dict
 
 from .config import Config, UserError
+from .models import resolve_source
 
 STATE_FILE = "state.pt"
 
@@ -118,11 +120,22 @@ class writing:
 
 
 def export_final(config: Config, accelerator: Accelerator, causal_lm, tokenizer, card: str) -> Path:
-    """Writes <output_dir>/final: the model (or adapter) as `from_pretrained` loads it, tokenizer, configuration and model card."""
-    target = Path(config.train.output_dir).expanduser() / "final"
+    """Writes <output_dir>/final: the model (or adapter) as `from_pretrained` loads it, tokenizer, configuration and model card.
+
+    An adapter of a GGUF model gets an ordinary copy of that model beside it (final/base_model), because peft cannot load the adapter onto the file.
+    """
+    target = Path(config.train.output_dir).expanduser().resolve() / "final"
     if accelerator.is_main_process:
         with writing(target) as temporary:
-            causal_lm.save_pretrained(temporary)
+            if isinstance(causal_lm, PeftModel):
+                if resolve_source(config.model.name_or_path)[1] is not None:
+                    base = causal_lm.get_base_model()
+                    weights = {name.replace(".base_layer.", "."): weight for name, weight in base.state_dict().items() if ".lora_" not in name}
+                    base.save_pretrained(temporary / "base_model", state_dict=weights)
+                    causal_lm.peft_config["default"].base_model_name_or_path = str(target / "base_model")
+                causal_lm.save_pretrained(temporary, save_embedding_layers=False)
+            else:
+                causal_lm.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
             (temporary / "training_config.yaml").write_text(config.to_yaml())
             (temporary / "README.md").write_text(card)

@@ -132,7 +132,7 @@ class TrainConfig:
     adam_beta1: float = option(0.9, "AdamW's decay of the mean gradient", minimum=0, maximum=0.99999)
     adam_beta2: float = option(0.95, "AdamW's decay of the mean squared gradient", minimum=0, maximum=0.99999)
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm", above=0)
-    logging_steps: int = option(1, "log metrics each so many steps", minimum=1)
+    logging_steps: int = option(1, "log the metrics of each so-many-th step", minimum=1)
     rollout_table_steps: int = option(50, "write a table of sample rollouts each so many steps; 0: never", minimum=0)
     save_steps: int = option(100, "checkpoint each so many steps; 0: only at the end", minimum=0)
     save_total_limit: int = option(2, "checkpoints that are kept", minimum=1)

@@ -13,6 +13,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
+from accelerate import PartialState
 from torch import Tensor
 
 from .config import Config, UserError
@@ -108,7 +109,7 @@ def tokenize_documents(texts: datasets.Dataset, tokenizer, config: Config, sourc
     if len(kept) == 0:
         raise UserError(f"data: {source!r} has no document with the {shortest} tokens that one anchor needs (the longest of {len(lengths)} has {lengths.max()})")
     if len(kept) < len(lengths):
-        print(f"data: {len(lengths) - len(kept)} of {len(lengths)} rows of {source!r} left out (no text, or fewer than {shortest} tokens)")
+        PartialState().print(f"data: {len(lengths) - len(kept)} of {len(lengths)} rows of {source!r} left out (no text, or fewer than {shortest} tokens)")
     return documents.select(kept)
 
 

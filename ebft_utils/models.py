@@ -247,7 +247,7 @@ def model_card(config: Config, results: dict[int, dict[str, float]]) -> str:
         "The whole configuration is in `training_config.yaml`.",
     ]
     if results:
-        names = [name for name in next(iter(results.values())) if not name.endswith("_se")]
+        names = [name for name in next(iter(results.values())) if not name.endswith(("_se", "_change"))]
         lines += ["", f"Held-out documents ({config.eval.num_documents}), mean ± standard error over documents:", ""]
         lines += ["| metric | " + " | ".join(f"step {step}" for step in results) + " |", "| --- |" + " --- |" * len(results)]
         for name in names:
