@@ -35,7 +35,7 @@ from ebft_utils.data import Batch, Rows, load_rows, make_batch, rollout_uniforms
 from ebft_utils.features import FeatureNetwork, strided_features
 from ebft_utils.losses import cross_entropy_loss, policy_gradient_loss
 from ebft_utils.metrics import MetricLogger, MetricSums, mean_with_error, rollout_table
-from ebft_utils.models import StridedPolicy, base_causal_lm, load_feature_network, load_policy, load_tokenizer, model_card
+from ebft_utils.models import StridedPolicy, base_causal_lm, check_vocabulary, load_feature_network, load_policy, load_tokenizer, model_card
 from ebft_utils.rewards import (
     FeatureRewards,
     feature_matching_rewards,
@@ -369,6 +369,7 @@ def main(argv: list[str]) -> None:
     with accelerator.main_process_first():  # the others then read its cache
         rows, held_out = load_rows(config, tokenizer)
     causal_lm = load_policy(config)
+    check_vocabulary(tokenizer, causal_lm, config.model.name_or_path)
     network = load_feature_network(causal_lm, config)
     network.decoder.to(accelerator.device)
 

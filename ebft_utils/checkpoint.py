@@ -1,6 +1,7 @@
 """Saving: checkpoints to go on from, and the final model to use. Each is written under a temporary name and renamed when it is whole."""
 
 import os
+import pickle
 import re
 import shutil
 from pathlib import Path
@@ -27,9 +28,9 @@ def prepare_output_dir(config: Config) -> Path:
     except OSError as error:
         raise UserError(f"train.output_dir: {folder} is not writable: {error.strerror}") from None
     if config.train.resume is None and not config.eval.only:
-        for name in ("metrics.jsonl", "final"):
-            if (folder / name).exists():
-                raise UserError(f"train.output_dir: {folder} already holds a run ({name}); choose another folder, or go on with it: train.resume=latest")
+        found = [path.name for path in (folder / "metrics.jsonl", folder / "final", *list_checkpoints(folder)) if path.exists()]
+        if found:
+            raise UserError(f"train.output_dir: {folder} already holds a run ({found[0]}); choose another folder, or go on with it: train.resume=latest")
     return folder
 
 
@@ -79,16 +80,18 @@ def load_checkpoint(path: Path, policy, optimizer, scheduler) -> int:
     """Restores weights, optimizer and schedule; returns the number of steps done. Raises UserError when the checkpoint is of another model or damaged."""
     try:
         state = torch.load(path / STATE_FILE, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError) as error:
-        raise UserError(f"train.resume: {path / STATE_FILE} cannot be read (damaged?): {str(error).splitlines()[0]}") from None
+    except (OSError, RuntimeError, EOFError, ValueError, LookupError, pickle.UnpicklingError) as error:
+        raise UserError(f"train.resume: {path / STATE_FILE} cannot be read (damaged?): {(str(error) or type(error).__name__).splitlines()[0]}") from None
+    if not isinstance(state, dict) or state.keys() != {"step", "model", "optimizer", "scheduler"}:
+        raise UserError(f"train.resume: {path / STATE_FILE} is not a checkpoint of this program")
     trained = {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
     shapes = {name.removeprefix("module."): parameter.shape for name, parameter in trained.items()}
     saved = {name: tensor.shape for name, tensor in state["model"].items()}
-    wrong = [name for name, shape in shapes.items() if saved.get(name) != shape]
+    wrong = [name for name in shapes | saved if saved.get(name) != shapes.get(name)]
     if wrong:
+        here, there = (tuple(found[wrong[0]]) if wrong[0] in found else "missing" for found in (shapes, saved))
         raise UserError(
-            f"train.resume: {path} is of another model or adapter: {len(wrong)} of {len(shapes)} trained weights differ, for example {wrong[0]} "
-            f"({tuple(shapes[wrong[0]])} here, {tuple(saved[wrong[0]]) if wrong[0] in saved else 'missing'} there)"
+            f"train.resume: {path} is of another model or adapter: {len(wrong)} trained weights differ, for example {wrong[0]} ({here} here, {there} there)"
         )
     options = StateDictOptions(full_state_dict=True, ignore_frozen_params=True, strict=False)
     set_model_state_dict(policy, state["model"], options=options)

@@ -24,11 +24,11 @@ class UserError(Exception):
 
 
 class ConfigError(UserError):
-    """A wrong configuration value. key: the dotted key; reason: what is wrong and what would be right."""
+    """A wrong configuration value. key: the dotted key; reason: what is wrong and what would be right; related: other keys that take part in it."""
 
-    def __init__(self, key: str, reason: str):
+    def __init__(self, key: str, reason: str, related: tuple[str, ...] = ()):
         super().__init__(f"{key}: {reason}")
-        self.key, self.reason = key, reason
+        self.keys = (key, *related)
 
 
 def option(default, description: str, minimum=None, maximum=None, above=None):
@@ -165,13 +165,14 @@ class Config:
         if not ebft.feature_layers:
             raise ConfigError("ebft.feature_layers", "is empty; give at least one depth between 0 and 1, for example [0.25, 0.5, 0.75]")
         if ebft.rl_coef == 0 and ebft.ce_coef == 0:
-            raise ConfigError("ebft.rl_coef", "0 together with ebft.ce_coef 0 trains nothing; set one of them above 0")
+            raise ConfigError("ebft.rl_coef", "0 together with ebft.ce_coef 0 trains nothing; set one of them above 0", ("ebft.ce_coef",))
         needed = self.first_anchor + ebft.generate_max_len
         if needed > self.data.sequence_length:
             raise ConfigError(
                 "data.sequence_length",
                 f"{self.data.sequence_length} has no room for one rollout: ebft.context_length {ebft.context_length} (ebft.min_completion_prefix "
                 f"{ebft.min_completion_prefix}) + ebft.generate_max_len {ebft.generate_max_len} need {needed} tokens",
+                ("ebft.context_length", "ebft.min_completion_prefix", "ebft.generate_max_len"),
             )
 
     @property
@@ -198,7 +199,7 @@ def parse_command_line(argv: list[str], description: str) -> Config | None:
     parser.add_argument("--cfg", required=True, metavar="FILE", help="YAML configuration")
     parser.add_argument("--print-config", action="store_true", help="print the merged configuration and stop")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides, for example train.max_steps=10")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
     config = load_config(arguments.cfg, arguments.overrides)
     if arguments.print_config:
         print(config.to_yaml(), end="")
@@ -209,11 +210,12 @@ def parse_command_line(argv: list[str], description: str) -> Config | None:
 def load_config(file: str, overrides: typing.Sequence[str] = ()) -> Config:
     """Reads a YAML file, applies `section.key=value` overrides, validates. Raises UserError with file (or override), key, value and what is allowed."""
     try:
-        tree = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        text = Path(file).read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"--cfg {file}: cannot be read: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"--cfg {file}: is not valid YAML: {error}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"--cfg {file}: is not UTF-8 text: {error.reason} at byte {error.start}") from None
+    tree = _parse_yaml(text, f"--cfg {file}")
     if not isinstance(tree, dict):
         raise UserError(f"--cfg {file}: holds no sections; allowed: {', '.join(_fields(Config))}")
     overridden_keys = []
@@ -227,16 +229,32 @@ def load_config(file: str, overrides: typing.Sequence[str] = ()) -> Config:
             if not isinstance(node.get(name), dict):
                 node[name] = {}
             node = node[name]
-        try:
-            node[path[-1]] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise UserError(f"command line: {override!r}: the value is not valid YAML") from None
+        node[path[-1]] = _parse_yaml(text, f"command line: {override!r}")
         overridden_keys.append(dotted)
     try:
         return _build(Config, tree, "")
     except ConfigError as error:
-        overridden = any(f"{error.key}.".startswith((f"{key}.", f"{key}[")) or f"{key}.".startswith(f"{error.key}.") for key in overridden_keys)
+        pairs = [(f"{culprit}.", key) for culprit in error.keys for key in overridden_keys]
+        overridden = any(culprit.startswith((f"{key}.", f"{key}[")) or f"{key}.".startswith(culprit) for culprit, key in pairs)
         raise UserError(f"{'command line' if overridden else file}: {error}") from None
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Refuses a key that is given twice, where YAML would silently keep the last one."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = [key for key in keys if keys.count(key) > 1]
+        if twice:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _parse_yaml(text: str, source: str):
+    try:
+        return yaml.load(text, _StrictLoader)
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist
+        raise UserError(f"{source}: is not valid YAML: {error}") from None
 
 
 def _fields(cls) -> dict[str, dataclasses.Field]:
@@ -296,7 +314,7 @@ def _as_float(value) -> float | None:
         return None
     try:
         number = float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     return number if math.isfinite(number) else None
 

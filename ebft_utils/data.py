@@ -47,7 +47,7 @@ def load_texts(source: str, *, name: str | None, revision: str | None, split: st
         else:
             texts = datasets.load_dataset(source, name, revision=revision, split=split)
     except (OSError, ValueError, ConnectionError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(f"data: {source!r} (split {split!r}) cannot be loaded: {str(error).splitlines()[0]}") from None
+        raise UserError(f"data: {source!r} (split {split!r}) cannot be loaded: {_root_cause(error)}") from None
     if text_column not in texts.column_names:
         raise UserError(f"data: {source!r} has no column {text_column!r}; it has {', '.join(texts.column_names)}: set data.text_column")
     if len(texts) == 0:
@@ -55,7 +55,16 @@ def load_texts(source: str, *, name: str | None, revision: str | None, split: st
     return texts
 
 
+def _root_cause(error: BaseException) -> str:
+    """First line of the error that started it: `datasets` wraps the reason in a general one."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error).strip().partition("\n")[0]
+
+
 def _load_rows(files: list[str], suffix: str, split: str) -> datasets.Dataset:
+    if not any(Path(file).stat().st_size for file in files):
+        raise UserError(f"data: {', '.join(files)} (split {split!r}) is empty")
     return datasets.load_dataset(LOADERS[suffix], data_files={split.partition("[")[0]: files}, split=split)
 
 

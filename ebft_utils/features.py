@@ -13,8 +13,9 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 import torch
 from torch import Tensor
 
-from .strided import attention_arguments, pack_layout
+from .strided import attention_arguments, evaluation_mode, pack_layout
 
+FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm")
 EMBED_METHODS = ("last_token", "mean_pooling", "completion_mean", "concat")
 
 
@@ -40,12 +41,18 @@ def pool(states: Tensor, embed_method: str) -> Tensor:
 
 
 def cut_decoder(decoder: torch.nn.Module, num_layers: int) -> torch.nn.Module:
-    """A view of a decoder that ends after num_layers layers. It shares the parameters; the final norm is left out unless all layers are kept."""
+    """A view of a decoder that ends after num_layers layers. It shares the parameters; the final norm is left out unless all layers are kept.
+
+    Raises ValueError for a decoder that is not built of `layers` and one final norm.
+    """
+    final_norm = [name for name in FINAL_NORMS if name in decoder._modules]
+    if "layers" not in decoder._modules or len(final_norm) != 1:
+        raise ValueError(f"{type(decoder).__name__} is not built of `layers` and a final norm ({', '.join(FINAL_NORMS)})")
     view = copy.copy(decoder)
     view._modules = dict(decoder._modules)
     view.layers = torch.nn.ModuleList(list(decoder.layers)[:num_layers])
     if num_layers < len(decoder.layers):
-        view.norm = torch.nn.Identity()
+        setattr(view, final_norm[0], torch.nn.Identity())
     return view
 
 
@@ -71,11 +78,9 @@ class FeatureNetwork:
         def read(states: Tensor) -> Tensor:
             return states.gather(1, index.unsqueeze(-1).expand(-1, -1, states.shape[-1]))
 
-        was_training = self.decoder.training
         with ExitStack() as stack:
             stack.enter_context(self.frozen())
-            stack.callback(self.decoder.train, was_training)
-            self.decoder.eval()
+            stack.enter_context(evaluation_mode(self.decoder))
             for layer in set(self.layers) - {max(self.layers)}:  # hidden state k is what enters layer k
 
                 def hook(module, args, layer=layer):

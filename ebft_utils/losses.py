@@ -36,8 +36,8 @@ def policy_gradient_loss(logprobs: Tensor, advantages: Tensor, mask: Tensor, num
         logprobs (..., G), log pi(token) at the sampling temperature; advantages (...), one for each rollout; mask (...), True = counts.
         num_tokens: counted tokens of the whole global batch.
     """
-    per_rollout = -advantages * logprobs.sum(-1)
-    return torch.where(mask, per_rollout, 0.0).sum() / num_tokens
+    # both factors are masked: 0 * NaN in the backward pass would be NaN
+    return (-torch.where(mask, advantages, 0.0) * torch.where(mask, logprobs.sum(-1), 0.0)).sum() / num_tokens
 
 
 def cross_entropy_loss(logprobs: Tensor, mask: Tensor, num_tokens: Tensor | float) -> Tensor:

@@ -1,6 +1,7 @@
 """Metrics: sums that add up over micro-batches and processes, and where they go: console, TensorBoard, metrics.jsonl."""
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -42,7 +43,9 @@ class MetricLogger:
     def __init__(self, output_dir: Path, first_step: int = 0):
         self.path = output_dir / "metrics.jsonl"
         if self.path.exists():
-            kept = [line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= first_step]
+            lines = self.path.read_text().splitlines(keepends=True)
+            whole = [line.strip() for line in lines if line.endswith("\n")]  # a crash can leave half a line at the end
+            kept = [line for line in whole if json.loads(line)["step"] <= first_step]
             replacement = self.path.with_suffix(".jsonl.tmp")
             replacement.write_text("".join(line + "\n" for line in kept))
             os.replace(replacement, self.path)
@@ -53,7 +56,8 @@ class MetricLogger:
         """One logged step."""
         for name, value in metrics.items():
             self.writer.add_scalar(name, value, step)
-        self.file.write(json.dumps({"step": step, **metrics}) + "\n")
+        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}  # NaN is not JSON
+        self.file.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
         self.file.flush()
         os.fsync(self.file.fileno())
 
@@ -89,7 +93,7 @@ def rollout_table(rows: list[dict[str, str | float]]) -> str:
     def cell(value: str | float) -> str:
         if isinstance(value, float):
             return f"{value:.3f}"
-        return "`" + value.replace("|", "¦").replace("`", "'").replace("\n", "⏎").strip() + "`"
+        return "`" + value.replace("|", "¦").replace("`", "'").replace("\r\n", "\n").replace("\r", "\n").replace("\n", "⏎").strip() + "`"
 
     names = ["prefix", "rollout", "ground truth", "reward"]
     lines = ["| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]

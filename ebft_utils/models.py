@@ -3,19 +3,23 @@
 import copy
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .attention import STRIDED_SDPA
 from .config import Config, ModelConfig, UserError
-from .features import FeatureNetwork, layer_indices
+from .features import FeatureNetwork, cut_decoder, layer_indices
 from .strided import rollout_logprobs, strided_logprobs
 
+LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)  # what a missing or damaged file can end in
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -70,13 +74,15 @@ def resolve_source(name_or_path: str) -> tuple[str, str | None]:
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """The tokenizer, right-padding, with the pad and end-of-document token that training needs. Raises UserError where one is missing."""
-    source, gguf_file = resolve_source(config.tokenizer or config.name_or_path)
-    revision = None if config.tokenizer else config.revision
+    if config.tokenizer is None:
+        key, (source, gguf_file), revision = "model.name_or_path", resolve_source(config.name_or_path), config.revision
+    else:
+        key, source, gguf_file, revision = "model.tokenizer", config.tokenizer, None, None
     arguments = {"gguf_file": gguf_file} if gguf_file else {"revision": revision}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **arguments)
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.tokenizer: no tokenizer can be loaded from {source!r}: {_first_line(error)}") from None
+    except LOADING_ERRORS as error:
+        raise UserError(f"{key}: no tokenizer can be loaded from {source!r}: {_first_line(error)}") from None
     for kind in ("pad_token", "eos_token"):
         chosen = getattr(config, kind)
         if chosen is not None:
@@ -95,20 +101,22 @@ def load_causal_lm(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
     arguments = {"gguf_file": gguf_file} if gguf_file else {"revision": config.revision}
     try:
         model_config = AutoConfig.from_pretrained(source, **arguments)
-    except (OSError, ValueError) as error:
+    except LOADING_ERRORS as error:
         raise UserError(f"model.name_or_path: {config.name_or_path!r} cannot be loaded: {_first_line(error)}") from None
     refuse_unsupported(model_config, config.name_or_path)
     if gguf_file:  # unpacked into plain float32 weights: packed ones cannot be trained
         arguments["quantization_config"] = GgufConfig(gguf_file=gguf_file, dequantize=True)
     try:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32 if gguf_file else dtype, **arguments)
-    except (OSError, ValueError) as error:
+    except LOADING_ERRORS as error:
         raise UserError(f"model.name_or_path: {config.name_or_path!r} cannot be loaded: {_first_line(error)}") from None
     model.to(dtype)
     try:
         model.set_attn_implementation(STRIDED_SDPA)
+        cut_decoder(model.get_decoder(), 0)
     except ValueError as error:
-        raise UserError(f"model.name_or_path: {config.name_or_path!r} cannot take the strided attention mask: {_first_line(error)}") from None
+        kind = model.config.model_type
+        raise UserError(f"model.name_or_path: {config.name_or_path!r} ({kind}) cannot take the strided attention mask: {_first_line(error)}") from None
     _disable_dropout(model)
     return model
 
@@ -123,7 +131,7 @@ def _disable_dropout(model: torch.nn.Module) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -132,7 +140,7 @@ def _first_line(error: Exception) -> str:
 
 def refuse_unsupported(model_config, name: str) -> None:
     """Raises UserError for models whose attention or logits are not what the strided layout computes, as far as their config tells."""
-    settings = model_config.to_dict()
+    settings = model_config.get_text_config().to_dict()
     unknown = sorted(set(settings.get("layer_types") or ()) - {"full_attention", "sliding_attention"})
     reason = None
     if unknown:
@@ -152,7 +160,7 @@ def refuse_unsupported(model_config, name: str) -> None:
 
 def refuse_short_context(model_config, sequence_length: int, name: str) -> None:
     """Raises UserError when a document would not fit into the model's positions or its sliding window."""
-    settings = model_config.to_dict()
+    settings = model_config.get_text_config().to_dict()
     window = settings.get("sliding_window")
     windowed = settings.get("use_sliding_window", True) and ("sliding_attention" in (settings.get("layer_types") or ["sliding_attention"]))
     if window and windowed and window < sequence_length:
@@ -184,6 +192,8 @@ def prove_strided_mask(model: PreTrainedModel, name: str) -> None:
         alone[index] = logits.log_softmax(-1).gather(-1, rollouts[0, index].unsqueeze(-1)).squeeze(-1)
     model.train(was_training)
     difference = (packed - alone).abs().max().item()
+    if not packed.isfinite().all():
+        raise UserError(f"model.name_or_path: the log-probs of {name!r} are not finite: its weights are damaged")
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.25
     if not difference <= tolerance:
         raise UserError(
@@ -194,6 +204,13 @@ def prove_strided_mask(model: PreTrainedModel, name: str) -> None:
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
 # Policy and feature network
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: torch.nn.Module, name: str) -> None:
+    """Raises UserError when the tokenizer has ids that the model has no embedding for."""
+    vocabulary = base_causal_lm(model).get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > vocabulary:
+        raise UserError(f"model.tokenizer: it has {len(tokenizer)} tokens and {name!r} only {vocabulary} embeddings: it belongs to another model")
 
 
 def load_policy(config: Config) -> PreTrainedModel | PeftModel:
@@ -210,9 +227,9 @@ def load_policy(config: Config) -> PreTrainedModel | PeftModel:
     adapter = PeftLoraConfig(r=config.lora.r, lora_alpha=config.lora.alpha, target_modules=config.lora.target_modules, lora_dropout=0.0, task_type="CAUSAL_LM")
     try:
         policy = get_peft_model(model, adapter)
-    except ValueError as error:
-        raise UserError(f"lora.target_modules: {_first_line(error)}") from None
-    if isinstance(policy.get_output_embeddings(), torch.nn.Linear) is False or "lora" in type(policy.get_output_embeddings()).__module__:
+    except (ValueError, re.error) as error:
+        raise UserError(f"lora.target_modules: {config.lora.target_modules!r}: {_first_line(error)}") from None
+    if isinstance(policy.get_output_embeddings(), BaseTunerLayer):
         raise UserError("lora.target_modules: the LM head cannot carry an adapter, because its weight is read directly; leave it out")
     if config.model.gradient_checkpointing:
         policy.enable_input_require_grads()

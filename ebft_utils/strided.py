@@ -16,6 +16,7 @@ Masks are bool, True = may attend / counts. Padding has segment id -1. Everythin
 steps and over chunks of fixed size.
 """
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -230,7 +231,7 @@ def strided_logprobs(
     if rollouts is not None:
         first = hidden.gather(1, (anchors - 1).unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))  # (B, A, H)
         first = first[:, :, None, None].expand(-1, -1, num_samples, 1, -1)
-        later = hidden[:, length:].view(batch, num_anchors, num_samples, num_fed, -1)
+        later = hidden[:, length:].view(batch, num_anchors, num_samples, num_fed, hidden.shape[-1])
         predictors = torch.cat([first, later], dim=3).flatten(0, 3)
         rollout_logps = token_logprobs(predictors, head.weight, head.bias, rollouts.flatten(), temperature).view(rollouts.shape)
     with torch.set_grad_enabled(document_grad and torch.is_grad_enabled()):
@@ -271,6 +272,18 @@ def sample_tokens(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperatu
     return torch.cat(tokens)
 
 
+@contextmanager
+def evaluation_mode(module: torch.nn.Module):
+    """Evaluation mode inside, and afterwards each submodule's own mode as it was."""
+    modes = {submodule: submodule.training for submodule in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for submodule, training in modes.items():
+            submodule.training = training
+
+
 @torch.no_grad()
 def generate_rollouts(
     model: PreTrainedModel, document_ids: Tensor, segment_ids: Tensor, anchors: Tensor, valid: Tensor, temperature: float, uniforms: Tensor
@@ -283,9 +296,7 @@ def generate_rollouts(
     decoder, head = model.get_decoder(), model.get_output_embeddings()
     batch, length = document_ids.shape
     _, num_anchors, num_samples, num_generated = uniforms.shape
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluation_mode(model):
         document = pack_layout(segment_ids, anchors, valid, num_samples, 0)
         cache = DynamicCache()  # without the config: a sliding layer would drop keys by count, and rollouts of one position share a count
         hidden = decoder(
@@ -306,8 +317,6 @@ def generate_rollouts(
                 **decode_attention_arguments(decoder, layout, step),
             ).last_hidden_state.flatten(0, 1)
             tokens.append(sample_tokens(hidden, head.weight, head.bias, temperature, uniforms[..., step].reshape(-1, 1)).view(batch, -1))
-    finally:
-        model.train(was_training)
     return torch.stack(tokens, dim=-1).view(batch, num_anchors, num_samples, num_generated)
 
 

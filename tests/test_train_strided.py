@@ -1,0 +1,584 @@
+"""The script end to end on a tiny model: what a run leaves behind, that it can be continued, and that no split of the work changes its result.
+
+Most runs call `train_strided.main` in this process (0.3 s instead of 6); the ones that must be real run the command.
+"""
+
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState
+from conftest import ROOT
+from peft import AutoPeftModelForCausalLM
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import train_strided
+from ebft_utils.config import load_config
+from ebft_utils.data import load_rows, rows_of_step
+from ebft_utils.models import load_tokenizer
+
+ISSUE_NAMES = {  # issue 2, point 7
+    "ebft/alignment",
+    "ebft/diversity",
+    "ebft/mean_reward",
+    "ebft/cfm_loss",
+    "ebft/rl_loss",
+    "ebft/ce_loss",
+    "ebft/advantages_std",
+    "ebft/duplicate_rollouts",
+    "ebft/valid_anchors",
+    "train/learning_rate",
+    "train/grad_norm",
+    "train/tokens_per_second",
+}
+MODES = pytest.mark.parametrize("mode", [{}, {"lora": {"r": 4, "alpha": 8.0}}], ids=["full", "LoRA"])
+ADAMW = dict(betas=(0.9, 0.95), weight_decay=0.0)
+
+
+@pytest.fixture(autouse=True)
+def one_cpu_thread(monkeypatch):
+    """Tiny matrices on several threads only wait for each other."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    torch.set_num_threads(1)
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
+@pytest.fixture
+def train(write_config, tmp_path):
+    """train(NAME, "train.max_steps=4", lora={...}, train__seed=1): runs the script in this process, returns its output folder."""
+
+    def run(name: str, *overrides: str, **changes) -> Path:
+        AcceleratorState._reset_state(True)
+        folder = tmp_path / name
+        file = write_config(**{"eval__num_documents": 0, **changes})
+        train_strided.main(["--cfg", str(file), f"train.output_dir={folder}", *overrides])
+        return folder
+
+    return run
+
+
+def logged(folder: Path) -> list[dict]:
+    """The objects of metrics.jsonl, strictly JSON."""
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def training(folder: Path) -> list[dict]:
+    """The objects of training steps, without the one number that differs from run to run."""
+    return [{name: value for name, value in entry.items() if name != "train/tokens_per_second"} for entry in logged(folder) if "train/loss" in entry]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    (file,) = (folder / "final").glob("*model.safetensors")
+    return load_file(file)
+
+
+def assert_close_runs(first: Path, second: Path, skip: tuple[str, ...] = (), tolerance: float = 1e-5) -> None:
+    """Same trained weights and same logged numbers."""
+    a, b = weights(first), weights(second)
+    assert a.keys() == b.keys()
+    assert {name: gap for name in a if (gap := (a[name] - b[name]).abs().max().item()) > tolerance} == {}
+    for left, right in zip(training(first), training(second), strict=True):
+        assert left.keys() == right.keys()
+        assert {name: (left[name], right[name]) for name in left if name not in skip and abs(left[name] - right[name]) > tolerance * max(1, abs(left[name]))} == {}
+
+
+def assert_trained(folder: Path, start: dict[str, torch.Tensor]) -> None:
+    """Guards the tests themselves: two runs that both train nothing would always be equal."""
+    assert max((tensor - start[name]).abs().max().item() for name, tensor in weights(folder).items()) > 1e-4
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# (a) What a run leaves behind, with the real command
+
+
+@MODES
+def test_the_command_trains_and_saves(run_script, write_config, model_folder, tmp_path, mode):
+    """Guards against a run that ends well and leaves no usable model, no numbers, or numbers that differ between its two logs."""
+    file = write_config(**mode, train__learning_rate=1e-2)
+    result = run_script("train_strided.py", "--cfg", file)
+    assert result.returncode == 0, result.stderr
+    folder = tmp_path / "run"
+
+    entries = [entry for entry in logged(folder) if "train/loss" in entry]
+    assert [entry["step"] for entry in entries] == [1, 2, 3]
+    assert all(ISSUE_NAMES <= entry.keys() for entry in entries)
+    assert all(math.isfinite(value) for entry in entries for value in entry.values())
+    assert [entry["train/learning_rate"] for entry in entries] == [1e-2] * 3
+    assert all(0 < entry["ebft/valid_anchors"] <= 1 and 0 <= entry["ebft/duplicate_rollouts"] < 1 for entry in entries)
+    assert all(entry["train/grad_norm"] > 0 and entry["train/tokens_per_second"] > 0 and entry["ebft/advantages_std"] > 0 for entry in entries)
+    evaluations = [entry for entry in logged(folder) if "eval/cross_entropy" in entry]
+    assert [entry["step"] for entry in evaluations] == [0, 3]
+
+    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"tensors": 0}).Reload()
+    for name in ISSUE_NAMES:
+        assert [(event.step, event.value) for event in events.Scalars(name)] == [(entry["step"], pytest.approx(entry[name], rel=1e-6)) for entry in entries]
+    (table,) = events.Tensors("rollouts/text_summary")
+    header, _, *rows = table.tensor_proto.string_val[0].decode().split("\n")
+    assert header == "| prefix | rollout | ground truth | reward |"
+    assert 1 <= len(rows) <= 8 and all(math.isfinite(float(row.split("|")[-2])) for row in rows)
+
+    AutoTokenizer.from_pretrained(folder / "final")("some text")
+    ids = torch.arange(3, 20)[None]
+    base = AutoModelForCausalLM.from_pretrained(model_folder)(ids).logits
+    loader = AutoPeftModelForCausalLM if mode else AutoModelForCausalLM
+    trained = loader.from_pretrained(folder / "final")(ids).logits
+    assert (trained - base).abs().max() > 1e-2
+    assert load_config(str(folder / "final" / "training_config.yaml")) == load_config(str(file))
+    card = (folder / "final" / "README.md").read_text()
+    for name in ("cross_entropy", "cfm_loss", "cfm_unbiased", "reward_pass@1", "reward_best_of_n", "perplexity"):
+        for entry in evaluations:
+            assert f"{entry['eval/' + name]:.4f} ± {entry['eval/' + name + '_se']:.4f}" in card
+    assert str(model_folder) in card and "step 0" in card and "step 3" in card
+
+
+def test_print_config(write_config, capsys, tmp_path):
+    """Guards against --print-config that starts a run, or prints the file instead of what it is merged with."""
+    train_strided.main(["--cfg", str(write_config()), "--print-config", "train.seed=9"])
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["train"]["seed"] == 9 and printed["train"]["max_steps"] == 3 and printed["ebft"]["temperature"] == 0.6
+    assert not (tmp_path / "run").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# (b) Interrupted and continued
+
+
+@pytest.fixture
+def interrupted(train, monkeypatch):
+    """interrupted(NAME, 2, ...): a run that is stopped by Ctrl-C in its third step."""
+
+    def run(name: str, after: int, *overrides: str, **changes) -> None:
+        step_of = train_strided.train_step
+
+        def stop(config, accelerator, policy, network, batches, step):
+            if step == after:
+                raise KeyboardInterrupt
+            return step_of(config, accelerator, policy, network, batches, step)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(train_strided, "train_step", stop)
+            with pytest.raises(KeyboardInterrupt):
+                train(name, *overrides, **changes)
+
+    return run
+
+
+@MODES
+def test_resumed_run_equals_the_unbroken_one(train, interrupted, tmp_path, mode):
+    """Guards against lost optimizer state, a schedule or data order that starts anew, other rollouts, and metrics that are lost or written twice."""
+    changes = dict(**mode, train__max_steps=4, train__lr_scheduler="cosine", train__warmup_ratio=0.5, train__learning_rate=1e-2, ebft__ce_coef=0.1)
+    whole = train("whole", **changes)
+    interrupted("broken", 2, **changes)
+    broken = tmp_path / "broken"
+    assert (broken / "checkpoint-2" / "state.pt").is_file() and not (broken / "final").exists()
+    assert training(broken) == training(whole)[:2]
+    train("broken", "train.resume=latest", **changes)
+    assert training(broken) == training(whole)
+    expected, found = weights(whole), weights(broken)
+    assert expected.keys() == found.keys() and all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_steps_after_the_last_checkpoint_are_done_again(train, interrupted, monkeypatch, tmp_path):
+    """Guards against a crash (no chance to save) between two saves: logged steps after the checkpoint must be replaced, not doubled."""
+    changes = dict(train__max_steps=4, train__save_steps=2)
+    whole = train("whole", **changes)
+    interrupted("broken", 3, **changes)
+    broken = tmp_path / "broken"
+    for file in (broken / "checkpoint-3").iterdir():  # as if the process had been killed
+        file.unlink()
+    (broken / "checkpoint-3").rmdir()
+    assert [entry["step"] for entry in logged(broken)] == [1, 2, 3]
+    train("broken", "train.resume=latest", **changes)
+    assert training(broken) == training(whole)
+    assert all(torch.equal(tensor, weights(broken)[name]) for name, tensor in weights(whole).items())
+    events = EventAccumulator(str(broken / "tensorboard")).Reload().Scalars("ebft/ce_loss")
+    assert [event.step for event in events] == [1, 2, 3, 4]
+
+
+def test_resumed_run_reports_the_evaluation_before_training(train, interrupted, tmp_path):
+    """Guards against a model card without a 'before', and a final evaluation without its changes, only because the run was interrupted."""
+    changes = dict(train__max_steps=2, eval__num_documents=4)
+    whole = train("whole", **changes)
+    interrupted("broken", 1, **changes)
+    broken = train("broken", "train.resume=latest", **changes)
+    assert [entry for entry in logged(broken) if "eval/cross_entropy" in entry] == [entry for entry in logged(whole) if "eval/cross_entropy" in entry]
+    table = (whole / "final" / "README.md").read_text().partition("Held-out")[2]
+    assert (broken / "final" / "README.md").read_text().partition("Held-out")[2] == table
+
+
+def test_resuming_a_finished_run_changes_nothing(train):
+    """Guards against a second final evaluation in metrics.jsonl, or a step too many."""
+    changes = dict(train__max_steps=2, eval__num_documents=4)
+    folder = train("run", **changes)
+    entries, before = logged(folder), weights(folder)
+    train("run", "train.resume=latest", **changes)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(folder).items())
+    assert [entry["step"] for entry in logged(folder)] == [entry["step"] for entry in entries]
+
+
+def test_save_total_limit(train):
+    """Guards against a disk full of checkpoints, and against removing the newest."""
+    folder = train("run", "train.save_steps=1", "train.save_total_limit=2", "train.max_steps=11")
+    assert sorted(path.name for path in folder.glob("*checkpoint*")) == ["checkpoint-10", "checkpoint-11"]
+    assert torch.load(folder / "checkpoint-11" / "state.pt", weights_only=True)["step"] == 11
+
+
+def test_resume_from_an_earlier_checkpoint(train):
+    """Guards against removing the checkpoint that was just written because older runs left later ones behind: `latest` must be this run's."""
+    folder = train("run", "train.save_steps=1", "train.max_steps=4", "train.save_total_limit=4")
+    train("run", f"train.resume={folder / 'checkpoint-1'}", "train.max_steps=4", "train.save_steps=2", "train.save_total_limit=1", "train.seed=5")
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-4"]
+    state = torch.load(folder / "checkpoint-4" / "state.pt", weights_only=True)
+    assert all(torch.equal(state["model"][f"causal_lm.{name}"], tensor) for name, tensor in weights(folder).items())
+    train("again", "train.save_steps=1", "train.max_steps=4", "train.save_total_limit=4")
+    again = train("again", f"train.resume={folder.parent / 'again' / 'checkpoint-1'}", "train.max_steps=2", "train.save_total_limit=1")
+    assert [path.name for path in again.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_half_written_checkpoint_is_ignored(train, interrupted, tmp_path):
+    """Guards against resuming from what a crash left behind; only whole folders count."""
+    changes = dict(train__max_steps=3)
+    whole = train("whole", **changes)
+    interrupted("broken", 2, **changes)
+    broken = tmp_path / "broken"
+    for name in (".checkpoint-3.tmp-12", "checkpoint-3"):
+        (broken / name).mkdir()
+    (broken / ".checkpoint-3.tmp-12" / "state.pt").write_bytes(b"half a checkpoint")
+    train("broken", "train.resume=latest", **changes)
+    assert training(broken) == training(whole)
+    assert all(torch.equal(tensor, weights(broken)[name]) for name, tensor in weights(whole).items())
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# (c, f, h) The same result however the work is split
+
+
+@MODES
+def test_gradient_accumulation_changes_nothing(train, model_folder, mode):
+    """Guards against losses that are averaged over micro-batches (documents of different lengths would get different weights), and rollouts that depend on the batch."""
+    changes = dict(**mode, train__max_steps=2, ebft__ce_coef=0.3)
+    runs = [
+        train(f"{size}x{steps}", f"train.per_device_batch_size={size}", f"train.gradient_accumulation_steps={steps}", **changes) for size, steps in [(4, 1), (1, 4), (2, 2)]
+    ]
+    assert len({entry["ebft/valid_anchors"] for entry in training(runs[0]) + training(runs[1])}) > 1  # padding, so lengths, did differ
+    for run in runs[1:]:
+        assert_close_runs(runs[0], run, skip=("ebft/valid_anchors",))
+    if not mode:
+        assert_trained(runs[0], load_file(model_folder / "model.safetensors"))
+
+
+@MODES
+def test_gradient_checkpointing_changes_nothing(train, mode):
+    """Guards against an empty KV cache in train mode (garbage rollouts), and adapters that get no gradient through a checkpointed frozen embedding."""
+    changes = dict(**mode, train__max_steps=2, ebft__ce_coef=0.3)
+    assert_close_runs(train("off", **changes), train("on", "model.gradient_checkpointing=true", **changes))
+
+
+@pytest.fixture
+def two_processes():
+    """Runs the script on two CPU processes; none of them outlives the test, not even a deadlocked one."""
+
+    def run(file: Path, timeout: float) -> str:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port), str(ROOT / "train_strided.py"), "--cfg", str(file)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+        try:
+            stdout, stderr = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # the launcher then ends its workers
+            process.communicate(timeout=60)
+            pytest.fail(f"deadlock: two processes did not end within {timeout} s")
+        assert process.returncode == 0, stderr[-3000:]
+        return stdout
+
+    return run
+
+
+@MODES
+def test_two_processes_equal_one(train, two_processes, write_config, tmp_path, mode):
+    """Guards against gradients that are not reduced, averaged instead of summed, or rows that both processes train on."""
+    changes = dict(**mode, train__max_steps=2, ebft__ce_coef=0.3, eval__num_documents=3, eval__per_device_batch_size=1)
+    one = train("one", "train.per_device_batch_size=4", **changes)
+    file = write_config(**changes, train__output_dir=str(tmp_path / "two"), train__per_device_batch_size=1, train__gradient_accumulation_steps=2)
+    assert "2 process(es)" in two_processes(file, timeout=120)
+    assert_close_runs(one, tmp_path / "two", skip=("ebft/valid_anchors",))
+    for left, right in zip(logged(one), logged(tmp_path / "two"), strict=True):
+        assert {name: (value, right[name]) for name, value in left.items() if name.startswith("eval/") and not math.isclose(value, right[name], abs_tol=1e-5, rel_tol=1e-5)} == {}
+
+
+def test_two_processes_with_less_than_one_evaluation_batch_each(two_processes, write_config, tmp_path, train):
+    """Guards against a deadlock: the second process has nothing to evaluate, and DDP broadcasts buffers in the first forward of the other one."""
+    changes = dict(eval__num_documents=2, eval__per_device_batch_size=2, train__max_steps=1)
+    one = train("one", "train.per_device_batch_size=2", **changes)
+    two_processes(write_config(**changes, train__per_device_batch_size=1), timeout=40)
+    for left, right in zip(logged(one), logged(tmp_path / "run"), strict=True):
+        assert {name: value for name, value in left.items() if name.startswith("eval/") and not math.isclose(value, right[name], rel_tol=1e-5, abs_tol=1e-5)} == {}
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# (d, e) Against naive computations
+
+
+def naive_documents(text_file: Path, tokenizer, sequence_length: int = 48) -> list[torch.Tensor]:
+    """Token ids of each line, as the configuration of these tests asks for: cut to 48, EOS where it fits."""
+    documents = []
+    for line in text_file.read_text().splitlines():
+        ids = tokenizer(json.loads(line)["text"])["input_ids"][:sequence_length]
+        documents.append(torch.tensor(ids + [tokenizer.eos_token_id] if len(ids) < sequence_length else ids))
+    return documents
+
+
+def summed_cross_entropy(model, ids: torch.Tensor) -> torch.Tensor:
+    """Of one document alone, by transformers' own mask and positions."""
+    return torch.nn.functional.cross_entropy(model(ids[None]).logits[0, :-1], ids[1:], reduction="sum")
+
+
+def test_cross_entropy_alone_is_plain_fine_tuning(train, model_folder, text_file):
+    """Guards against an SFT baseline that is not SFT: a naive loop over documents with AdamW must give the same weights."""
+    folder = train("sft", "ebft.rl_coef=0", "ebft.ce_coef=1", "train.max_steps=2", "train.gradient_accumulation_steps=2", "train.warmup_ratio=0")
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    documents = naive_documents(text_file, AutoTokenizer.from_pretrained(model_folder))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, **ADAMW)
+    for step, entry in enumerate(training(folder)):
+        chosen = [documents[row] for row in rows_of_step(len(documents), step, 4, seed=0)]
+        loss = sum(summed_cross_entropy(model, ids) for ids in chosen) / sum(len(ids) - 1 for ids in chosen)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert entry["train/loss"] == pytest.approx(loss.item(), abs=1e-5)
+        assert entry["ebft/ce_loss"] == pytest.approx(loss.item(), abs=1e-5)
+        assert entry["train/grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+        assert not {"ebft/alignment", "ebft/rl_loss"} & entry.keys()
+    assert_trained(folder, load_file(model_folder / "model.safetensors"))
+    expected = model.state_dict()
+    assert {name: gap for name, tensor in weights(folder).items() if (gap := (tensor - expected[name]).abs().max().item()) > 1e-5} == {}
+
+
+@pytest.fixture
+def evaluation(train):
+    """Results of an eval.only run."""
+
+    def run(name: str, *overrides: str, **changes) -> dict:
+        folder = train(name, "eval.only=true", *overrides, **{"eval__num_documents": 7, **changes})
+        assert not (folder / "final").exists() and not (folder / "metrics.jsonl").exists()
+        return json.loads((folder / "eval.json").read_text())
+
+    return run
+
+
+@MODES
+def test_evaluation_is_repeatable_and_independent_of_the_batch(evaluation, mode):
+    """Guards against rollouts that depend on global random state, on train.seed, or on the documents that share the batch."""
+    first = evaluation("first", **mode)
+    assert evaluation("second", "train.seed=3", **mode) == first
+    alone = evaluation("alone", "eval.per_device_batch_size=1", **mode)
+    assert alone == pytest.approx(first, rel=1e-5, abs=1e-5)
+    assert evaluation("other", "eval.seed=1", **mode)["eval/cfm_loss"] != first["eval/cfm_loss"]
+    for name in ("cross_entropy", "cfm_loss", "cfm_unbiased", "reward_pass@1", "reward_best_of_n", "perplexity"):
+        assert math.isfinite(first[f"eval/{name}"]) and first[f"eval/{name}_se"] > 0
+    assert first["eval/reward_best_of_n"] > first["eval/reward_pass@1"]
+
+
+def test_evaluated_cross_entropy_is_the_naive_one(evaluation, write_config, model_folder, text_file):
+    """Guards against padding, the last token or the temperature getting into the cross-entropy; its error is that over documents."""
+    result = evaluation("run")
+    file = write_config(eval__num_documents=7)
+    config = load_config(str(file))
+    _, held_out = load_rows(config, load_tokenizer(config.model))
+    held = [torch.tensor(held_out[row][0]) for row in range(7)]
+    everything = [ids.tolist() for ids in naive_documents(text_file, AutoTokenizer.from_pretrained(model_folder))]
+    assert all(ids.tolist() in everything for ids in held)
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        totals = torch.stack([summed_cross_entropy(model, ids) for ids in held]).double()
+    counts = torch.tensor([len(ids) - 1 for ids in held]).double()
+    mean = (totals.sum() / counts.sum()).item()
+    error = ((totals - mean * counts).square().sum() * 7 / 6).sqrt().item() / counts.sum().item()
+    assert result["eval/cross_entropy"] == pytest.approx(mean, abs=1e-5)
+    assert result["eval/cross_entropy_se"] == pytest.approx(error, rel=1e-4)
+    assert result["eval/perplexity"] == pytest.approx(math.exp(mean), rel=1e-4)
+
+
+def test_training_evaluates_like_eval_only_and_is_not_disturbed_by_it(train, evaluation):
+    """Guards against an evaluation that leaves the model in another mode or uses up random numbers, and against two evaluations that differ."""
+    alone = evaluation("alone")
+    changes = dict(train__max_steps=3, eval__num_documents=7)
+    silent = train("silent", "eval.at_start=false", "eval.at_end=false", **changes)
+    often = train("often", "eval.every_steps=1", **changes)
+    assert training(silent) == training(often)
+    assert all(torch.equal(tensor, weights(often)[name]) for name, tensor in weights(silent).items())
+    steps = {entry["step"]: entry for entry in logged(often) if "eval/cross_entropy" in entry}
+    assert sorted(steps) == [0, 1, 2, 3]
+    assert {name: steps[0][name] for name in alone} == alone
+
+
+def test_evaluation_of_a_checkpoint(train, evaluation):
+    """Guards against eval.only with train.resume that evaluates the weights of the start."""
+    folder = train("run", train__max_steps=2, eval__num_documents=7)
+    last = [entry for entry in logged(folder) if "eval/cross_entropy" in entry][-1]
+    found = evaluation("elsewhere", f"train.resume={folder / 'checkpoint-2'}")
+    assert found == {name: last[name] for name in found}
+    assert found["step"] == 2
+
+
+def test_perplexity_of_a_diverged_model():
+    """Guards against an OverflowError, at the very end of a run, for a cross-entropy above 709."""
+    table = {name: torch.tensor([[2000.0, 3000.0], [2.0, 3.0]]) for name in train_strided.EVALUATED}
+    assert train_strided.evaluation_metrics(table, None)["eval/perplexity"] == math.inf
+
+
+def test_one_held_out_document(train):
+    """Guards against NaN in metrics.jsonl (not JSON) when there is no standard error."""
+    entries = logged(train("run", train__max_steps=1, eval__num_documents=1))
+    assert [entry["step"] for entry in entries] == [0, 1, 1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# (g, i, k) Choices
+
+
+@MODES
+def test_bfloat16_keeps_what_is_trained_in_float32(train, mode):
+    """Guards against weights or AdamW moments in bfloat16 (updates of 1e-6 round away), and against a dtype that changes nothing."""
+    changes = dict(**mode, ebft__ce_coef=0.3, train__learning_rate=1e-6, train__max_steps=2)
+    folder, exact = train("bf16", "model.dtype=bfloat16", **changes), train("fp32", **changes)
+    state = torch.load(folder / "checkpoint-2" / "state.pt", weights_only=True)
+    assert {tensor.dtype for tensor in state["model"].values()} == {torch.float32}
+    moments = [tensor for entry in state["optimizer"]["state"].values() for name, tensor in entry.items() if name != "step"]
+    assert len(moments) == 2 * len(state["model"]) and {tensor.dtype for tensor in moments} == {torch.float32}
+    assert {tensor.dtype for tensor in weights(folder).values()} == {torch.float32}
+    for low, high in zip(training(folder), training(exact), strict=True):
+        assert 1e-6 < abs(low["ebft/ce_loss"] - high["ebft/ce_loss"]) < 0.1
+    if mode:
+        moved = [tensor.abs().max().item() for name, tensor in weights(folder).items() if "lora_B" in name]
+        assert all(0 < value <= 2.1e-6 for value in moved)  # two AdamW steps of at most 1e-6
+
+
+def test_packing_trains_on_the_same_tokens(train, write_config):
+    """Guards against packed documents that see each other, or targets and anchors over a document's end: over all rows at once nothing may change."""
+    changes = dict(data__sequence_length=96, ebft__ce_coef=1.0, train__max_steps=1, train__warmup_ratio=0.0)
+    config = load_config(str(write_config(**changes, data__packing=True, eval__num_documents=0)))
+    rows, _ = load_rows(config, load_tokenizer(config.model))
+    assert len(rows) < 40
+    packed = train("packed", "data.packing=true", f"train.per_device_batch_size={len(rows)}", **changes)
+    alone = train("alone", "train.per_device_batch_size=40", **changes)
+    assert training(packed)[0]["ebft/ce_loss"] == pytest.approx(training(alone)[0]["ebft/ce_loss"], abs=1e-5)
+    sft = dict(**changes, ebft__rl_coef=0.0)
+    packed = train("packed sft", "data.packing=true", f"train.per_device_batch_size={len(rows)}", **sft)
+    alone = train("alone sft", "train.per_device_batch_size=40", **sft)
+    assert training(packed)[0]["train/grad_norm"] == pytest.approx(training(alone)[0]["train/grad_norm"], rel=1e-5)
+
+
+def test_packed_run_of_several_steps(train):
+    """Guards against packing that works for one batch only."""
+    entries = training(train("run", "data.packing=true", "data.sequence_length=96", "train.max_steps=3"))
+    assert len(entries) == 3 and all(math.isfinite(value) for entry in entries for value in entry.values())
+    assert len({entry["ebft/rl_loss"] for entry in entries}) == 3
+
+
+VARIANTS = {
+    "rloo": [],
+    "group_norm": ["ebft.advantage_estimator=group_norm"],
+    "reinforce": ["ebft.advantage_estimator=reinforce"],
+    "sample whitening": ["ebft.whitening=sample"],
+    "no whitening": ["ebft.use_whitening=false"],
+    "mean_pooling": ["ebft.embed_method=mean_pooling"],
+    "concat": ["ebft.embed_method=concat"],
+    "one layer": ["ebft.feature_layers=[1.0]"],
+    "no diversity": ["ebft.diversity_coef=0", "ebft.use_whitening=false"],
+    "temperature": ["ebft.temperature=1.0"],
+    "later anchors": ["ebft.min_completion_prefix=12"],
+}
+
+
+def test_every_choice_does_something(train):
+    """Guards against an option that is read and then ignored: each one's loss is finite and unlike all the others'."""
+    losses = {name: training(train(name.replace(" ", "_"), "train.max_steps=1", *overrides))[0]["ebft/rl_loss"] for name, overrides in VARIANTS.items()}
+    assert all(math.isfinite(loss) for loss in losses.values())
+    values = sorted(losses.values())
+    assert min(high - low for low, high in zip(values, values[1:])) > 1e-6, losses
+    same = training(train("completion_mean", "train.max_steps=1", "ebft.embed_method=completion_mean"))[0]["ebft/rl_loss"]
+    assert same == losses["mean_pooling"]  # a strided rollout is its completion
+
+
+def test_logged_loss_is_the_weighted_sum(train):
+    """Guards against coefficients that are applied twice or not at all."""
+    (entry,) = training(train("run", "train.max_steps=1", "ebft.rl_coef=0.7", "ebft.ce_coef=0.2", "ebft.alignment_coef=0.5", "ebft.diversity_coef=0.25", "ebft.use_whitening=false"))
+    assert entry["train/loss"] == pytest.approx(0.7 * entry["ebft/rl_loss"] + 0.2 * entry["ebft/ce_loss"], abs=1e-5)
+    assert entry["ebft/mean_reward"] == pytest.approx(0.5 * entry["ebft/alignment"] - 0.25 * entry["ebft/diversity"], abs=1e-5)
+
+
+def test_seed_decides_and_nothing_else(train):
+    """Guards against random state that is not the seed's, and a seed that is ignored."""
+    first = train("first", "train.max_steps=2", lora={"r": 2})
+    torch.manual_seed(77)
+    torch.rand(3)
+    assert training(train("second", "train.max_steps=2", lora={"r": 2})) == training(first)
+    assert training(train("third", "train.max_steps=2", "train.seed=1", lora={"r": 2}))[0]["ebft/rl_loss"] != training(first)[0]["ebft/rl_loss"]
+
+
+def test_logging_and_table_steps(train):
+    """Guards against a last step that is not logged, and tables that are never written."""
+    folder = train("run", "train.max_steps=5", "train.logging_steps=2", "train.rollout_table_steps=2")
+    assert [entry["step"] for entry in logged(folder)] == [2, 4, 5]
+    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"tensors": 0}).Reload()
+    assert [event.step for event in events.Tensors("rollouts/text_summary")] == [1, 2, 4]
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# (l) Learning rate
+
+
+@pytest.mark.parametrize(
+    "scheduler, warmup, expected",
+    [
+        ("constant", 0.0, [1, 1, 1, 1, 1, 1, 1, 1]),
+        ("constant", 0.25, [1 / 3, 2 / 3, 1, 1, 1, 1, 1, 1]),
+        ("linear", 0.0, [1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8]),
+        ("linear", 0.5, [1 / 5, 2 / 5, 3 / 5, 4 / 5, 1, 3 / 4, 2 / 4, 1 / 4]),
+        ("cosine", 0.0, [0.5 * (1 + math.cos(math.pi * step / 8)) for step in range(8)]),
+        ("cosine", 0.5, [1 / 5, 2 / 5, 3 / 5, 4 / 5, 1, 0.5 + 0.25 * 2**0.5, 0.5, 0.5 - 0.25 * 2**0.5]),
+        ("constant", 1.0, [step / 9 for step in range(1, 9)]),
+    ],
+)
+def test_learning_rate_by_hand(write_config, scheduler, warmup, expected):
+    """Guards against a first or last step at learning rate 0 (wasted), and a peak that is never reached."""
+    config = load_config(str(write_config(train__max_steps=8, train__lr_scheduler=scheduler, train__warmup_ratio=warmup)))
+    assert [train_strided.learning_rate_factor(config, step) for step in range(8)] == pytest.approx(expected, abs=1e-6)
+
+
+def test_logged_learning_rate_is_the_one_of_the_step(train):
+    """Guards against logging the next step's rate, and against a schedule that never reaches the optimizer: the weights must show the same rates."""
+    folder = train("run", "train.max_steps=4", "train.lr_scheduler=linear", "train.warmup_ratio=0", "train.learning_rate=1e-2")
+    assert [entry["train/learning_rate"] for entry in training(folder)] == pytest.approx([1e-2, 7.5e-3, 5e-3, 2.5e-3])
+
+
+def test_first_update_has_the_size_of_the_first_rate(train, model_folder):
+    """Guards against a schedule that is not connected to the optimizer. AdamW's first update of a weight is the learning rate, up or down."""
+    start = load_file(model_folder / "model.safetensors")
+    for name, overrides, rate in [("flat", ["train.warmup_ratio=0"], 1e-3), ("warm", ["train.warmup_ratio=1"], 5e-4)]:
+        folder = train(name, "train.max_steps=1", *overrides)
+        moved = torch.cat([(tensor - start[key]).abs().flatten() for key, tensor in weights(folder).items()])
+        assert moved.max().item() == pytest.approx(rate, rel=1e-2)
+        assert (moved > 0.99 * rate).float().mean() > 0.3
