@@ -17,7 +17,6 @@ that would cross a document's end are no groups; whitening is eq 8 by default (`
 """
 
 import json
-import math
 import os
 import sys
 import time
@@ -34,7 +33,7 @@ from ebft_utils.config import Config, UserError, parse_command_line
 from ebft_utils.data import Batch, Rows, load_rows, make_batch, rollout_uniforms, rows_of_step
 from ebft_utils.features import FeatureNetwork, strided_features
 from ebft_utils.losses import cross_entropy_loss, policy_gradient_loss
-from ebft_utils.metrics import MetricLogger, MetricSums, mean_with_error, rollout_table
+from ebft_utils.metrics import MetricLogger, MetricSums, logged_evaluations, mean_with_error, rollout_table
 from ebft_utils.models import StridedPolicy, base_causal_lm, check_vocabulary, load_feature_network, load_policy, load_tokenizer, model_card
 from ebft_utils.rewards import (
     FeatureRewards,
@@ -162,7 +161,7 @@ def count_groups(sums: MetricSums, batch: Batch, groups: Groups, advantages: Ten
 @torch.no_grad()
 def evaluate(config: Config, accelerator: Accelerator, policy, network: FeatureNetwork, rows: Rows, pad_token_id: int) -> dict[str, Tensor]:
     """Held-out cross-entropy, CFM and reward of each document: name -> (2, documents), totals and their weights. Same seed, same numbers."""
-    causal_lm = accelerator.unwrap_model(policy).causal_lm
+    policy = accelerator.unwrap_model(policy)  # processes can have different numbers of batches, and DDP's forward synchronises
     policy.eval()
     size = config.eval.per_device_batch_size
     mine = range(accelerator.process_index * size, len(rows), accelerator.num_processes * size)
@@ -170,7 +169,7 @@ def evaluate(config: Config, accelerator: Accelerator, policy, network: FeatureN
     for start in tqdm(mine, desc="evaluating", disable=not accelerator.is_main_process, leave=False):
         batch = batch_of(config, rows, list(range(start, min(start + size, len(rows)))), pad_token_id).to(accelerator.device)
         with accelerator.autocast():
-            groups = sample_and_score(config, causal_lm, network, batch, config.eval.seed, 0)
+            groups = sample_and_score(config, policy.causal_lm, network, batch, config.eval.seed, 0)
         _, logps = policy(
             document_ids=batch.document_ids,
             segment_ids=batch.segment_ids,
@@ -200,7 +199,7 @@ def evaluation_metrics(table: dict[str, Tensor], before: dict[str, Tensor] | Non
     metrics = {}
     for name, (totals, weights) in table.items():
         metrics[f"eval/{name}"], metrics[f"eval/{name}_se"] = mean_with_error(totals, weights)
-    perplexity = math.exp(metrics["eval/cross_entropy"])
+    perplexity = torch.tensor(metrics["eval/cross_entropy"], dtype=torch.float64).exp().item()
     metrics |= {"eval/perplexity": perplexity, "eval/perplexity_se": perplexity * metrics["eval/cross_entropy_se"]}
     if before is not None:
         for name, (totals, weights) in table.items():
@@ -289,15 +288,20 @@ def describe_run(config: Config, accelerator: Accelerator, policy, rows: Rows) -
     )
 
 
-def train(config: Config, accelerator: Accelerator, policy, network, optimizer, scheduler, rows: Rows, held_out: Rows | None, tokenizer, logger) -> dict:
-    """The loop. Returns the evaluation results by step. Whatever ends it, what was trained is saved."""
+def train(
+    config: Config, accelerator: Accelerator, policy, network, optimizer, scheduler, rows: Rows, held_out: Rows | None, tokenizer, logger, before, results
+) -> None:
+    """The loop. Whatever ends it, what was trained is saved.
+
+    before: the evaluation before the first step, of a resumed run; results: evaluation metrics by step, added to here.
+    """
     done = saved = scheduler.last_epoch
-    results: dict[int, dict[str, float]] = {}
-    before: dict[str, Tensor] | None = None
     progress = tqdm(total=config.train.max_steps, initial=done, desc="training", disable=not accelerator.is_main_process)
 
     def evaluate_at(step: int) -> None:
         nonlocal before
+        if held_out is None or step in results:
+            return
         table = evaluate(config, accelerator, policy, network, held_out, tokenizer.pad_token_id)
         results[step] = evaluation_metrics(table, before)
         before = table if step == 0 else before
@@ -305,7 +309,7 @@ def train(config: Config, accelerator: Accelerator, policy, network, optimizer, 
             logger.log(step, results[step])
             progress.write(f"step {step}, {len(held_out)} held-out documents, mean ± standard error:\n{summary_of(results[step])}")
 
-    if held_out is not None and config.eval.at_start and done == 0:
+    if config.eval.at_start and done == 0:
         evaluate_at(0)
     policy.train()
     try:
@@ -340,18 +344,17 @@ def train(config: Config, accelerator: Accelerator, policy, network, optimizer, 
             table_steps = config.train.rollout_table_steps
             if accelerator.is_main_process and groups is not None and table_steps and (done % table_steps == 0 or done == 1):
                 logger.text(done, "rollouts", sample_table(tokenizer, batches[-1], groups))
-            if held_out is not None and config.eval.every_steps and done % config.eval.every_steps == 0 and done < config.train.max_steps:
+            if config.eval.every_steps and done % config.eval.every_steps == 0 and done < config.train.max_steps:
                 evaluate_at(done)
             if config.train.save_steps and done % config.train.save_steps == 0:
-                save_checkpoint(config, accelerator, policy, optimizer, scheduler, done)
+                save_checkpoint(config, accelerator, policy, optimizer, scheduler, done, before)
                 saved = done
-        if held_out is not None and config.eval.at_end:
+        if config.eval.at_end:
             evaluate_at(done)
     finally:
         if done > saved:
-            save_checkpoint(config, accelerator, policy, optimizer, scheduler, done)
+            save_checkpoint(config, accelerator, policy, optimizer, scheduler, done, before)
         progress.close()
-    return results
 
 
 def main(argv: list[str]) -> None:
@@ -383,7 +386,7 @@ def main(argv: list[str]) -> None:
     )
     policy, optimizer = accelerator.prepare(policy, optimizer)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer.optimizer, lambda step: learning_rate_factor(config, step))
-    first_step = 0 if checkpoint is None else load_checkpoint(checkpoint, policy, optimizer.optimizer, scheduler)
+    first_step, before = (0, None) if checkpoint is None else load_checkpoint(checkpoint, policy, optimizer.optimizer, scheduler)
     accelerator.print(describe_run(config, accelerator, policy, rows))
     if checkpoint is not None:
         accelerator.print(f"going on from {checkpoint}, step {first_step}")
@@ -397,8 +400,10 @@ def main(argv: list[str]) -> None:
         if accelerator.is_main_process:
             (output_dir / "eval.json").write_text(json.dumps({"step": first_step, **results}, indent=2) + "\n")
         return
+    results = logged_evaluations(output_dir, first_step) if checkpoint is not None else {}
+    accelerator.wait_for_everyone()  # all have read it
     logger = MetricLogger(output_dir, first_step) if accelerator.is_main_process else None
-    results = train(config, accelerator, policy, network, optimizer, scheduler, rows, held_out, tokenizer, logger)
+    train(config, accelerator, policy, network, optimizer, scheduler, rows, held_out, tokenizer, logger, before, results)
 
     # --- the final model ---------------------------------------------------------------------------------------------------------------
     target = export_final(config, accelerator, accelerator.unwrap_model(policy).causal_lm, tokenizer, model_card(config, results))

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from peft import PeftModel
+from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict, set_model_state_dict, set_optimizer_state_dict
 
 from .config import Config, UserError
@@ -56,9 +57,10 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def save_checkpoint(config: Config, accelerator: Accelerator, policy, optimizer, scheduler, step: int) -> Path:
-    """Writes checkpoint-STEP: trained weights, optimizer, schedule, step, configuration; then removes the oldest ones over train.save_total_limit.
+def save_checkpoint(config: Config, accelerator: Accelerator, policy, optimizer, scheduler, step: int, before: dict[str, Tensor] | None) -> Path:
+    """Writes checkpoint-STEP: trained weights, optimizer, schedule, step, the evaluation before training, configuration.
 
+    Then removes the oldest ones over train.save_total_limit, and later ones: a run that was resumed further back has left that continuation.
     There is no random state to save: data order and rollouts are functions of (seed, step).
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
@@ -69,20 +71,25 @@ def save_checkpoint(config: Config, accelerator: Accelerator, policy, optimizer,
     if accelerator.is_main_process:
         with writing(target) as temporary:
             (temporary / "config.yaml").write_text(config.to_yaml())
-            state = {"step": step, "model": model_state, "optimizer": optimizer_state, "scheduler": scheduler.state_dict()}
+            state = {"step": step, "model": model_state, "optimizer": optimizer_state, "scheduler": scheduler.state_dict(), "before": before}
             torch.save(state, temporary / STATE_FILE)
-        for old in list_checkpoints(folder)[: -config.train.save_total_limit]:
+        checkpoints = list_checkpoints(folder)
+        newest = checkpoints.index(target)
+        for old in checkpoints[: max(0, newest + 1 - config.train.save_total_limit)] + checkpoints[newest + 1 :]:
             shutil.rmtree(old)
     return target
 
 
-def load_checkpoint(path: Path, policy, optimizer, scheduler) -> int:
-    """Restores weights, optimizer and schedule; returns the number of steps done. Raises UserError when the checkpoint is of another model or damaged."""
+def load_checkpoint(path: Path, policy, optimizer, scheduler) -> tuple[int, dict[str, Tensor] | None]:
+    """Restores weights, optimizer and schedule; returns the number of steps done and the evaluation before training.
+
+    Raises UserError when the checkpoint is of another model or damaged.
+    """
     try:
         state = torch.load(path / STATE_FILE, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, LookupError, pickle.UnpicklingError) as error:
         raise UserError(f"train.resume: {path / STATE_FILE} cannot be read (damaged?): {(str(error) or type(error).__name__).splitlines()[0]}") from None
-    if not isinstance(state, dict) or state.keys() != {"step", "model", "optimizer", "scheduler"}:
+    if not isinstance(state, dict) or state.keys() != {"step", "model", "optimizer", "scheduler", "before"}:
         raise UserError(f"train.resume: {path / STATE_FILE} is not a checkpoint of this program")
     trained = {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
     shapes = {name.removeprefix("module."): parameter.shape for name, parameter in trained.items()}
@@ -97,7 +104,7 @@ def load_checkpoint(path: Path, policy, optimizer, scheduler) -> int:
     set_model_state_dict(policy, state["model"], options=options)
     set_optimizer_state_dict(policy, optimizer, state["optimizer"], options=options)
     scheduler.load_state_dict(state["scheduler"])
-    return state["step"]
+    return state["step"], state["before"]
 
 
 class writing:

@@ -42,13 +42,9 @@ class MetricLogger:
 
     def __init__(self, output_dir: Path, first_step: int = 0):
         self.path = output_dir / "metrics.jsonl"
-        if self.path.exists():
-            lines = self.path.read_text().splitlines(keepends=True)
-            whole = [line.strip() for line in lines if line.endswith("\n")]  # a crash can leave half a line at the end
-            kept = [line for line in whole if json.loads(line)["step"] <= first_step]
-            replacement = self.path.with_suffix(".jsonl.tmp")
-            replacement.write_text("".join(line + "\n" for line in kept))
-            os.replace(replacement, self.path)
+        replacement = self.path.with_suffix(".jsonl.tmp")
+        replacement.write_text("".join(json.dumps(entry) + "\n" for entry in logged_entries(output_dir, first_step)))
+        os.replace(replacement, self.path)
         self.writer = SummaryWriter(str(output_dir / "tensorboard"), purge_step=first_step + 1 if first_step else None)
         self.file = self.path.open("a")
 
@@ -69,6 +65,23 @@ class MetricLogger:
         """Flushes everything."""
         self.writer.close()
         self.file.close()
+
+
+def logged_entries(output_dir: Path, last_step: int) -> list[dict]:
+    """What metrics.jsonl holds up to a step. A crash can have left half a line at its end: that one does not count."""
+    path = output_dir / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    entries = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [entry for entry in entries if entry["step"] <= last_step]
+
+
+def logged_evaluations(output_dir: Path, last_step: int) -> dict[int, dict[str, float]]:
+    """The evaluations among them, by step."""
+    found = {}
+    for entry in logged_entries(output_dir, last_step):
+        if any(name.startswith("eval/") for name in entry):
+            found[entry["step"]] = {name: math.nan if value is None else value for name, value in entry.items() if name != "step"}
+    return found
 
 
 def mean_with_error(totals: Tensor, weights: Tensor) -> tuple[float, float]:

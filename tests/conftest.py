@@ -48,7 +48,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<eos>", "<pad>"], initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator([(ROOT / "train_strided.py").read_text()], trainer)
+    tokenizer.train_from_iterator([(ROOT / "LICENSE").read_text()], trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
 
 
@@ -63,12 +63,12 @@ def model_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory) -> Path:
-    """40 documents of different lengths, as JSON lines with the column text."""
+    """40 documents of different lengths out of the licence (a text that does not change), as JSON lines with the column text."""
     import json
 
-    lines = (ROOT / "train_strided.py").read_text().splitlines()
+    text = " ".join((ROOT / "LICENSE").read_text().split())
     path = tmp_path_factory.mktemp("data") / "documents.jsonl"
-    path.write_text("".join(json.dumps({"text": "\n".join(lines[index * 4 : index * 4 + 3 + index % 4]) + "\nend of document"}) + "\n" for index in range(40)))
+    path.write_text("".join(json.dumps({"text": text[index * 200 :][: 16 + 8 * (index * 7 % 13)]}) + "\n" for index in range(40)))
     return path
 
 

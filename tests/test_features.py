@@ -102,6 +102,16 @@ def test_only_the_needed_layers_run():
     assert calls == {0: 1, 1: 1, 2: 1}
 
 
+def test_features_are_computed_without_dropout():
+    """Whatever mode the policy is in: phi is one function, and equal rollouts must have equal features."""
+    model = strided_model("phi", resid_pdrop=0.3, embd_pdrop=0.1)
+    network = FeatureNetwork(model.get_decoder(), [1, 2, 3])
+    expected = strided_features(network, *example(), "last_token")
+    model.train(), network.decoder.train()
+    for one, other in zip(strided_features(network, *example(), "last_token"), expected, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_cut_decoder_leaves_the_model_whole():
     """The view shares parameters and nothing else: the policy keeps its layers and its norm."""
     model, tokens = strided_model(), torch.arange(2, 12)

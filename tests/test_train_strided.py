@@ -24,7 +24,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train_strided
-from ebft_utils.config import load_config
+from ebft_utils.config import UserError, load_config
 from ebft_utils.data import load_rows, rows_of_step
 from ebft_utils.models import load_tokenizer
 
@@ -222,6 +222,29 @@ def test_resumed_run_reports_the_evaluation_before_training(train, interrupted, 
     assert [entry for entry in logged(broken) if "eval/cross_entropy" in entry] == [entry for entry in logged(whole) if "eval/cross_entropy" in entry]
     table = (whole / "final" / "README.md").read_text().partition("Held-out")[2]
     assert (broken / "final" / "README.md").read_text().partition("Held-out")[2] == table
+
+
+@pytest.mark.parametrize("override", ["eval.num_documents=5", "eval.seed=3"])
+def test_resume_with_other_evaluation_documents(train, interrupted, tmp_path, override):
+    """Guards against a change that is taken between two sets of documents (or a traceback, where their numbers differ)."""
+    changes = dict(train__max_steps=2, eval__num_documents=4)
+    interrupted("run", 1, **changes)
+    try:
+        train("run", "train.resume=latest", override, **changes)
+    except UserError as error:
+        assert "train.resume" in str(error) and override.partition("=")[0] in str(error)
+    else:
+        (last,) = [entry for entry in logged(tmp_path / "run") if "eval/cross_entropy" in entry and entry["step"] == 2]
+        assert not [name for name in last if "change" in name]
+
+
+def test_resume_beyond_max_steps(train):
+    """Guards against a model card that says 2 steps for a model of 3."""
+    folder = train("run", "train.max_steps=3")
+    with pytest.raises(UserError) as caught:
+        train("run", "train.max_steps=2", "train.resume=latest")
+    assert "train.max_steps" in str(caught.value) and "checkpoint-3" in str(caught.value)
+    assert len(training(folder)) == 3
 
 
 def test_resuming_a_finished_run_changes_nothing(train):
@@ -440,6 +463,13 @@ def test_evaluation_of_a_checkpoint(train, evaluation):
     found = evaluation("elsewhere", f"train.resume={folder / 'checkpoint-2'}")
     assert found == {name: last[name] for name in found}
     assert found["step"] == 2
+
+
+@MODES
+def test_evaluation_runs_in_the_chosen_precision(evaluation, mode):
+    """Guards against an evaluation that goes around the prepared module and so measures a float32 model that nobody trains."""
+    low, exact = evaluation("bf16", "model.dtype=bfloat16", **mode), evaluation("fp32", **mode)
+    assert 1e-6 < abs(low["eval/cross_entropy"] - exact["eval/cross_entropy"]) < 0.05
 
 
 def test_perplexity_of_a_diverged_model():
