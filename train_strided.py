@@ -17,6 +17,7 @@ that would cross a document's end are no groups; whitening is eq 8 by default (`
 """
 
 import json
+import math
 import os
 import sys
 import time
@@ -28,7 +29,7 @@ from accelerate import Accelerator, DistributedType
 from torch import Tensor
 from tqdm import tqdm
 
-from ebft_utils.checkpoint import export_final, find_checkpoint, load_checkpoint, prepare_output_dir, save_checkpoint
+from ebft_utils.checkpoint import StopSignals, check_same_run, export_final, find_checkpoint, load_checkpoint, prepare_output_dir, save_checkpoint
 from ebft_utils.config import Config, UserError, parse_command_line
 from ebft_utils.data import Batch, Rows, load_rows, make_batch, rollout_uniforms, rows_of_step
 from ebft_utils.features import FeatureNetwork, strided_features
@@ -63,11 +64,11 @@ class Groups:
     rewards: FeatureRewards
 
 
-def sample_and_score(config: Config, causal_lm, network: FeatureNetwork, batch: Batch, seed: int, step: int) -> Groups:
+def sample_and_score(config: Config, causal_lm, network: FeatureNetwork, batch: Batch, seed: int) -> Groups:
     """Points 1 to 3 of the algorithm: rollouts at every anchor, features of rollouts and truth, rewards."""
     ebft = config.ebft
     num_anchors = batch.anchors.shape[1]
-    uniforms = rollout_uniforms(seed, step, batch.row_ids, num_anchors, ebft.n_samples_per_prompt, ebft.generate_max_len)
+    uniforms = rollout_uniforms(seed, batch.keys, num_anchors, ebft.n_samples_per_prompt, ebft.generate_max_len)
     where = (batch.document_ids, batch.segment_ids)
     rollouts = generate_rollouts(
         base_causal_lm(causal_lm), *where, batch.anchors, batch.valid, ebft.temperature, uniforms.to(batch.anchors.device)
@@ -100,7 +101,7 @@ def document_targets(batch: Batch) -> Tensor:
     return (batch.segment_ids[:, 1:] >= 0) & (batch.segment_ids[:, 1:] == batch.segment_ids[:, :-1])
 
 
-def train_step(config: Config, accelerator: Accelerator, policy, network: FeatureNetwork, batches: list[Batch], step: int):
+def train_step(config: Config, accelerator: Accelerator, policy, network: FeatureNetwork, batches: list[Batch]):
     """Gradients of one optimizer step, accumulated over its micro-batches. Returns metric sums, the loss, and the last micro-batch's groups."""
     ebft, sums = config.ebft, MetricSums()
     causal_lm = accelerator.unwrap_model(policy).causal_lm
@@ -114,7 +115,7 @@ def train_step(config: Config, accelerator: Accelerator, policy, network: Featur
         rollouts = None
         if ebft.rl_coef > 0:
             with accelerator.autocast():
-                groups = sample_and_score(config, causal_lm, network, batch, config.train.seed, step)
+                groups = sample_and_score(config, causal_lm, network, batch, config.train.seed)
             rollouts, advantages = groups.rollouts, advantages_of(config, groups.rewards)
         last = index == len(batches) - 1
         with nullcontext() if last else accelerator.no_sync(policy):
@@ -167,9 +168,10 @@ def evaluate(config: Config, accelerator: Accelerator, policy, network: FeatureN
     mine = range(accelerator.process_index * size, len(rows), accelerator.num_processes * size)
     table = torch.zeros(len(EVALUATED), 2, len(rows), dtype=torch.float64, device=accelerator.device)
     for start in tqdm(mine, desc="evaluating", disable=not accelerator.is_main_process, leave=False):
-        batch = batch_of(config, rows, list(range(start, min(start + size, len(rows)))), pad_token_id).to(accelerator.device)
+        row_ids = list(range(start, min(start + size, len(rows))))
+        batch = batch_of(config, rows, row_ids, row_ids, pad_token_id).to(accelerator.device)
         with accelerator.autocast():
-            groups = sample_and_score(config, policy.causal_lm, network, batch, config.eval.seed, 0)
+            groups = sample_and_score(config, policy.causal_lm, network, batch, config.eval.seed)
         _, logps = policy(
             document_ids=batch.document_ids,
             segment_ids=batch.segment_ids,
@@ -211,19 +213,21 @@ def evaluation_metrics(table: dict[str, Tensor], before: dict[str, Tensor] | Non
 # Around it
 
 
-def batch_of(config: Config, rows: Rows, row_ids: list[int], pad_token_id: int) -> Batch:
+def batch_of(config: Config, rows: Rows, row_ids: list[int], keys: list[int], pad_token_id: int) -> Batch:
     """The rows as tensors, with their anchors."""
     return make_batch(
-        rows, row_ids, pad_token_id, first_anchor=config.first_anchor, stride=config.ebft.stride, num_generated=config.ebft.generate_max_len
+        rows, row_ids, keys, pad_token_id, first_anchor=config.first_anchor, stride=config.ebft.stride, num_generated=config.ebft.generate_max_len
     )
 
 
 def step_batches(config: Config, accelerator: Accelerator, rows: Rows, step: int, pad_token_id: int) -> list[Batch]:
     """This process's micro-batches of an optimizer step (counted from 0)."""
     size, micro_batches = config.train.per_device_batch_size, config.train.gradient_accumulation_steps
-    row_ids = rows_of_step(len(rows), step, size * micro_batches * accelerator.num_processes, config.train.seed)
+    rows_per_step = size * micro_batches * accelerator.num_processes
+    row_ids = rows_of_step(len(rows), step, rows_per_step, config.train.seed)
     starts = [(index * accelerator.num_processes + accelerator.process_index) * size for index in range(micro_batches)]
-    return [batch_of(config, rows, row_ids[start : start + size], pad_token_id) for start in starts]
+    keys = [range(step * rows_per_step + start, step * rows_per_step + start + size) for start in starts]  # a row has other rollouts in each epoch
+    return [batch_of(config, rows, row_ids[start : start + size], list(key), pad_token_id) for start, key in zip(starts, keys, strict=True)]
 
 
 def learning_rate_factor(config: Config, step: int) -> float:
@@ -232,8 +236,8 @@ def learning_rate_factor(config: Config, step: int) -> float:
     warmup_steps = round(train.warmup_ratio * train.max_steps)
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)
-    done = torch.tensor((step - warmup_steps) / max(1, train.max_steps - warmup_steps))
-    return {"constant": 1.0, "linear": 1 - done.item(), "cosine": 0.5 * (1 + (torch.pi * done).cos().item())}[train.lr_scheduler]
+    done = (step - warmup_steps) / max(1, train.max_steps - warmup_steps)
+    return {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[train.lr_scheduler]
 
 
 def sample_table(tokenizer, batch: Batch, groups: Groups, num_rows: int = 8) -> str:
@@ -272,6 +276,13 @@ def prepare_accelerator(config: Config) -> Accelerator:
     if launched not in ("no", precision):
         raise UserError(f"mixed_precision: {launched} in the accelerate config contradicts model.dtype: {config.model.dtype}; set mixed_precision: 'no' there")
     accelerator = Accelerator(mixed_precision=precision)
+    if accelerator.gradient_accumulation_steps != 1:
+        raise UserError(
+            f"gradient_accumulation_steps: {accelerator.gradient_accumulation_steps} in the accelerate config would divide the loss once more; "
+            "leave it out there and set train.gradient_accumulation_steps"
+        )
+    if os.environ.get("ACCELERATE_USE_FSDP", "false") == "true" and accelerator.distributed_type != DistributedType.FSDP:
+        raise UserError("distributed_type: FSDP in the accelerate config would silently run unsharded on this machine; use accelerate_configs/cpu.yaml")
     if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
         raise UserError(f"distributed_type: {accelerator.distributed_type.value} in the accelerate config is not supported; allowed: NO, MULTI_CPU, MULTI_GPU")
     return accelerator
@@ -289,7 +300,7 @@ def describe_run(config: Config, accelerator: Accelerator, policy, rows: Rows) -
 
 
 def train(
-    config: Config, accelerator: Accelerator, policy, network, optimizer, scheduler, rows: Rows, held_out: Rows | None, tokenizer, logger, before, results
+    config: Config, accelerator: Accelerator, policy, network, optimizer, scheduler, rows: Rows, held_out: Rows | None, tokenizer, logger, before, results, signals
 ) -> None:
     """The loop. Whatever ends it, what was trained is saved.
 
@@ -309,23 +320,24 @@ def train(
             logger.log(step, results[step])
             progress.write(f"step {step}, {len(held_out)} held-out documents, mean ± standard error:\n{summary_of(results[step])}")
 
-    if config.eval.at_start and done == 0:
-        evaluate_at(0)
     policy.train()
     try:
+        if config.eval.at_start and done == 0:
+            evaluate_at(0)
         while done < config.train.max_steps:
             started = time.perf_counter()
             batches = step_batches(config, accelerator, rows, done, tokenizer.pad_token_id)
-            sums, loss, groups = train_step(config, accelerator, policy, network, batches, done)
+            sums, loss, groups = train_step(config, accelerator, policy, network, batches)
             grad_norm = accelerator.clip_grad_norm_(policy.parameters(), config.train.max_grad_norm).item()
             if not torch.tensor([loss, grad_norm]).isfinite().all():
                 kept = f"the weights after step {done} are saved as checkpoint-{done}" if done else "nothing was trained yet"
                 raise UserError(f"step {done + 1}: loss {loss}, gradient norm {grad_norm}: not finite, stopped before the update; {kept}; lower train.learning_rate")
             learning_rate = scheduler.get_last_lr()[0]
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad()
-            done += 1
+            with signals.deferred():
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad()
+                done += 1
             if done % config.train.logging_steps == 0 or done == config.train.max_steps:
                 metrics = sums.means(accelerator)
                 tokens = metrics.pop("tokens") * len(batches) * accelerator.num_processes
@@ -352,9 +364,9 @@ def train(
         if config.eval.at_end:
             evaluate_at(done)
     finally:
-        if done > saved:
-            save_checkpoint(config, accelerator, policy, optimizer, scheduler, done, before)
         progress.close()
+        if done > saved:
+            accelerator.print(f"saving {save_checkpoint(config, accelerator, policy, optimizer, scheduler, done, before)}")
 
 
 def main(argv: list[str]) -> None:
@@ -368,6 +380,8 @@ def main(argv: list[str]) -> None:
     # --- folder, data, model -----------------------------------------------------------------------------------------------------------
     output_dir = prepare_output_dir(config)
     checkpoint = find_checkpoint(config)
+    if checkpoint is not None and not config.eval.only:
+        check_same_run(config, checkpoint)
     tokenizer = load_tokenizer(config.model)
     with accelerator.main_process_first():  # the others then read its cache
         rows, held_out = load_rows(config, tokenizer)
@@ -387,6 +401,8 @@ def main(argv: list[str]) -> None:
     policy, optimizer = accelerator.prepare(policy, optimizer)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer.optimizer, lambda step: learning_rate_factor(config, step))
     first_step, before = (0, None) if checkpoint is None else load_checkpoint(checkpoint, policy, optimizer.optimizer, scheduler)
+    if first_step > config.train.max_steps:
+        raise UserError(f"train.max_steps: {config.train.max_steps} is less than the steps already done in {checkpoint} ({first_step})")
     accelerator.print(describe_run(config, accelerator, policy, rows))
     if checkpoint is not None:
         accelerator.print(f"going on from {checkpoint}, step {first_step}")
@@ -402,8 +418,9 @@ def main(argv: list[str]) -> None:
         return
     results = logged_evaluations(output_dir, first_step) if checkpoint is not None else {}
     accelerator.wait_for_everyone()  # all have read it
-    logger = MetricLogger(output_dir, first_step) if accelerator.is_main_process else None
-    train(config, accelerator, policy, network, optimizer, scheduler, rows, held_out, tokenizer, logger, before, results)
+    logger = MetricLogger(output_dir, None if checkpoint is None else first_step) if accelerator.is_main_process else None
+    with StopSignals() as signals:
+        train(config, accelerator, policy, network, optimizer, scheduler, rows, held_out, tokenizer, logger, before, results, signals)
 
     # --- the final model ---------------------------------------------------------------------------------------------------------------
     target = export_final(config, accelerator, accelerator.unwrap_model(policy).causal_lm, tokenizer, model_card(config, results))
@@ -418,4 +435,4 @@ if __name__ == "__main__":
     except UserError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("interrupted; what was trained is saved: go on with train.resume=latest")
+        sys.exit("interrupted; train.resume=latest goes on from the last checkpoint, where there is one")

@@ -4,9 +4,12 @@ import os
 import pickle
 import re
 import shutil
+import signal
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import yaml
 from accelerate import Accelerator
 from peft import PeftModel
 from torch import Tensor
@@ -16,6 +19,11 @@ from .config import Config, UserError
 from .models import resolve_source
 
 STATE_FILE = "state.pt"
+MAY_CHANGE = {  # settings that a resumed run may change
+    "model.gradient_checkpointing",
+    *(f"eval.{name}" for name in ("only", "at_start", "at_end", "every_steps", "per_device_batch_size")),
+    *(f"train.{name}" for name in ("output_dir", "max_steps", "logging_steps", "rollout_table_steps", "save_steps", "save_total_limit", "resume")),
+}
 
 
 def prepare_output_dir(config: Config) -> Path:
@@ -29,7 +37,7 @@ def prepare_output_dir(config: Config) -> Path:
     except OSError as error:
         raise UserError(f"train.output_dir: {folder} is not writable: {error.strerror}") from None
     if config.train.resume is None and not config.eval.only:
-        found = [path.name for path in (folder / "metrics.jsonl", folder / "final", *list_checkpoints(folder)) if path.exists()]
+        found = [path.name for path in (folder / "final", *list_checkpoints(folder)) if path.exists()]
         if found:
             raise UserError(f"train.output_dir: {folder} already holds a run ({found[0]}); choose another folder, or go on with it: train.resume=latest")
     return folder
@@ -49,6 +57,26 @@ def find_checkpoint(config: Config) -> Path | None:
     if not (path / STATE_FILE).is_file():
         raise UserError(f"train.resume: {path} is not a checkpoint folder (it has no {STATE_FILE})")
     return path
+
+
+def check_same_run(config: Config, checkpoint: Path) -> None:
+    """Raises UserError when the checkpoint was made with settings that would make its continuation another run."""
+    try:
+        saved = yaml.safe_load((checkpoint / "config.yaml").read_text())
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"train.resume: {checkpoint / 'config.yaml'} cannot be read: {error}") from None
+    here, there = _flatten(config.to_dict()), _flatten(saved)
+    changed = [key for key in here | there if here.get(key) != there.get(key) and key not in MAY_CHANGE]
+    if changed:
+        differences = "; ".join(f"{key} is {here.get(key)!r} and was {there.get(key)!r}" for key in changed)
+        raise UserError(f"train.resume: {checkpoint} was made with other settings: {differences}; restore them, or start a new run in another train.output_dir")
+
+
+def _flatten(tree: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -151,3 +179,32 @@ def export_final(config: Config, accelerator: Accelerator, causal_lm, tokenizer,
             (temporary / "README.md").write_text(card)
     accelerator.wait_for_everyone()
     return target
+
+
+class StopSignals:
+    """Inside, SIGINT and SIGTERM raise KeyboardInterrupt, so that what was trained is saved on the way out; but never in the middle of an update."""
+
+    def __enter__(self) -> "StopSignals":
+        self.pending = self.updating = False
+        self.before = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame) -> None:
+        if not self.updating:
+            raise KeyboardInterrupt
+        self.pending = True
+
+    @contextmanager
+    def deferred(self):
+        """A signal that comes inside takes effect at the end."""
+        self.updating = True
+        try:
+            yield
+        finally:
+            self.updating = False
+        if self.pending:
+            raise KeyboardInterrupt

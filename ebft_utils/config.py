@@ -1,6 +1,6 @@
 """The configuration: one YAML file, dotted overrides on the command line, strict validation.
 
-    config = load_config(["--cfg", "examples/quickstart.yaml", "train.max_steps=10", "ebft.ce_coef=0.03"])
+    config = load_config("examples/quickstart.yaml", ["train.max_steps=10", "ebft.ce_coef=0.03"])
 
 Every key, its type, its default and its meaning stands in the dataclasses below, once. The configuration never edits itself: what it cannot
 honour it refuses, with the file, the key, the value, the reason and the fix.
@@ -86,7 +86,7 @@ class EvalConfig:
     every_steps: int = option(0, "evaluate each so many steps; 0: not during training", minimum=0)
     num_documents: int = option(64, "held-out documents; 0: no evaluation", minimum=0)
     dataset: str | None = option(None, "where they come from, like data.dataset; null: taken out of data.dataset, and never trained on")
-    split: str = option("test", "rows of eval.dataset")
+    split: str = option("test", "rows of eval.dataset (local files have one split: train)")
     per_device_batch_size: int = option(4, "documents at a time on each process", minimum=1)
     seed: int = option(0, "chooses the held-out documents and their rollouts: the same in every run", minimum=0)
 
@@ -136,7 +136,7 @@ class TrainConfig:
     rollout_table_steps: int = option(50, "write a table of sample rollouts each so many steps; 0: never", minimum=0)
     save_steps: int = option(100, "checkpoint each so many steps; 0: only at the end", minimum=0)
     save_total_limit: int = option(2, "checkpoints that are kept", minimum=1)
-    resume: str | None = option(None, "latest, or the path of a checkpoint folder; null: a new run")
+    resume: str | None = option(None, "latest, or the path of a checkpoint folder, whose continuation replaces later checkpoints of this folder; null: a new run")
 
 
 @dataclass
@@ -250,6 +250,10 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+EMPTY = object()  # `key:` with nothing behind it; a written null is None
+_StrictLoader.add_constructor("tag:yaml.org,2002:null", lambda loader, node: None if node.value else EMPTY)
+
+
 def _parse_yaml(text: str, source: str):
     try:
         return yaml.load(text, _StrictLoader)
@@ -272,12 +276,17 @@ def _build(cls, tree: dict, prefix: str):
             hint = f"did you mean {prefix}{close[0]}?" if close else f"allowed: {', '.join(fields)}"
             raise ConfigError(dotted, f"unknown key; {hint}")
         section = next((kind for kind in _alternatives(hints[key]) if dataclasses.is_dataclass(kind)), None)
+        if section is not None and value is EMPTY:
+            if type(None) in _alternatives(hints[key]):
+                raise ConfigError(dotted, f"is an empty section; write {dotted}: null to leave it out, {dotted}: {{}} for its defaults, or its keys: {', '.join(_fields(section))}")
+            value = {}
+        value = None if value is EMPTY else value
         if section is None:
             values[key] = _convert(value, hints[key], fields[key].metadata, dotted)
         elif value is None and type(None) in _alternatives(hints[key]):
             values[key] = None
-        elif value is None or isinstance(value, dict):
-            values[key] = _build(section, value or {}, f"{dotted}.")
+        elif isinstance(value, dict):
+            values[key] = _build(section, value, f"{dotted}.")
         else:
             raise ConfigError(dotted, f"{value!r} is not a section; allowed: a mapping with {', '.join(_fields(section))}")
     return cls(**values)

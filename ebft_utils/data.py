@@ -42,7 +42,7 @@ def load_texts(source: str, *, name: str | None, revision: str | None, split: st
             if not path.is_file():
                 raise UserError(f"data: the file {source} does not exist")
             texts = _load_rows([str(path)], path.suffix, split)
-        elif source.startswith((".", "/", "~")):
+        elif path.exists() or source.startswith((".", "/", "~")):
             raise UserError(f"data: {source} is neither a folder nor a file of a known kind ({', '.join(LOADERS)})")
         else:
             texts = datasets.load_dataset(source, name, revision=revision, split=split)
@@ -63,9 +63,15 @@ def _root_cause(error: BaseException) -> str:
 
 
 def _load_rows(files: list[str], suffix: str, split: str) -> datasets.Dataset:
+    _check_local_split(split)
     if not any(Path(file).stat().st_size for file in files):
         raise UserError(f"data: {', '.join(files)} (split {split!r}) is empty")
-    return datasets.load_dataset(LOADERS[suffix], data_files={split.partition("[")[0]: files}, split=split)
+    return datasets.load_dataset(LOADERS[suffix], data_files={"train": files}, split=split)
+
+
+def _check_local_split(split: str) -> None:
+    if split.partition("[")[0] != "train":
+        raise UserError(f"data: local data has one split, train, of which {split!r} is no part; write for example train or train[:10%] (data.split, eval.split)")
 
 
 def _stdlib_files() -> list[Path]:
@@ -77,6 +83,7 @@ def _stdlib_files() -> list[Path]:
 
 def _read_files(files: list[Path], source: str, split: str, text_column: str) -> datasets.Dataset:
     """One document a file; `split` may cut a part out, as in train[:10%]."""
+    _check_local_split(split)
     texts = []
     for file in files:
         try:
@@ -84,7 +91,7 @@ def _read_files(files: list[Path], source: str, split: str, text_column: str) ->
         except UnicodeDecodeError:
             raise UserError(f"data: {file} in {source!r} is not UTF-8 text; narrow data.file_pattern") from None
     whole = datasets.Dataset.from_dict({text_column: [text for text in texts if text.strip()]})
-    parts = datasets.ReadInstruction.from_spec(split).to_absolute({split.partition("[")[0]: len(whole)})
+    parts = datasets.ReadInstruction.from_spec(split).to_absolute({"train": len(whole)})
     return whole.select([row for part in parts for row in range(len(whole))[part.from_ : part.to]])
 
 
@@ -173,8 +180,9 @@ def load_rows(config: Config, tokenizer) -> tuple[Rows, Rows | None]:
         if len(pool) < evaluation.num_documents:
             raise UserError(f"eval.num_documents: {evaluation.num_documents} asked for, and {evaluation.dataset!r} has {len(pool)} usable documents")
         held_out = pool.select(np.random.default_rng(evaluation.seed).permutation(len(pool))[: evaluation.num_documents])
+        documents = _without_copies(documents, held_out, data.dataset)
     elif evaluation.num_documents:
-        if len(documents) <= evaluation.num_documents:
+        if len(documents) < evaluation.num_documents + (not evaluation.only):
             raise UserError(
                 f"eval.num_documents: {evaluation.num_documents} cannot be held out of the {len(documents)} usable documents of {data.dataset!r} "
                 "and leave any to train on; lower it, or set eval.dataset"
@@ -182,8 +190,21 @@ def load_rows(config: Config, tokenizer) -> tuple[Rows, Rows | None]:
         order = np.random.default_rng(evaluation.seed).permutation(len(documents))
         held_out = documents.select(np.sort(order[: evaluation.num_documents]))
         documents = documents.select(np.sort(order[evaluation.num_documents :]))
+        if not evaluation.only:
+            documents = _without_copies(documents, held_out, data.dataset)
     train = pack_documents(documents, data.sequence_length, config.train.seed) if data.packing else one_document_a_row(documents)
     return train, None if held_out is None else one_document_a_row(held_out)
+
+
+def _without_copies(documents: datasets.Dataset, held_out: datasets.Dataset, source: str) -> datasets.Dataset:
+    """The documents that are not token for token one of the held-out ones. Data sets often hold a text twice."""
+    seen = {tuple(tokens) for tokens in held_out["input_ids"]}
+    kept = [row for row, tokens in enumerate(documents["input_ids"]) if tuple(tokens) not in seen]
+    if not kept:
+        raise UserError(f"eval.num_documents: every other document of {source!r} is a copy of a held-out one: nothing is left to train on")
+    if len(kept) < len(documents):
+        PartialState().print(f"data: {len(documents) - len(kept)} documents of {source!r} left out of training: copies of held-out ones")
+    return documents.select(kept)
 
 
 def one_document_a_row(documents: datasets.Dataset) -> Rows:
@@ -199,21 +220,22 @@ def one_document_a_row(documents: datasets.Dataset) -> Rows:
 class Batch:
     """One forward's worth of rows.
 
-    row_ids: which rows; document_ids, segment_ids (B, S): token ids and the number of the document in its row, -1 for padding;
+    row_ids: which rows; keys: what each row's random numbers are keyed by (see `rollout_uniforms`); document_ids, segment_ids (B, S): token ids and the number of the document in its row, -1 for padding;
     anchors, valid (B, A).
     """
 
     row_ids: list[int]
+    keys: list[int]
     document_ids: Tensor
     segment_ids: Tensor
     anchors: Tensor
     valid: Tensor
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(self.row_ids, *(tensor.to(device) for tensor in (self.document_ids, self.segment_ids, self.anchors, self.valid)))
+        return Batch(self.row_ids, self.keys, *(tensor.to(device) for tensor in (self.document_ids, self.segment_ids, self.anchors, self.valid)))
 
 
-def make_batch(rows: Rows, row_ids: list[int], pad_token_id: int, *, first_anchor: int, stride: int, num_generated: int) -> Batch:
+def make_batch(rows: Rows, row_ids: list[int], keys: list[int], pad_token_id: int, *, first_anchor: int, stride: int, num_generated: int) -> Batch:
     """Collates rows: right padding up to the longest, anchors of each row."""
     contents = [rows[row] for row in row_ids]
     length = max(sum(map(len, documents)) for documents in contents)
@@ -225,7 +247,7 @@ def make_batch(rows: Rows, row_ids: list[int], pad_token_id: int, *, first_ancho
         document_ids[index, : len(tokens)] = torch.tensor(tokens)
         segment_ids[index, : len(tokens)] = torch.tensor(segments)
     anchors, valid = find_anchors(segment_ids, first_anchor=first_anchor, stride=stride, num_generated=num_generated)
-    return Batch(row_ids, document_ids, segment_ids, anchors, valid)
+    return Batch(row_ids, keys, document_ids, segment_ids, anchors, valid)
 
 
 def rows_of_step(num_rows: int, step: int, rows_per_step: int, seed: int) -> list[int]:
@@ -243,7 +265,7 @@ def rows_of_step(num_rows: int, step: int, rows_per_step: int, seed: int) -> lis
     return chosen
 
 
-def rollout_uniforms(seed: int, step: int, row_ids: list[int], num_anchors: int, num_samples: int, num_generated: int) -> Tensor:
-    """The uniform numbers that rollouts are drawn with, keyed by (seed, step, row): the same whichever process runs the row. (B, A, N, G)."""
+def rollout_uniforms(seed: int, keys: list[int], num_anchors: int, num_samples: int, num_generated: int) -> Tensor:
+    """The uniform numbers that rollouts are drawn with: a function of seed and each row's key, whichever process runs the row. (B, A, N, G)."""
     shape = (num_anchors, num_samples, num_generated)
-    return torch.from_numpy(np.stack([np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, step, row]))).random(shape) for row in row_ids]))
+    return torch.from_numpy(np.stack([np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, key]))).random(shape) for key in keys]))

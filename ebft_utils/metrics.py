@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -35,25 +36,38 @@ class MetricSums:
 
 
 class MetricLogger:
-    """Writes numbers to TensorBoard and, one JSON object a logged step, to <output_dir>/metrics.jsonl (each line is on disk when the call returns).
+    """Writes numbers to TensorBoard and, one JSON object a logged step, to <output_dir>/metrics.jsonl (on disk when the call returns).
 
     first_step: the step that a resumed run starts after; later entries of an interrupted run are dropped, because they will be written again.
+    None for a new run: whatever an earlier start left here is dropped.
     """
 
-    def __init__(self, output_dir: Path, first_step: int = 0):
-        self.path = output_dir / "metrics.jsonl"
-        replacement = self.path.with_suffix(".jsonl.tmp")
-        replacement.write_text("".join(json.dumps(entry) + "\n" for entry in logged_entries(output_dir, first_step)))
-        os.replace(replacement, self.path)
-        self.writer = SummaryWriter(str(output_dir / "tensorboard"), purge_step=first_step + 1 if first_step else None)
-        self.file = self.path.open("a")
+    def __init__(self, output_dir: Path, first_step: int | None = None):
+        path, events = output_dir / "metrics.jsonl", output_dir / "tensorboard"
+        kept = [] if first_step is None else logged_entries(output_dir, first_step)
+        replacement = path.with_suffix(".jsonl.tmp")
+        replacement.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+        os.replace(replacement, path)
+        if first_step is None:
+            shutil.rmtree(events, ignore_errors=True)
+        self.writer = SummaryWriter(str(events), purge_step=None if first_step is None else first_step + 1)
+        self.file = path.open("r+")
+        self.last, self.last_start = (kept[-1] if kept else {}), 0
+        self.file.seek(0, os.SEEK_END)
+        if kept:
+            self.last_start = self.file.tell() - len(json.dumps(kept[-1])) - 1
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """One logged step."""
+        """The numbers of a step; a second call for the same step (an evaluation after it) adds to its object."""
         for name, value in metrics.items():
             self.writer.add_scalar(name, value, step)
         finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}  # NaN is not JSON
-        self.file.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
+        if self.last.get("step") == step:
+            self.file.seek(self.last_start)
+            self.last |= finite
+        else:
+            self.last_start, self.last = self.file.tell(), {"step": step, **finite}
+        self.file.write(json.dumps(self.last, allow_nan=False) + "\n")
         self.file.flush()
         os.fsync(self.file.fileno())
 
@@ -79,8 +93,9 @@ def logged_evaluations(output_dir: Path, last_step: int) -> dict[int, dict[str, 
     """The evaluations among them, by step."""
     found = {}
     for entry in logged_entries(output_dir, last_step):
-        if any(name.startswith("eval/") for name in entry):
-            found[entry["step"]] = {name: math.nan if value is None else value for name, value in entry.items() if name != "step"}
+        metrics = {name: math.nan if value is None else value for name, value in entry.items() if name.startswith("eval/")}
+        if metrics:
+            found[entry["step"]] = metrics
     return found
 
 

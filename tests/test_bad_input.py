@@ -384,25 +384,37 @@ def test_half_written_checkpoints_do_not_count(refused, write_config, tmp_path):
     assert_holds(refused("--cfg", write_config(), "train.resume=latest"), "train.resume", "no checkpoint")
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{"lora": {"r": 4}}, {"model": "wider"}, {"model": "deeper"}],
-    ids=["full weights for an adapter", "another width", "more layers"],
-)
-def test_resume_from_a_checkpoint_of_another_model(refused, write_config, finished, model_copy, changes):
-    """Guards against weights that are left at their start because the checkpoint does not hold them."""
-    if "model" in changes:
-        tiny_model(**{"wider": {"intermediate_size": 96}, "deeper": {"num_hidden_layers": 5}}[changes["model"]]).save_pretrained(model_copy)
-        changes = {"model__name_or_path": str(model_copy)}
+def test_resume_with_other_settings(refused, write_config, finished):
+    """Guards against a run that goes on with the old learning rate and records the new one, or with other data or rollouts than it started with."""
+    changes = {"lora": {"r": 4}, "train__learning_rate": 7e-6, "train__seed": 5, "ebft__stride": 8, "data__sequence_length": 40}
     message = refused("--cfg", write_config(**changes, eval__num_documents=0), "train.resume=latest", "train.max_steps=3")
-    assert_holds(message, "train.resume", finished / "checkpoint-2", "another model")
+    assert_holds(message, "train.resume", finished / "checkpoint-2", "lora.r is 4", "train.learning_rate is 7e-06 and was 0.001", "train.seed", "ebft.stride", "data.sequence_length is 40 and was 48")
 
 
-def test_resume_from_a_checkpoint_with_more_weights(refused, write_config, finished, model_copy):
-    """Guards against the reverse: weights of the checkpoint that this model has no place for, and that would be dropped."""
-    tiny_model(num_hidden_layers=3).save_pretrained(model_copy)
-    message = refused("--cfg", write_config(model__name_or_path=str(model_copy), eval__num_documents=0), "train.resume=latest", "train.max_steps=3")
-    assert_holds(message, "train.resume", finished / "checkpoint-2", "another model")
+@pytest.mark.parametrize("changes", [{"intermediate_size": 96}, {"num_hidden_layers": 5}, {"num_hidden_layers": 3}], ids=["wider", "deeper", "shallower"])
+def test_resume_from_a_checkpoint_of_another_model(refused, command, write_config, tmp_path, model_copy, changes):
+    """Guards against weights that are left at their start because the checkpoint does not hold them, or that are dropped."""
+    file = write_config(model__name_or_path=str(model_copy), train__max_steps=2, eval__num_documents=0)
+    assert command("--cfg", file)[0] == 0
+    tiny_model(**changes).save_pretrained(model_copy)
+    message = refused("--cfg", file, "train.resume=latest", "train.max_steps=3")
+    assert_holds(message, "train.resume", tmp_path / "run" / "checkpoint-2", "another model")
+
+
+def test_model_folder_that_lacks_weights(refused, write_config, model_copy):
+    """Guards against layers that are trained from random numbers because the file does not hold them."""
+    settings = json.loads((model_copy / "config.json").read_text())
+    (model_copy / "config.json").write_text(json.dumps({**settings, "num_hidden_layers": 6}))
+    assert_holds(refused("--cfg", write_config(model__name_or_path=str(model_copy))), "model.name_or_path", model_copy, "lacks 18 weights", "layers.4")
+
+
+@pytest.mark.parametrize(
+    "name, value, word", [("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "gradient_accumulation_steps: 4"), ("ACCELERATE_MIXED_PRECISION", "bf16", "mixed_precision: bf16")]
+)
+def test_launcher_settings_that_contradict(refused, write_config, monkeypatch, name, value, word):
+    """Guards against an accelerate config that silently divides the loss once more, or that is silently not followed."""
+    monkeypatch.setenv(name, value)
+    assert_holds(refused("--cfg", write_config()), word, "accelerate config")
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "bytes", "text", "pickle of something else", "other keys", "no optimizer"])

@@ -109,6 +109,15 @@ def test_an_empty_section_means_its_defaults(minimal):
     assert load_config(str(minimal)).ebft.stride == 8
 
 
+def test_an_empty_lora_section_is_refused(minimal):
+    """Guards against full fine-tuning at an adapter's learning rate because every line under `lora:` was commented out."""
+    minimal.write_text(minimal.read_text() + "lora:\n")
+    with pytest.raises(UserError, match="lora: is an empty section; write lora: null"):
+        load_config(str(minimal))
+    minimal.write_text(minimal.read_text().replace("lora:\n", "lora: null\n"))
+    assert load_config(str(minimal)).lora is None
+
+
 def test_print_config_loads_back_to_the_same_configuration(minimal, tmp_path, capsys):
     """Guards against a printed configuration that is not the merged one, or cannot be used as --cfg."""
     overrides = ["lora.r=3", "lora.target_modules=[q_proj, v_proj]", "train.learning_rate=1e-5", "ebft.feature_layers=[0.5]", "data.name='no'"]

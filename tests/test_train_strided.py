@@ -81,8 +81,14 @@ def logged(folder: Path) -> list[dict]:
 
 
 def training(folder: Path) -> list[dict]:
-    """The objects of training steps, without the one number that differs from run to run."""
-    return [{name: value for name, value in entry.items() if name != "train/tokens_per_second"} for entry in logged(folder) if "train/loss" in entry]
+    """The numbers of training steps, without the one that differs from run to run."""
+    names = {name for entry in logged(folder) for name in entry if not name.startswith("eval/")} - {"train/tokens_per_second"}
+    return [{name: entry[name] for name in entry if name in names} for entry in logged(folder) if "train/loss" in entry]
+
+
+def evaluations(folder: Path) -> list[dict]:
+    """The evaluations, each with its step."""
+    return [{name: entry[name] for name in entry if name == "step" or name.startswith("eval/")} for entry in logged(folder) if "eval/cross_entropy" in entry]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -90,14 +96,20 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(file)
 
 
-def assert_close_runs(first: Path, second: Path, skip: tuple[str, ...] = (), tolerance: float = 1e-5) -> None:
-    """Same trained weights and same logged numbers."""
-    a, b = weights(first), weights(second)
-    assert a.keys() == b.keys()
-    assert {name: gap for name in a if (gap := (a[name] - b[name]).abs().max().item()) > tolerance} == {}
-    for left, right in zip(training(first), training(second), strict=True):
+def assert_same_weights(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor], tolerance: float = 1e-5, share: float = 0.0) -> None:
+    """share: of weights that may differ by more. AdamW divides by the gradient's size, so where that is nearly 0 its rounding decides the update."""
+    assert first.keys() == second.keys()
+    gaps = torch.cat([(tensor - second[name]).abs().flatten() for name, tensor in first.items()])
+    assert (gaps > tolerance).double().mean().item() <= share, f"largest gap {gaps.max():.3g}"
+
+
+def assert_close_runs(first: Path, second: Path, tolerance: float = 1e-5, share: float = 0.0) -> None:
+    """Same trained weights, and the same logged numbers to 1e-5 (but the share of valid anchors: how much padding there is depends on the batch)."""
+    assert_same_weights(weights(first), weights(second), tolerance, share)
+    for left, right in zip(logged(first), logged(second), strict=True):
         assert left.keys() == right.keys()
-        assert {name: (left[name], right[name]) for name in left if name not in skip and abs(left[name] - right[name]) > tolerance * max(1, abs(left[name]))} == {}
+        names = left.keys() - {"ebft/valid_anchors", "train/tokens_per_second"}
+        assert {name: (left[name], right[name]) for name in names if not math.isclose(left[name], right[name], rel_tol=1e-5, abs_tol=1e-5)} == {}
 
 
 def assert_trained(folder: Path, start: dict[str, torch.Tensor]) -> None:
@@ -124,8 +136,7 @@ def test_the_command_trains_and_saves(run_script, write_config, model_folder, tm
     assert [entry["train/learning_rate"] for entry in entries] == [1e-2] * 3
     assert all(0 < entry["ebft/valid_anchors"] <= 1 and 0 <= entry["ebft/duplicate_rollouts"] < 1 for entry in entries)
     assert all(entry["train/grad_norm"] > 0 and entry["train/tokens_per_second"] > 0 and entry["ebft/advantages_std"] > 0 for entry in entries)
-    evaluations = [entry for entry in logged(folder) if "eval/cross_entropy" in entry]
-    assert [entry["step"] for entry in evaluations] == [0, 3]
+    assert [entry["step"] for entry in evaluations(folder)] == [0, 3]
 
     events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"tensors": 0}).Reload()
     for name in ISSUE_NAMES:
@@ -144,7 +155,7 @@ def test_the_command_trains_and_saves(run_script, write_config, model_folder, tm
     assert load_config(str(folder / "final" / "training_config.yaml")) == load_config(str(file))
     card = (folder / "final" / "README.md").read_text()
     for name in ("cross_entropy", "cfm_loss", "cfm_unbiased", "reward_pass@1", "reward_best_of_n", "perplexity"):
-        for entry in evaluations:
+        for entry in evaluations(folder):
             assert f"{entry['eval/' + name]:.4f} ± {entry['eval/' + name + '_se']:.4f}" in card
     assert str(model_folder) in card and "step 0" in card and "step 3" in card
 
@@ -168,10 +179,12 @@ def interrupted(train, monkeypatch):
     def run(name: str, after: int, *overrides: str, **changes) -> None:
         step_of = train_strided.train_step
 
-        def stop(config, accelerator, policy, network, batches, step):
-            if step == after:
+        steps = iter(range(after))
+
+        def stop(*arguments):
+            if next(steps, None) is None:
                 raise KeyboardInterrupt
-            return step_of(config, accelerator, policy, network, batches, step)
+            return step_of(*arguments)
 
         with monkeypatch.context() as patch:
             patch.setattr(train_strided, "train_step", stop)
@@ -219,7 +232,7 @@ def test_resumed_run_reports_the_evaluation_before_training(train, interrupted, 
     whole = train("whole", **changes)
     interrupted("broken", 1, **changes)
     broken = train("broken", "train.resume=latest", **changes)
-    assert [entry for entry in logged(broken) if "eval/cross_entropy" in entry] == [entry for entry in logged(whole) if "eval/cross_entropy" in entry]
+    assert evaluations(broken) == evaluations(whole) and [entry["step"] for entry in evaluations(whole)] == [0, 2]
     table = (whole / "final" / "README.md").read_text().partition("Held-out")[2]
     assert (broken / "final" / "README.md").read_text().partition("Held-out")[2] == table
 
@@ -234,7 +247,7 @@ def test_resume_with_other_evaluation_documents(train, interrupted, tmp_path, ov
     except UserError as error:
         assert "train.resume" in str(error) and override.partition("=")[0] in str(error)
     else:
-        (last,) = [entry for entry in logged(tmp_path / "run") if "eval/cross_entropy" in entry and entry["step"] == 2]
+        (last,) = [entry for entry in evaluations(tmp_path / "run") if entry["step"] == 2]
         assert not [name for name in last if "change" in name]
 
 
@@ -267,7 +280,7 @@ def test_save_total_limit(train):
 def test_resume_from_an_earlier_checkpoint(train):
     """Guards against removing the checkpoint that was just written because older runs left later ones behind: `latest` must be this run's."""
     folder = train("run", "train.save_steps=1", "train.max_steps=4", "train.save_total_limit=4")
-    train("run", f"train.resume={folder / 'checkpoint-1'}", "train.max_steps=4", "train.save_steps=2", "train.save_total_limit=1", "train.seed=5")
+    train("run", f"train.resume={folder / 'checkpoint-1'}", "train.max_steps=4", "train.save_steps=2", "train.save_total_limit=1")
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-4"]
     state = torch.load(folder / "checkpoint-4" / "state.pt", weights_only=True)
     assert all(torch.equal(state["model"][f"causal_lm.{name}"], tensor) for name, tensor in weights(folder).items())
@@ -294,24 +307,29 @@ def test_half_written_checkpoint_is_ignored(train, interrupted, tmp_path):
 # (c, f, h) The same result however the work is split
 
 
+@pytest.fixture
+def plain_descent(monkeypatch):
+    """SGD in AdamW's place: updates are then proportional to the gradients, and a gradient that is wrong by a factor shows in the weights."""
+    monkeypatch.setattr(torch.optim, "AdamW", lambda parameters, lr, betas, weight_decay: torch.optim.SGD(parameters, lr=lr))
+
+
 @MODES
-def test_gradient_accumulation_changes_nothing(train, model_folder, mode):
+def test_gradient_accumulation_changes_nothing(train, plain_descent, mode):
     """Guards against losses that are averaged over micro-batches (documents of different lengths would get different weights), and rollouts that depend on the batch."""
-    changes = dict(**mode, train__max_steps=2, ebft__ce_coef=0.3)
+    changes = dict(**mode, train__max_steps=2, ebft__ce_coef=0.3, train__learning_rate=0.1)
     runs = [
         train(f"{size}x{steps}", f"train.per_device_batch_size={size}", f"train.gradient_accumulation_steps={steps}", **changes) for size, steps in [(4, 1), (1, 4), (2, 2)]
     ]
     assert len({entry["ebft/valid_anchors"] for entry in training(runs[0]) + training(runs[1])}) > 1  # padding, so lengths, did differ
+    assert training(runs[0])[1]["train/grad_norm"] > 0.1
     for run in runs[1:]:
-        assert_close_runs(runs[0], run, skip=("ebft/valid_anchors",))
-    if not mode:
-        assert_trained(runs[0], load_file(model_folder / "model.safetensors"))
+        assert_close_runs(runs[0], run)
 
 
 @MODES
-def test_gradient_checkpointing_changes_nothing(train, mode):
+def test_gradient_checkpointing_changes_nothing(train, plain_descent, mode):
     """Guards against an empty KV cache in train mode (garbage rollouts), and adapters that get no gradient through a checkpointed frozen embedding."""
-    changes = dict(**mode, train__max_steps=2, ebft__ce_coef=0.3)
+    changes = dict(**mode, train__max_steps=2, ebft__ce_coef=0.3, train__learning_rate=0.1)
     assert_close_runs(train("off", **changes), train("on", "model.gradient_checkpointing=true", **changes))
 
 
@@ -340,22 +358,21 @@ def two_processes():
 @MODES
 def test_two_processes_equal_one(train, two_processes, write_config, tmp_path, mode):
     """Guards against gradients that are not reduced, averaged instead of summed, or rows that both processes train on."""
-    changes = dict(**mode, train__max_steps=2, ebft__ce_coef=0.3, eval__num_documents=3, eval__per_device_batch_size=1)
+    rate = 1e-5
+    changes = dict(**mode, train__max_steps=2, ebft__ce_coef=0.3, eval__num_documents=3, eval__per_device_batch_size=1, train__learning_rate=rate)
     one = train("one", "train.per_device_batch_size=4", **changes)
     file = write_config(**changes, train__output_dir=str(tmp_path / "two"), train__per_device_batch_size=1, train__gradient_accumulation_steps=2)
     assert "2 process(es)" in two_processes(file, timeout=120)
-    assert_close_runs(one, tmp_path / "two", skip=("ebft/valid_anchors",))
-    for left, right in zip(logged(one), logged(tmp_path / "two"), strict=True):
-        assert {name: (value, right[name]) for name, value in left.items() if name.startswith("eval/") and not math.isclose(value, right[name], abs_tol=1e-5, rel_tol=1e-5)} == {}
+    assert_close_runs(one, tmp_path / "two", tolerance=0.1 * rate, share=1e-2)
 
 
 def test_two_processes_with_less_than_one_evaluation_batch_each(two_processes, write_config, tmp_path, train):
     """Guards against a deadlock: the second process has nothing to evaluate, and DDP broadcasts buffers in the first forward of the other one."""
-    changes = dict(eval__num_documents=2, eval__per_device_batch_size=2, train__max_steps=1)
+    changes = dict(eval__num_documents=2, eval__per_device_batch_size=2, train__max_steps=1, train__learning_rate=1e-5)
     one = train("one", "train.per_device_batch_size=2", **changes)
     two_processes(write_config(**changes, train__per_device_batch_size=1), timeout=40)
     for left, right in zip(logged(one), logged(tmp_path / "run"), strict=True):
-        assert {name: value for name, value in left.items() if name.startswith("eval/") and not math.isclose(value, right[name], rel_tol=1e-5, abs_tol=1e-5)} == {}
+        assert {name: value for name, value in left.items() if name.startswith("eval/") and not math.isclose(value, right[name], rel_tol=1e-4, abs_tol=1e-5)} == {}
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -378,10 +395,10 @@ def summed_cross_entropy(model, ids: torch.Tensor) -> torch.Tensor:
 
 def test_cross_entropy_alone_is_plain_fine_tuning(train, model_folder, text_file):
     """Guards against an SFT baseline that is not SFT: a naive loop over documents with AdamW must give the same weights."""
-    folder = train("sft", "ebft.rl_coef=0", "ebft.ce_coef=1", "train.max_steps=2", "train.gradient_accumulation_steps=2", "train.warmup_ratio=0")
+    folder = train("sft", "ebft.rl_coef=0", "ebft.ce_coef=1", "train.max_steps=2", "train.gradient_accumulation_steps=2", "train.learning_rate=1e-2")
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     documents = naive_documents(text_file, AutoTokenizer.from_pretrained(model_folder))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, **ADAMW)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, **ADAMW)
     for step, entry in enumerate(training(folder)):
         chosen = [documents[row] for row in rows_of_step(len(documents), step, 4, seed=0)]
         loss = sum(summed_cross_entropy(model, ids) for ids in chosen) / sum(len(ids) - 1 for ids in chosen)
@@ -394,8 +411,7 @@ def test_cross_entropy_alone_is_plain_fine_tuning(train, model_folder, text_file
         assert entry["train/grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
         assert not {"ebft/alignment", "ebft/rl_loss"} & entry.keys()
     assert_trained(folder, load_file(model_folder / "model.safetensors"))
-    expected = model.state_dict()
-    assert {name: gap for name, tensor in weights(folder).items() if (gap := (tensor - expected[name]).abs().max().item()) > 1e-5} == {}
+    assert_same_weights(weights(folder), dict(model.named_parameters()), share=1e-3)
 
 
 @pytest.fixture
@@ -451,15 +467,14 @@ def test_training_evaluates_like_eval_only_and_is_not_disturbed_by_it(train, eva
     often = train("often", "eval.every_steps=1", **changes)
     assert training(silent) == training(often)
     assert all(torch.equal(tensor, weights(often)[name]) for name, tensor in weights(silent).items())
-    steps = {entry["step"]: entry for entry in logged(often) if "eval/cross_entropy" in entry}
-    assert sorted(steps) == [0, 1, 2, 3]
-    assert {name: steps[0][name] for name in alone} == alone
+    assert [entry["step"] for entry in evaluations(often)] == [0, 1, 2, 3]
+    assert evaluations(often)[0] == alone
 
 
 def test_evaluation_of_a_checkpoint(train, evaluation):
     """Guards against eval.only with train.resume that evaluates the weights of the start."""
     folder = train("run", train__max_steps=2, eval__num_documents=7)
-    last = [entry for entry in logged(folder) if "eval/cross_entropy" in entry][-1]
+    last = evaluations(folder)[-1]
     found = evaluation("elsewhere", f"train.resume={folder / 'checkpoint-2'}")
     assert found == {name: last[name] for name in found}
     assert found["step"] == 2
@@ -472,6 +487,17 @@ def test_evaluation_runs_in_the_chosen_precision(evaluation, mode):
     assert 1e-6 < abs(low["eval/cross_entropy"] - exact["eval/cross_entropy"]) < 0.05
 
 
+def test_evaluation_metrics_by_hand():
+    """Guards against the error of a change being that of its levels. Two documents of one token: 2 and 5 now, 1 and 3 before."""
+    after, before = ({name: torch.tensor([totals, [1.0, 1.0]]) for name in train_strided.EVALUATED} for totals in ([2.0, 5.0], [1.0, 3.0]))
+    found = train_strided.evaluation_metrics(after, before)
+    for name in train_strided.EVALUATED:
+        assert found[f"eval/{name}"] == pytest.approx(3.5) and found[f"eval/{name}_se"] == pytest.approx(1.5)
+        assert found[f"eval/{name}_change"] == pytest.approx(1.5) and found[f"eval/{name}_change_se"] == pytest.approx(0.5)
+    assert found["eval/perplexity"] == pytest.approx(math.exp(3.5)) and found["eval/perplexity_se"] == pytest.approx(1.5 * math.exp(3.5))
+    assert not [name for name in train_strided.evaluation_metrics(after, None) if "change" in name]
+
+
 def test_perplexity_of_a_diverged_model():
     """Guards against an OverflowError, at the very end of a run, for a cross-entropy above 709."""
     table = {name: torch.tensor([[2000.0, 3000.0], [2.0, 3.0]]) for name in train_strided.EVALUATED}
@@ -481,7 +507,7 @@ def test_perplexity_of_a_diverged_model():
 def test_one_held_out_document(train):
     """Guards against NaN in metrics.jsonl (not JSON) when there is no standard error."""
     entries = logged(train("run", train__max_steps=1, eval__num_documents=1))
-    assert [entry["step"] for entry in entries] == [0, 1, 1]
+    assert [entry["step"] for entry in entries] == [0, 1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -500,6 +526,8 @@ def test_bfloat16_keeps_what_is_trained_in_float32(train, mode):
     assert {tensor.dtype for tensor in weights(folder).values()} == {torch.float32}
     for low, high in zip(training(folder), training(exact), strict=True):
         assert 1e-6 < abs(low["ebft/ce_loss"] - high["ebft/ce_loss"]) < 0.1
+    (group,) = state["optimizer"]["param_groups"]
+    assert (group["lr"], tuple(group["betas"]), group["weight_decay"]) == (1e-6, (0.9, 0.95), 0.0)
     if mode:
         moved = [tensor.abs().max().item() for name, tensor in weights(folder).items() if "lora_B" in name]
         assert all(0 < value <= 2.1e-6 for value in moved)  # two AdamW steps of at most 1e-6
