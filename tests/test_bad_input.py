@@ -9,8 +9,10 @@ import os
 import re
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
@@ -159,6 +161,13 @@ def test_missing_data_file(refused, write_config, tmp_path):
     assert_holds(refused("--cfg", write_config(data__dataset=str(tmp_path / "none.jsonl"))), "data", tmp_path / "none.jsonl", "does not exist")
 
 
+def test_file_of_an_unknown_kind(refused, write_config, tmp_path, monkeypatch):
+    """Guards against a file that is there being looked for on the hub."""
+    (tmp_path / "notes.md").write_text("text")
+    monkeypatch.chdir(tmp_path)
+    assert_holds(refused("--cfg", write_config(data__dataset="notes.md")), "data", "notes.md", ".jsonl")
+
+
 def test_missing_column(refused, write_config, text_file):
     """Guards against a KeyError in the tokeniser."""
     assert_holds(refused("--cfg", write_config(data__text_column="body")), text_file, "'body'", "it has text", "data.text_column")
@@ -236,6 +245,9 @@ def test_tokenizer_without_a_needed_token(refused, command, write_config, model_
     file = write_config(model__name_or_path=str(model_copy), train__max_steps=1, eval__num_documents=0)
     assert_holds(refused("--cfg", file), f"model.{kind}_token", model_copy, "has none", "<eos>")
     assert command("--cfg", file, f"model.{kind}_token=<eos>")[0] == 0
+    tokenizer.unk_token = "<eos>"  # as in GPT-2's: a token that is also the unknown one is a token
+    tokenizer.save_pretrained(model_copy)
+    assert command("--cfg", file, f"model.{kind}_token=<eos>", f"train.output_dir={tmp_path / 'unknown'}")[0] == 0
     assert_holds(refused("--cfg", file, f"model.{kind}_token=<nope>", f"train.output_dir={tmp_path / 'other'}"), f"model.{kind}_token", "'<nope>'", "not a token")
 
 
@@ -364,6 +376,28 @@ def test_output_folder_that_holds_only_checkpoints(refused, write_config, finish
     assert_holds(refused("--cfg", write_config()), "train.output_dir", finished, "already holds a run")
 
 
+def test_folder_of_a_run_that_saved_nothing(command, write_config, tmp_path):
+    """Guards against a dead end: interrupted before the first save, the folder could neither be resumed nor used again."""
+    (tmp_path / "run" / "tensorboard").mkdir(parents=True)
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 0, "eval/cross_entropy": 1.0}\n')
+    code, stderr = command("--cfg", write_config(train__max_steps=1, eval__num_documents=0))
+    assert code == 0, stderr
+    assert [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()] == [1]
+
+
+def test_adapter_as_a_model(refused, command, write_config, tmp_path):
+    """Guards against 'holds neither a config.json' for someone who wants to evaluate the adapter that a run has exported."""
+    assert command("--cfg", write_config(lora={"r": 4}, train__max_steps=1, eval__num_documents=0))[0] == 0
+    message = refused("--cfg", write_config(model__name_or_path=str(tmp_path / "run" / "final"), eval__only=True))
+    assert_holds(message, "model.name_or_path", tmp_path / "run" / "final", "is an adapter", "train.resume")
+
+
+def test_sharding_that_would_not_happen(refused, write_config, monkeypatch):
+    """Guards against an accelerate config that asks for FSDP on a CPU, where accelerate silently runs unsharded."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert_holds(refused("--cfg", write_config()), "distributed_type: FSDP", "unsharded")
+
+
 # ---------------------------------------------------------------------------------------------------------------------------------------
 # Resuming
 
@@ -444,22 +478,20 @@ def test_metrics_file_with_a_half_written_line(command, write_config, finished):
     assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == [1, 2, 3]
 
 
-def test_interrupted_command_is_no_success(run_script, write_config, tmp_path):
-    """Guards against Ctrl-C (or a scheduler's signal) losing what was trained, or looking like a finished run."""
-    import signal
-    import time
-
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_command_is_no_success(write_config, tmp_path, number):
+    """Guards against Ctrl-C or a scheduler's signal losing what was trained, or looking like a finished run."""
     file = write_config(train__max_steps=100_000, train__save_steps=0, eval__num_documents=0)
     process = subprocess.Popen([sys.executable, str(ROOT / "train_strided.py"), "--cfg", str(file)], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 120
     try:
         while time.monotonic() < deadline and not (metrics.exists() and len(metrics.read_text().splitlines()) >= 3):
             time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
-        process.communicate(timeout=60)
+        process.send_signal(number)
+        message = process.communicate(timeout=60)[1]
     finally:
         process.kill()
-    assert process.returncode not in (0, None)
+    assert process.returncode == 1 and "Traceback" not in message and "interrupted" in message
     (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
     step = torch.load(checkpoint / "state.pt", weights_only=True)["step"]
     assert checkpoint.name == f"checkpoint-{step}" and step >= 3

@@ -390,6 +390,16 @@ def test_held_out_documents_are_never_trained_on(thirty, tokenizer, packing):
     assert held[0] == held[1]
 
 
+@pytest.mark.parametrize("source", ["the same", "its own"])
+def test_copies_of_held_out_documents_are_not_trained_on(tmp_path, tokenizer, source, capsys):
+    """Guards against leakage through texts that a data set holds twice (the standard library does), or through eval.dataset being data.dataset."""
+    path = write_jsonl(tmp_path / "twice.jsonl", [words(*[100 + number // 2] * 6) for number in range(20)])
+    evaluation = {"num_documents": 5, **({"dataset": str(path), "split": "train"} if source == "its own" else {})}
+    train, held_out = load_rows(config_of(path, evaluation=evaluation), tokenizer)
+    assert len(held_out) == 5 and names(train) & names(held_out) == set() and names(train) | names(held_out) == set(range(100, 110))
+    assert "copies of held-out ones" in capsys.readouterr().out
+
+
 def test_held_out_documents_change_with_the_evaluation_seed(thirty, tokenizer):
     """Guards against always holding out the first documents."""
     held = [names(load_rows(config_of(thirty, evaluation={"num_documents": 6, "seed": seed}), tokenizer)[1]) for seed in (0, 0, 1)]

@@ -21,6 +21,7 @@ from ebft_utils.models import (
     refuse_short_context,
     refuse_unsupported,
     resolve_source,
+    load_feature_network,
 )
 from ebft_utils.strided import strided_logprobs
 
@@ -196,6 +197,17 @@ def test_load_policy_refuses_long_documents(write_config):
     config = load_config(str(write_config(data__sequence_length=257)))
     with pytest.raises(UserError, match="data.sequence_length: 257 is more than the 256 positions"):
         load_policy(config)
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 4}])
+def test_rotary_frequencies_stay_float32(write_config, lora):
+    """In bfloat16 they turn far positions into other ones: the adapter would be trained on another model than the one it is loaded onto."""
+    config = load_config(str(write_config(model__dtype="bfloat16", **({"lora": lora} if lora else {}))))
+    policy = load_policy(config)
+    network = load_feature_network(policy, config)
+    expected = tiny_model().model.rotary_emb.inv_freq
+    for decoder in (base_causal_lm(policy).get_decoder(), network.decoder):
+        assert torch.equal(decoder.rotary_emb.inv_freq, expected) and expected.dtype == torch.float32
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
