@@ -34,7 +34,7 @@ from ebft_utils.config import Config, UserError, parse_command_line
 from ebft_utils.data import Batch, Rows, load_rows, make_batch, rollout_uniforms, rows_of_step
 from ebft_utils.features import FeatureNetwork, strided_features
 from ebft_utils.losses import cross_entropy_loss, policy_gradient_loss
-from ebft_utils.metrics import MetricLogger, MetricSums, logged_evaluations, mean_with_error, rollout_table
+from ebft_utils.metrics import MetricLogger, MetricSums, evaluation_metrics, logged_evaluations, rollout_table, summary_of
 from ebft_utils.models import StridedPolicy, base_causal_lm, check_vocabulary, load_feature_network, load_policy, load_tokenizer, model_card
 from ebft_utils.rewards import (
     FeatureRewards,
@@ -140,7 +140,10 @@ def train_step(config: Config, accelerator: Accelerator, policy, network: Featur
             # DDP and FSDP average gradients over the processes; the sum is wanted
             accelerator.backward(loss * accelerator.num_processes)
         sums.add("ebft/ce_loss", -document_logps, targets)
-        sums.add_sum("tokens", (batch.segment_ids >= 0).sum() + (0 if rollouts is None else rollouts.numel()), 1.0)
+        num_tokens = (batch.segment_ids >= 0).sum()
+        if rollouts is not None:
+            num_tokens = num_tokens + batch.valid.sum() * rollouts[0, 0].numel()
+        sums.add_sum("tokens", num_tokens, 1.0)
         total_loss += loss.detach()
     return sums, accelerator.reduce(total_loss, reduction="sum").item(), groups
 
@@ -192,23 +195,6 @@ def evaluate(config: Config, accelerator: Accelerator, policy, network: FeatureN
     return dict(zip(EVALUATED, accelerator.reduce(table, reduction="sum").cpu(), strict=True))
 
 
-def evaluation_metrics(table: dict[str, Tensor], before: dict[str, Tensor] | None) -> dict[str, float]:
-    """Means over documents with their standard errors (name + "_se"); with the evaluation before training, also the change since then.
-
-    The same documents and random numbers are used each time, so the error of a change is that of the paired differences: much smaller than that
-    of the level, which is mostly the difference between documents.
-    """
-    metrics = {}
-    for name, (totals, weights) in table.items():
-        metrics[f"eval/{name}"], metrics[f"eval/{name}_se"] = mean_with_error(totals, weights)
-    perplexity = torch.tensor(metrics["eval/cross_entropy"], dtype=torch.float64).exp().item()
-    metrics |= {"eval/perplexity": perplexity, "eval/perplexity_se": perplexity * metrics["eval/cross_entropy_se"]}
-    if before is not None:
-        for name, (totals, weights) in table.items():
-            metrics[f"eval/{name}_change"], metrics[f"eval/{name}_change_se"] = mean_with_error(totals - before[name][0], weights)
-    return metrics
-
-
 # ---------------------------------------------------------------------------------------------------------------------------------------
 # Around it
 
@@ -247,9 +233,11 @@ def sample_table(tokenizer, batch: Batch, groups: Groups, num_rows: int = 8) -> 
     table = []
     for row, index in places[:: max(1, len(places) // num_rows)][:num_rows]:
         anchor = int(batch.anchors[row, index])
+        before = slice(max(0, anchor - 24), anchor)
+        own = batch.segment_ids[row, before] == batch.segment_ids[row, anchor]  # not the end of the document packed before it
         table.append(
             {
-                "prefix": tokenizer.decode(batch.document_ids[row, max(0, anchor - 24) : anchor]),
+                "prefix": tokenizer.decode(batch.document_ids[row, before][own]),
                 "rollout": tokenizer.decode(groups.rollouts[row, index, 0].cpu()),
                 "ground truth": tokenizer.decode(truths[row, index]),
                 "reward": groups.rewards.reward[row, index, 0].item(),
@@ -258,15 +246,20 @@ def sample_table(tokenizer, batch: Batch, groups: Groups, num_rows: int = 8) -> 
     return rollout_table(table)
 
 
-def summary_of(metrics: dict[str, float]) -> str:
-    """Evaluation results as a table: metric, mean ± standard error, and the change since the start where it is known."""
-    lines = []
-    for name in (name for name in metrics if not name.endswith(("_se", "_change"))):
-        line = f"  {name.removeprefix('eval/'):18}{metrics[name]:9.4f} ± {metrics[name + '_se']:.4f}"
-        if f"{name}_change" in metrics:
-            line += f"   change {metrics[name + '_change']:+.4f} ± {metrics[name + '_change_se']:.4f}"
-        lines.append(line)
-    return "\n".join(lines)
+def step_metrics(accelerator: Accelerator, sums: MetricSums, num_micro_batches: int) -> dict[str, float]:
+    """Means of a step over all processes, the spread of the advantages, and the number of its tokens."""
+    metrics = sums.means(accelerator)
+    metrics["tokens"] *= num_micro_batches * accelerator.num_processes
+    if "advantage" in metrics:
+        mean = metrics.pop("advantage")
+        metrics["ebft/advantages_std"] = max(0.0, metrics.pop("advantage_square") - mean**2) ** 0.5
+    return metrics
+
+
+def line_of(metrics: dict[str, float]) -> str:
+    """The numbers that matter, for the console."""
+    shown = {"reward": "ebft/mean_reward", "cfm": "ebft/cfm_loss", "ce": "ebft/ce_loss", "tok/s": "train/tokens_per_second"}
+    return ", ".join(f"{label} {metrics[name]:.4g}" for label, name in shown.items() if name in metrics)
 
 
 def prepare_accelerator(config: Config) -> Accelerator:
@@ -332,26 +325,18 @@ def train(
             if not torch.tensor([loss, grad_norm]).isfinite().all():
                 kept = f"the weights after step {done} are saved as checkpoint-{done}" if done else "nothing was trained yet"
                 raise UserError(f"step {done + 1}: loss {loss}, gradient norm {grad_norm}: not finite, stopped before the update; {kept}; lower train.learning_rate")
-            learning_rate = scheduler.get_last_lr()[0]
-            with signals.deferred():
+            metrics = step_metrics(accelerator, sums, len(batches))
+            metrics |= {"train/loss": loss, "train/learning_rate": scheduler.get_last_lr()[0], "train/grad_norm": grad_norm}
+            with signals.deferred():  # the update and its line in the log: both or none
                 optimizer.step()
                 scheduler.step()
                 optimizer.zero_grad()
                 done += 1
-            if done % config.train.logging_steps == 0 or done == config.train.max_steps:
-                metrics = sums.means(accelerator)
-                tokens = metrics.pop("tokens") * len(batches) * accelerator.num_processes
-                if "advantage" in metrics:
-                    mean = metrics.pop("advantage")
-                    metrics["ebft/advantages_std"] = max(0.0, metrics.pop("advantage_square") - mean**2) ** 0.5
-                metrics |= {"train/loss": loss, "train/learning_rate": learning_rate, "train/grad_norm": grad_norm}
-                metrics["train/tokens_per_second"] = tokens / (time.perf_counter() - started)
-                if accelerator.is_main_process:
+                metrics["train/tokens_per_second"] = metrics.pop("tokens") / (time.perf_counter() - started)
+                if accelerator.is_main_process and (done % config.train.logging_steps == 0 or done == config.train.max_steps):
                     logger.log(done, metrics)
-                    shown = {"reward": "ebft/mean_reward", "cfm": "ebft/cfm_loss", "ce": "ebft/ce_loss", "tok/s": "train/tokens_per_second"}
-                    line = {label: f"{metrics[name]:.4g}" for label, name in shown.items() if name in metrics}
-                    progress.set_postfix(line)
-                    progress.write(f"step {done}: " + ", ".join(f"{label} {value}" for label, value in line.items()))
+                    progress.set_postfix_str(line_of(metrics))
+                    progress.write(f"step {done}: {line_of(metrics)}")
             progress.update()
             table_steps = config.train.rollout_table_steps
             if accelerator.is_main_process and groups is not None and table_steps and (done % table_steps == 0 or done == 1):
@@ -401,7 +386,7 @@ def main(argv: list[str]) -> None:
     policy, optimizer = accelerator.prepare(policy, optimizer)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer.optimizer, lambda step: learning_rate_factor(config, step))
     first_step, before = (0, None) if checkpoint is None else load_checkpoint(checkpoint, policy, optimizer.optimizer, scheduler)
-    if first_step > config.train.max_steps:
+    if first_step > config.train.max_steps and not config.eval.only:
         raise UserError(f"train.max_steps: {config.train.max_steps} is less than the steps already done in {checkpoint} ({first_step})")
     accelerator.print(describe_run(config, accelerator, policy, rows))
     if checkpoint is not None:
@@ -410,11 +395,12 @@ def main(argv: list[str]) -> None:
     # --- evaluate only, or train -------------------------------------------------------------------------------------------------------
     if config.eval.only:
         if held_out is None:
-            raise UserError("eval.only: true with eval.num_documents 0 leaves nothing to do")
+            raise UserError("eval.only: true without held-out documents leaves nothing to do; set eval.num_documents above 0")
         results = evaluation_metrics(evaluate(config, accelerator, policy, network, held_out, tokenizer.pad_token_id), None)
         accelerator.print(f"step {first_step}, {len(held_out)} held-out documents, mean ± standard error:\n{summary_of(results)}")
         if accelerator.is_main_process:
-            (output_dir / "eval.json").write_text(json.dumps({"step": first_step, **results}, indent=2) + "\n")
+            finite = {name: value if math.isfinite(value) else None for name, value in results.items()}
+            (output_dir / "eval.json").write_text(json.dumps({"step": first_step, **finite}, indent=2) + "\n")
         return
     results = logged_evaluations(output_dir, first_step) if checkpoint is not None else {}
     accelerator.wait_for_everyone()  # all have read it

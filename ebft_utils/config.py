@@ -84,7 +84,7 @@ class EvalConfig:
     at_start: bool = option(True, "evaluate before the first step")
     at_end: bool = option(True, "evaluate after the last step")
     every_steps: int = option(0, "evaluate each so many steps; 0: not during training", minimum=0)
-    num_documents: int = option(64, "held-out documents; 0: no evaluation", minimum=0)
+    num_documents: int | None = option(None, "held-out documents; 0: no evaluation; null: 64, but at most a tenth of the documents", minimum=0)
     dataset: str | None = option(None, "where they come from, like data.dataset; null: taken out of data.dataset, and never trained on")
     split: str = option("test", "rows of eval.dataset (local files have one split: train)")
     per_device_batch_size: int = option(4, "documents at a time on each process", minimum=1)
@@ -110,7 +110,7 @@ class EBFTConfig:
     context_length: int = option(8, "tokens before a document's first anchor", minimum=1)
     min_completion_prefix: int = option(0, "tokens of the completion that are visible at the first anchor (raw text has no prompt: all of it is completion)", minimum=0)
     generate_max_len: int = option(8, "tokens of a rollout", minimum=1)
-    n_samples_per_prompt: int = option(4, "rollouts at each anchor", minimum=1)
+    n_samples_per_prompt: int = option(4, "rollouts at each anchor, 2 or more; with 2 the diversity part of the reward has no baseline (eq 94)", minimum=1)
     temperature: float = option(0.6, "sampling temperature; the policy that is trained is softmax(logits / temperature)", above=0)
     top_p: float = option(1.0, "only 1.0: a truncated distribution would not be the policy that is scored", above=0, maximum=1)
     advantage_estimator: Literal["rloo", "group_norm", "reinforce"] = option(

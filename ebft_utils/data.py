@@ -28,15 +28,17 @@ LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "cs
 
 def load_texts(source: str, *, name: str | None, revision: str | None, split: str, text_column: str, file_pattern: str) -> datasets.Dataset:
     """The rows of a dataset as a `datasets.Dataset` with the column text_column. Raises UserError naming the dataset when it cannot be had."""
-    path = Path(source).expanduser()
     try:
+        path = Path(source).expanduser()
         if source == "python_stdlib":
             texts = _read_files(_stdlib_files(), source, split, text_column)
         elif path.is_dir():
             files = sorted(file for file in path.rglob(file_pattern) if file.is_file())
             if not files:
                 raise UserError(f"data: the folder {source} holds no file that matches data.file_pattern {file_pattern!r}")
-            suffix = files[0].suffix
+            suffix, kinds = files[0].suffix, {file.suffix for file in files}
+            if len(kinds) > 1 and kinds & LOADERS.keys():
+                raise UserError(f"data: data.file_pattern {file_pattern!r} matches files of several kinds in {source} ({', '.join(sorted(kinds))}); narrow it to one")
             texts = _load_rows([str(file) for file in files], suffix, split) if suffix in LOADERS else _read_files(files, source, split, text_column)
         elif path.suffix in LOADERS:
             if not path.is_file():
@@ -46,7 +48,7 @@ def load_texts(source: str, *, name: str | None, revision: str | None, split: st
             raise UserError(f"data: {source} is neither a folder nor a file of a known kind ({', '.join(LOADERS)})")
         else:
             texts = datasets.load_dataset(source, name, revision=revision, split=split)
-    except (OSError, ValueError, ConnectionError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, NotImplementedError, datasets.exceptions.DatasetsError) as error:
         raise UserError(f"data: {source!r} (split {split!r}) cannot be loaded: {_root_cause(error)}") from None
     if text_column not in texts.column_names:
         raise UserError(f"data: {source!r} has no column {text_column!r}; it has {', '.join(texts.column_names)}: set data.text_column")
@@ -174,24 +176,21 @@ def load_rows(config: Config, tokenizer) -> tuple[Rows, Rows | None]:
         return tokenize_documents(texts, tokenizer, config, source)
 
     documents = documents_of(data.dataset, data.split)
-    held_out = None
-    if evaluation.num_documents and evaluation.dataset is not None:
-        pool = documents_of(evaluation.dataset, evaluation.split)
-        if len(pool) < evaluation.num_documents:
-            raise UserError(f"eval.num_documents: {evaluation.num_documents} asked for, and {evaluation.dataset!r} has {len(pool)} usable documents")
-        held_out = pool.select(np.random.default_rng(evaluation.seed).permutation(len(pool))[: evaluation.num_documents])
-        documents = _without_copies(documents, held_out, data.dataset)
-    elif evaluation.num_documents:
-        if len(documents) < evaluation.num_documents + (not evaluation.only):
-            raise UserError(
-                f"eval.num_documents: {evaluation.num_documents} cannot be held out of the {len(documents)} usable documents of {data.dataset!r} "
-                "and leave any to train on; lower it, or set eval.dataset"
-            )
-        order = np.random.default_rng(evaluation.seed).permutation(len(documents))
-        held_out = documents.select(np.sort(order[: evaluation.num_documents]))
-        documents = documents.select(np.sort(order[evaluation.num_documents :]))
-        if not evaluation.only:
-            documents = _without_copies(documents, held_out, data.dataset)
+    pool = documents if evaluation.dataset is None else documents_of(evaluation.dataset, evaluation.split)
+    spare = evaluation.dataset is None and not evaluation.only  # something must be left to train on
+    num_documents = evaluation.num_documents
+    if num_documents is None:
+        num_documents = min(64, len(pool) // 10 if evaluation.dataset is None else len(pool))
+        PartialState().print(f"data: {num_documents} of {len(pool)} documents are for evaluation (eval.num_documents)")
+    if num_documents > len(pool) - spare:
+        raise UserError(
+            f"eval.num_documents: {num_documents} cannot be taken out of the {len(pool)} usable documents of {evaluation.dataset or data.dataset!r}"
+            f"{' and leave any to train on' if spare else ''}; lower it{', or set eval.dataset' if spare else ''}"
+        )
+    order = np.random.default_rng(evaluation.seed).permutation(len(pool))
+    held_out = pool.select(np.sort(order[:num_documents])) if num_documents else None
+    if held_out is not None and not evaluation.only:
+        documents = _without_copies(pool.select(np.sort(order[num_documents:])) if spare else documents, held_out, data.dataset)
     train = pack_documents(documents, data.sequence_length, config.train.seed) if data.packing else one_document_a_row(documents)
     return train, None if held_out is None else one_document_a_row(held_out)
 

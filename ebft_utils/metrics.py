@@ -115,6 +115,34 @@ def mean_with_error(totals: Tensor, weights: Tensor) -> tuple[float, float]:
     return mean.item(), error.item()
 
 
+def evaluation_metrics(table: dict[str, Tensor], before: dict[str, Tensor] | None) -> dict[str, float]:
+    """Means over documents with their standard errors (name + "_se"); with the evaluation before training, also the change since then.
+
+    The same documents and random numbers are used each time, so the error of a change is that of the paired differences: much smaller than that
+    of the level, which is mostly the difference between documents.
+    """
+    metrics = {}
+    for name, (totals, weights) in table.items():
+        metrics[f"eval/{name}"], metrics[f"eval/{name}_se"] = mean_with_error(totals, weights)
+    perplexity = torch.tensor(metrics["eval/cross_entropy"], dtype=torch.float64).exp().item()
+    metrics |= {"eval/perplexity": perplexity, "eval/perplexity_se": perplexity * metrics["eval/cross_entropy_se"]}
+    if before is not None:
+        for name, (totals, weights) in table.items():
+            metrics[f"eval/{name}_change"], metrics[f"eval/{name}_change_se"] = mean_with_error(totals - before[name][0], weights)
+    return metrics
+
+
+def summary_of(metrics: dict[str, float]) -> str:
+    """Evaluation results as a table: metric, mean ± standard error, and the change since the start where it is known."""
+    lines = []
+    for name in (name for name in metrics if not name.endswith(("_se", "_change"))):
+        line = f"  {name.removeprefix('eval/'):18}{metrics[name]:9.4f} ± {metrics[name + '_se']:.4f}"
+        if f"{name}_change" in metrics:
+            line += f"   change {metrics[name + '_change']:+.4f} ± {metrics[name + '_change_se']:.4f}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
 def rollout_table(rows: list[dict[str, str | float]]) -> str:
     """Markdown table of sample rollouts: prefix | rollout | ground truth | reward."""
 

@@ -193,7 +193,10 @@ def prove_strided_mask(model: PreTrainedModel, name: str) -> None:
     anchors = torch.tensor([[4, 8]], device=model.device)
     was_training = model.training
     model.eval()
-    packed = rollout_logprobs(model, document, rollouts, anchors, 1.0)[0]  # (A, N, G)
+    try:
+        packed = rollout_logprobs(model, document, rollouts, anchors, 1.0)[0]  # (A, N, G)
+    except (RuntimeError, TypeError, AttributeError, ValueError, IndexError) as error:
+        raise UserError(f"model.name_or_path: {name!r} cannot be run with the strided attention mask: {_first_line(error)}") from None
     alone = torch.empty_like(packed)
     for index, anchor in enumerate(anchors[0].tolist()):
         prefixes = document[:, :anchor].expand(rollouts.shape[2], -1)
@@ -274,7 +277,7 @@ def model_card(config: Config, results: dict[int, dict[str, float]]) -> str:
     ]
     if results:
         names = [name for name in next(iter(results.values())) if not name.endswith(("_se", "_change"))]
-        lines += ["", f"Held-out documents ({config.eval.num_documents}), mean ± standard error over documents:", ""]
+        lines += ["", "Held-out documents, mean ± standard error over documents:", ""]
         lines += ["| metric | " + " | ".join(f"step {step}" for step in results) + " |", "| --- |" + " --- |" * len(results)]
         for name in names:
             cells = " | ".join(f"{metrics[name]:.4f} ± {metrics[name + '_se']:.4f}" for metrics in results.values())

@@ -95,7 +95,7 @@ class Layout:
 def pack_layout(segment_ids: Tensor, anchors: Tensor, valid: Tensor, num_samples: int, num_generated: int, step_major: bool = False) -> Layout:
     """Layout of a document with num_samples rollouts of num_generated tokens at each anchor.
 
-    Rollouts at invalid anchors see themselves only. step_major: order (G, A, N) instead of (A, N, G), the order in which decoding appends them.
+    Rollouts at invalid anchors see nothing of the document. step_major: order (G, A, N) instead of (A, N, G), the order in which decoding appends them.
 
     Args: segment_ids (B, S); anchors, valid (B, A).
     """

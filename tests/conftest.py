@@ -11,6 +11,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, CONFIG_MAPPING, PreTrainedTokenizerFast
 
@@ -50,6 +51,17 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<eos>", "<pad>"], initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator([(ROOT / "LICENSE").read_text()], trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
+
+
+@pytest.fixture(autouse=True)
+def cpu_alone(monkeypatch):
+    """One thread (tiny matrices on several only wait for each other), and no accelerator state left from another test."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    torch.set_num_threads(1)
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
 
 
 @pytest.fixture(scope="session")
@@ -103,7 +115,7 @@ def run_script():
 
     def run(script: str, *arguments: str, launcher: tuple[str, ...] = (sys.executable,), timeout: float = 300) -> subprocess.CompletedProcess:
         return subprocess.run(
-            [*launcher, str(ROOT / script), *map(str, arguments)], capture_output=True, text=True, cwd=ROOT, timeout=timeout, env={**os.environ, "ACCELERATE_USE_CPU": "true"}
+            [*launcher, str(ROOT / script), *map(str, arguments)], capture_output=True, text=True, cwd=ROOT, timeout=timeout
         )
 
     return run

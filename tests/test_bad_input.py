@@ -29,17 +29,6 @@ from ebft_utils.config import Config, DataConfig, EBFTConfig, ModelConfig, Train
 from ebft_utils.models import load_feature_network, load_policy
 
 
-@pytest.fixture(autouse=True)
-def one_cpu_thread(monkeypatch):
-    """Tiny matrices on several threads only wait for each other."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    torch.set_num_threads(1)
-    AcceleratorState._reset_state(True)
-    yield
-    AcceleratorState._reset_state(True)
-
-
 @pytest.fixture
 def command(monkeypatch, capsys):
     """Runs `train_strided.py ARGUMENTS`. Returns (exit code, stderr); fails on an exception that would be a traceback."""

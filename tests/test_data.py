@@ -163,6 +163,9 @@ def test_missing_things_are_named(tmp_path):
     message = refusal(texts_of, tmp_path, file_pattern="*.rs")
     assert str(tmp_path) in message and "data.file_pattern" in message and "'*.rs'" in message
     assert "Unrecognized instruction format" in refusal(texts_of, path, "train[:many]")
+    message = refusal(texts_of, tmp_path, file_pattern="*")  # a .jsonl beside a .md: rows or documents?
+    assert "several kinds" in message and ".jsonl" in message and ".md" in message
+    assert str(tmp_path) in refusal(texts_of, tmp_path, file_pattern="/*.py") and "~nouser" in refusal(texts_of, "~nouser/texts.jsonl")
 
 
 def test_source_file_that_is_not_text(tmp_path):
@@ -415,6 +418,16 @@ def test_evaluation_dataset_of_its_own(thirty, tmp_path, tokenizer):
     assert len(names(held_out)) == 5 and names(held_out) <= set(range(500, 508))
     _, everything = load_rows(config_of(thirty, evaluation={"num_documents": 8, "dataset": str(other), "split": "train"}), tokenizer)
     assert names(everything) == set(range(500, 508))
+
+
+@pytest.mark.parametrize("only", [False, True])
+def test_default_number_of_held_out_documents(thirty, tmp_path, tokenizer, only):
+    """Guards against a small data set being refused, and against eval.only choosing other documents than the ones that training held out."""
+    train, held_out = load_rows(config_of(thirty, evaluation={"num_documents": None, "only": only}), tokenizer)
+    assert contents(held_out) == contents(load_rows(config_of(thirty, evaluation={"num_documents": 3}), tokenizer)[1])
+    few = write_jsonl(tmp_path / "few.jsonl", [words(*[500 + number] * 5) for number in range(8)])
+    train, held_out = load_rows(config_of(few, evaluation={"num_documents": None, "only": only}), tokenizer)
+    assert held_out is None and len(train) == 8
 
 
 def test_no_evaluation(thirty, tokenizer):

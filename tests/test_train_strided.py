@@ -46,17 +46,6 @@ MODES = pytest.mark.parametrize("mode", [{}, {"lora": {"r": 4, "alpha": 8.0}}], 
 ADAMW = dict(betas=(0.9, 0.95), weight_decay=0.0)
 
 
-@pytest.fixture(autouse=True)
-def one_cpu_thread(monkeypatch):
-    """Tiny matrices on several threads only wait for each other."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    torch.set_num_threads(1)
-    AcceleratorState._reset_state(True)
-    yield
-    AcceleratorState._reset_state(True)
-
-
 @pytest.fixture
 def train(write_config, tmp_path):
     """train(NAME, "train.max_steps=4", lora={...}, train__seed=1): runs the script in this process, returns its output folder."""
@@ -209,21 +198,21 @@ def test_resumed_run_equals_the_unbroken_one(train, interrupted, tmp_path, mode)
     assert expected.keys() == found.keys() and all(torch.equal(expected[name], found[name]) for name in expected)
 
 
-def test_steps_after_the_last_checkpoint_are_done_again(train, interrupted, monkeypatch, tmp_path):
+def test_steps_after_the_last_checkpoint_are_done_again(train, interrupted, tmp_path):
     """Guards against a crash (no chance to save) between two saves: logged steps after the checkpoint must be replaced, not doubled."""
-    changes = dict(train__max_steps=4, train__save_steps=2)
+    changes = dict(train__max_steps=6, train__save_steps=3)
     whole = train("whole", **changes)
-    interrupted("broken", 3, **changes)
+    interrupted("broken", 5, **changes)
     broken = tmp_path / "broken"
-    for file in (broken / "checkpoint-3").iterdir():  # as if the process had been killed
+    for file in (broken / "checkpoint-5").iterdir():  # as if the process had been killed
         file.unlink()
-    (broken / "checkpoint-3").rmdir()
-    assert [entry["step"] for entry in logged(broken)] == [1, 2, 3]
+    (broken / "checkpoint-5").rmdir()
+    assert [entry["step"] for entry in logged(broken)] == [1, 2, 3, 4, 5]
     train("broken", "train.resume=latest", **changes)
     assert training(broken) == training(whole)
     assert all(torch.equal(tensor, weights(broken)[name]) for name, tensor in weights(whole).items())
     events = EventAccumulator(str(broken / "tensorboard")).Reload().Scalars("ebft/ce_loss")
-    assert [event.step for event in events] == [1, 2, 3, 4]
+    assert [event.step for event in events] == [1, 2, 3, 4, 5, 6]
 
 
 def test_resumed_run_reports_the_evaluation_before_training(train, interrupted, tmp_path):
@@ -414,6 +403,38 @@ def test_cross_entropy_alone_is_plain_fine_tuning(train, model_folder, text_file
     assert_same_weights(weights(folder), dict(model.named_parameters()), share=1e-3)
 
 
+def test_one_step_is_the_naive_policy_gradient(train, plain_descent, monkeypatch, model_folder):
+    """Guards against log-probs at temperature 1 of tokens sampled at 0.6, a baseline that is not eq 94, and anchors or documents weighted unevenly."""
+    seen, score = [], train_strided.sample_and_score
+
+    def keep(config, causal_lm, network, batch, *rest):
+        seen.append((batch, score(config, causal_lm, network, batch, *rest)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(train_strided, "sample_and_score", keep)
+    folder = train("run", "train.max_steps=1", "train.learning_rate=0.1", "ebft.temperature=0.6", "ebft.alignment_coef=0.7", "ebft.diversity_coef=0.4", "ebft.use_whitening=false")
+    ((batch, groups),) = seen
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    loss, count = 0.0, 0
+    for row, slot in batch.valid.nonzero().tolist():
+        anchor, rollouts = int(batch.anchors[row, slot]), groups.rollouts[row, slot]
+        a, d = groups.rewards.alignment[row, slot], groups.rewards.diversity[row, slot]
+        baseline = 0.7 * (a.sum() - a) / 2 - 0.4 * (d.sum() - 2 * d) / 1
+        advantages = 0.7 * a - 0.4 * d - baseline
+        for advantage, rollout in zip(advantages, rollouts, strict=True):
+            logits = model(torch.cat([batch.document_ids[row, :anchor], rollout])[None]).logits[0, anchor - 1 : -1]
+            loss = loss - advantage * (logits / 0.6).log_softmax(-1).gather(-1, rollout[:, None]).sum()
+            count += len(rollout)
+    loss = loss / count
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    (entry,) = training(folder)
+    assert entry["train/loss"] == pytest.approx(loss.item(), abs=1e-5) and entry["ebft/rl_loss"] == pytest.approx(loss.item(), abs=1e-5)
+    assert entry["train/grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+    expected = {name: (parameter - 0.1 * parameter.grad).detach() for name, parameter in model.named_parameters()}
+    assert_same_weights(weights(folder), expected)
+
+
 @pytest.fixture
 def evaluation(train):
     """Results of an eval.only run."""
@@ -594,6 +615,15 @@ def test_seed_decides_and_nothing_else(train):
     torch.rand(3)
     assert training(train("second", "train.max_steps=2", lora={"r": 2})) == training(first)
     assert training(train("third", "train.max_steps=2", "train.seed=1", lora={"r": 2}))[0]["ebft/rl_loss"] != training(first)[0]["ebft/rl_loss"]
+
+
+def test_a_document_gets_other_rollouts_each_time(train):
+    """Guards against rollouts that are keyed by the row alone: each epoch would train on the same ones. (The policy stands still: rate 1e-20.)"""
+    first, second = training(train("run", "data.max_documents=3", "train.per_device_batch_size=3", "train.max_steps=2", "train.learning_rate=1e-20"))
+    assert first["ebft/ce_loss"] == pytest.approx(second["ebft/ce_loss"], abs=1e-6)  # the same three documents
+    assert abs(first["ebft/alignment"] - second["ebft/alignment"]) > 1e-3
+    (both,) = training(train("both", "data.max_documents=3", "train.per_device_batch_size=6", "train.max_steps=1", "train.learning_rate=1e-20"))
+    assert both["ebft/alignment"] == pytest.approx((first["ebft/alignment"] + second["ebft/alignment"]) / 2, abs=1e-5)
 
 
 def test_logging_and_table_steps(train):
