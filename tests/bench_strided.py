@@ -21,7 +21,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ebft_utils.attention import STRIDED_SDPA
 from ebft_utils.config import ModelConfig
 from ebft_utils.features import FeatureNetwork, layer_indices, strided_features
 from ebft_utils.losses import policy_gradient_loss, token_logprobs

@@ -19,10 +19,8 @@ os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 import pytest
 import torch
-import yaml
 from accelerate.state import AcceleratorState
 from conftest import ROOT, tiny_model, tiny_tokenizer
-from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ebft_utils.config import Config, DataConfig, EBFTConfig, ModelConfig, TrainConfig, UserError

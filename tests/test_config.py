@@ -7,7 +7,7 @@ import yaml
 
 from ebft_utils.config import Config, UserError, load_config, parse_command_line
 
-EBFT_DEFAULTS = {  # issue 2, point 2: "the keys and defaults are those people know"
+EBFT_DEFAULTS = {  # the keys and defaults that users of EBFT know
     "feature_layers": [0.25, 0.5, 0.75],
     "embed_method": "last_token",
     "use_whitening": True,
@@ -56,7 +56,7 @@ def test_ebft_defaults_are_the_documented_ones(minimal):
 @pytest.mark.parametrize("estimator", ["rloo", "group_norm", "reinforce"])
 @pytest.mark.parametrize("whitening", ["feature", "sample"])
 def test_documented_choices_are_accepted(minimal, estimator, whitening):
-    """Guards against a choice that the issue lists and the type does not."""
+    """Guards against a documented choice that the type does not have."""
     config = load_config(str(minimal), [f"ebft.advantage_estimator={estimator}", f"ebft.whitening={whitening}"])
     assert (config.ebft.advantage_estimator, config.ebft.whitening) == (estimator, whitening)
 

@@ -204,7 +204,7 @@ def state_of(policy):
 
 
 def test_lora_features_are_the_base_models_bit_for_bit():
-    """With the adapter on, phi would move with the policy (pain.md R4)."""
+    """With the adapter on, phi would move with the policy."""
     pure = strided_features(FeatureNetwork(strided_model().get_decoder(), [1, 2, 3]), *example(), "last_token")
     policy = lora_policy(strided_model())
     decoder = base_causal_lm(policy).get_decoder()
@@ -247,7 +247,7 @@ def policy_gradients(policy, network=None):
 
 
 def test_backward_after_the_feature_forward():
-    """A disabled adapter, or a mode, that leaks into the recomputation breaks checkpointing or its gradients (pain.md R4, R28)."""
+    """A disabled adapter, or a mode, that leaks into the recomputation breaks checkpointing or its gradients."""
     model = strided_model()
     plain = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
     shake_adapter(plain)

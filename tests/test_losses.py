@@ -140,7 +140,7 @@ def saved_sizes(function, *arguments) -> list[int]:
 
 
 def test_full_logits_are_never_kept(small_chunks):
-    """Positions x vocabulary in float32 is what runs out of memory first (pain.md R17)."""
+    """Positions x vocabulary in float32 is what runs out of memory first."""
     hidden, weight, bias, token_ids, _ = inputs()
     full = NUM_POSITIONS * VOCABULARY
     assert max(saved_sizes(naive_logprobs, hidden, weight, bias, token_ids, 0.6)) >= full
@@ -205,7 +205,7 @@ def test_masked_document_tokens_do_not_leak(bad):
 
 
 def test_micro_batches_add_up_to_the_whole_batch():
-    """Sum over tokens / GLOBAL count: 1 x 4 = 4 x 1, also with ragged rows and one that is fully masked (pain.md R2)."""
+    """Sum over tokens / GLOBAL count: 1 x 4 = 4 x 1, also with ragged rows and one that is fully masked."""
     generator = torch.Generator().manual_seed(2)
     logprobs, advantages = torch.randn(4, 3, 5, generator=generator), torch.randn(4, 3, generator=generator)
     mask = torch.tensor([[True, True, True], [False, False, False], [True, False, False], [True, True, False]])

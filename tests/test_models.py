@@ -269,7 +269,7 @@ def dtypes(model, trained: bool) -> set[torch.dtype]:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_full_fine_tuning_trains_float32(write_config, dtype):
-    """An update of 1e-6 rounds away in bfloat16, whatever model.dtype says (pain.md R10)."""
+    """An update of 1e-6 rounds away in bfloat16, whatever model.dtype says."""
     policy = load_policy(load_config(str(write_config(model__dtype=dtype))))
     assert dtypes(policy, trained=True) == {torch.float32} and dtypes(policy, trained=False) == set()
     assert policy.config._attn_implementation == STRIDED_SDPA
@@ -297,7 +297,7 @@ def test_lora_on_the_head_or_on_nothing_is_refused(write_config):
 
 
 def test_dropout_is_off(tmp_path):
-    """With it the scored policy is not the one that sampled, and the ratio is not 1 (pain.md R5)."""
+    """With it the scored policy is not the one that sampled, and the ratio is not 1."""
     tiny_model("phi", attention_dropout=0.2, resid_pdrop=0.3, embd_pdrop=0.1).save_pretrained(tmp_path)
     model = load_causal_lm(ModelConfig(name_or_path=str(tmp_path)), torch.float32).train()
     ids = torch.arange(2, 12)[None]

@@ -461,7 +461,7 @@ def naive_rollouts():
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_rollouts_equal_a_loop_without_cache(monkeypatch, naive_rollouts, implementation, training):
-    """Packed documents, padding, two rows. In train mode checkpointing empties the cache and rollouts are garbage (pain.md R8)."""
+    """Packed documents, padding, two rows. In train mode checkpointing empties the cache and rollouts are garbage."""
     monkeypatch.setattr(strided, "QUERIES_PER_BLOCK", 4)
     model = with_attention(tiny_model(), implementation).train(training)
     if training:
@@ -542,7 +542,7 @@ def test_many_rows_are_sampled_in_chunks(monkeypatch):
 
 
 def test_the_scored_policy_is_the_sampling_policy(monkeypatch):
-    """The ratio of an unchanged policy is 1: log-probs that the sampler drew from equal those the loss scores (pain.md R1)."""
+    """The ratio of an unchanged policy is 1: log-probs that the sampler drew from equal those the loss scores."""
     model, document, anchors = with_attention(tiny_model(), "strided_sdpa"), random_tokens(2, 16), torch.tensor([[2, 7, 12], [3, 6, 9]])
     drawn_logps, sample = [], strided.sample_tokens
 

@@ -28,7 +28,7 @@ from ebft_utils.config import UserError, load_config
 from ebft_utils.data import load_rows, rows_of_step
 from ebft_utils.models import load_tokenizer
 
-ISSUE_NAMES = {  # issue 2, point 7
+METRIC_NAMES = {
     "ebft/alignment",
     "ebft/diversity",
     "ebft/mean_reward",
@@ -120,7 +120,7 @@ def test_the_command_trains_and_saves(run_script, write_config, model_folder, tm
 
     entries = [entry for entry in logged(folder) if "train/loss" in entry]
     assert [entry["step"] for entry in entries] == [1, 2, 3]
-    assert all(ISSUE_NAMES <= entry.keys() for entry in entries)
+    assert all(METRIC_NAMES <= entry.keys() for entry in entries)
     assert all(math.isfinite(value) for entry in entries for value in entry.values())
     assert [entry["train/learning_rate"] for entry in entries] == [1e-2] * 3
     assert all(0 < entry["ebft/valid_anchors"] <= 1 and 0 <= entry["ebft/duplicate_rollouts"] < 1 for entry in entries)
@@ -128,7 +128,7 @@ def test_the_command_trains_and_saves(run_script, write_config, model_folder, tm
     assert [entry["step"] for entry in evaluations(folder)] == [0, 3]
 
     events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"tensors": 0}).Reload()
-    for name in ISSUE_NAMES:
+    for name in METRIC_NAMES:
         assert [(event.step, event.value) for event in events.Scalars(name)] == [(entry["step"], pytest.approx(entry[name], rel=1e-6)) for entry in entries]
     (table,) = events.Tensors("rollouts/text_summary")
     header, _, *rows = table.tensor_proto.string_val[0].decode().split("\n")
