@@ -8,6 +8,7 @@ Axis legend: B rows, S tokens of a row (right-padded), A anchors, N rollouts at 
 
 import sysconfig
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import datasets
@@ -231,6 +232,7 @@ class Batch:
     valid: Tensor
 
     def to(self, device: torch.device) -> "Batch":
+        """The batch with its tensors on a device."""
         return Batch(self.row_ids, self.keys, *(tensor.to(device) for tensor in (self.document_ids, self.segment_ids, self.anchors, self.valid)))
 
 
@@ -254,14 +256,13 @@ def rows_of_step(num_rows: int, step: int, rows_per_step: int, seed: int) -> lis
 
     No row is dropped at an epoch's end: a batch may hold the last rows of one epoch and the first of the next.
     """
-    orders: dict[int, np.ndarray] = {}
-    chosen = []
-    for position in range(step * rows_per_step, (step + 1) * rows_per_step):
-        epoch, index = divmod(position, num_rows)
-        if epoch not in orders:
-            orders[epoch] = np.random.default_rng([seed, epoch]).permutation(num_rows)
-        chosen.append(int(orders[epoch][index]))
-    return chosen
+    places = [divmod(position, num_rows) for position in range(step * rows_per_step, (step + 1) * rows_per_step)]
+    return [int(_epoch_order(num_rows, seed, epoch)[index]) for epoch, index in places]
+
+
+@lru_cache(maxsize=2)  # a step reads one epoch, or two at its end; shuffling millions of rows at every step would cost more than the step
+def _epoch_order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(num_rows)
 
 
 def rollout_uniforms(seed: int, keys: list[int], num_anchors: int, num_samples: int, num_generated: int) -> Tensor:

@@ -93,12 +93,11 @@ def feature_matching_rewards(
                 truth_coords = _apply_power(eigenvalues, vectors, kept, -1.0, cross)  # G^-1 c
                 truth_square = truth_coords.square().sum(-1)
                 cosine = _cosine(truth_coords, overlap, truth_square)
-                mean_dot_truth = truth_coords.mean(-1)
             else:
                 truth_coords = _apply_power(eigenvalues, vectors, kept, -0.5, cross)  # G^-1/2 c
                 sign = _apply_power(eigenvalues, vectors, kept, -0.5, torch.ones_like(cross)).sign()
                 cosine = sign * _cosine(truth_coords, overlap, truth_square)
-                mean_dot_truth = truth_coords.mean(-1)
+            mean_dot_truth = truth_coords.mean(-1)
         alignment = 2 * cosine
         off_diagonal = overlap.sum(-1) - overlap.diagonal(dim1=-2, dim2=-1)
         diversity = 2 * off_diagonal / (num_samples - 1)
