@@ -1,7 +1,7 @@
 """Strided energy-based fine-tuning (EBFT; Jelassi et al. 2026, arXiv 2603.12248) on raw text.
 
     python train_strided.py --cfg examples/quickstart.yaml
-    accelerate launch --config_file accelerate_configs/cpu.yaml train_strided.py --cfg examples/quickstart.yaml train.max_steps=10
+    accelerate launch --config_file accelerate_configs/fsdp2.yaml train_strided.py --cfg examples/quickstart.yaml lora=null train.learning_rate=1e-5
 
 One training step, for each document (`train_step` below reads like this list):
     1. every `stride` tokens an anchor; at each anchor the policy writes n short rollouts, all anchors at once      strided.generate_rollouts
@@ -18,24 +18,35 @@ that would cross a document's end are no groups; whitening is eq 8 by default (`
 
 import json
 import math
-import os
-import sys
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
-from ebft_utils.checkpoint import StopSignals, check_same_run, export_final, find_checkpoint, load_checkpoint, prepare_output_dir, save_checkpoint
+from ebft_utils.checkpoint import RunState, check_continuation, check_same_run, export_final, find_checkpoint, load_checkpoint, output_folder, save_checkpoint
 from ebft_utils.config import Config, UserError, parse_command_line
 from ebft_utils.data import Batch, Rows, load_rows, make_batch, rollout_uniforms, rows_of_step
+from ebft_utils.distributed import (
+    Stopped,
+    StopSignals,
+    clip_gradients,
+    describe_run,
+    gradient_sync,
+    micro_batches_per_step,
+    prepare_accelerator,
+    prepare_policy,
+    run_as_command,
+    whole_weights,
+)
 from ebft_utils.features import FeatureNetwork, strided_features
 from ebft_utils.losses import cross_entropy_loss, policy_gradient_loss
 from ebft_utils.metrics import MetricLogger, MetricSums, evaluation_metrics, logged_evaluations, rollout_table, summary_of
-from ebft_utils.models import StridedPolicy, base_causal_lm, check_vocabulary, load_feature_network, load_policy, load_tokenizer, model_card
+from ebft_utils.models import StridedPolicy, check_vocabulary, load_feature_network, load_policy, load_tokenizer, model_card
 from ebft_utils.rewards import (
     FeatureRewards,
     feature_matching_rewards,
@@ -45,7 +56,7 @@ from ebft_utils.rewards import (
     share_equal_rollouts,
     unbiased_cfm,
 )
-from ebft_utils.strided import generate_rollouts, truth_windows
+from ebft_utils.strided import truth_windows
 
 EVALUATED = ("cross_entropy", "cfm_loss", "cfm_unbiased", "reward_pass@1", "reward_best_of_n")
 
@@ -64,16 +75,15 @@ class Groups:
     rewards: FeatureRewards
 
 
-def sample_and_score(config: Config, causal_lm, network: FeatureNetwork, batch: Batch, seed: int) -> Groups:
-    """Points 1 to 3 of the algorithm: rollouts at every anchor, features of rollouts and truth, rewards."""
+def sample_and_score(config: Config, accelerator: Accelerator, policy: StridedPolicy, network: FeatureNetwork, batch: Batch, seed: int) -> Groups:
+    """Points 1 to 3 of the algorithm: rollouts at every anchor, features of rollouts and truth, rewards. policy: not wrapped in DDP."""
     ebft = config.ebft
     num_anchors = batch.anchors.shape[1]
     uniforms = rollout_uniforms(seed, batch.keys, num_anchors, ebft.n_samples_per_prompt, ebft.generate_max_len)
-    where = (batch.document_ids, batch.segment_ids)
-    rollouts = generate_rollouts(
-        base_causal_lm(causal_lm), *where, batch.anchors, batch.valid, ebft.temperature, uniforms.to(batch.anchors.device)
-    )
-    features, truth_features = strided_features(network, *where, rollouts, batch.anchors, batch.valid, ebft.embed_method)
+    where = dict(document_ids=batch.document_ids, segment_ids=batch.segment_ids, anchors=batch.anchors, valid=batch.valid)
+    with accelerator.autocast(), whole_weights(accelerator, policy):
+        rollouts = policy.generate(**where, temperature=ebft.temperature, uniforms=uniforms.to(batch.anchors.device))
+        features, truth_features = strided_features(network, **where, rollouts=rollouts, embed_method=ebft.embed_method)
     features = share_equal_rollouts(features, rollouts)
     rewards = feature_matching_rewards(
         features,
@@ -104,7 +114,6 @@ def document_targets(batch: Batch) -> Tensor:
 def train_step(config: Config, accelerator: Accelerator, policy, network: FeatureNetwork, batches: list[Batch]):
     """Gradients of one optimizer step, accumulated over its micro-batches. Returns metric sums, the loss, and the last micro-batch's groups."""
     ebft, sums = config.ebft, MetricSums()
-    causal_lm = accelerator.unwrap_model(policy).causal_lm
     # the token counts of the whole global batch, known before the first forward: each loss is sum over tokens / global count
     counts = torch.stack([sum(batch.valid.sum() for batch in batches), sum(document_targets(batch).sum() for batch in batches)]).to(accelerator.device)
     num_anchors, num_targets = accelerator.reduce(counts, reduction="sum").tolist()
@@ -114,11 +123,9 @@ def train_step(config: Config, accelerator: Accelerator, policy, network: Featur
         batch = batch.to(accelerator.device)
         rollouts = None
         if ebft.rl_coef > 0:
-            with accelerator.autocast():
-                groups = sample_and_score(config, causal_lm, network, batch, config.train.seed)
+            groups = sample_and_score(config, accelerator, accelerator.unwrap_model(policy), network, batch, config.train.seed)
             rollouts, advantages = groups.rollouts, advantages_of(config, groups.rewards)
-        last = index == len(batches) - 1
-        with nullcontext() if last else accelerator.no_sync(policy):
+        with gradient_sync(accelerator, policy, last=index == len(batches) - 1):
             rollout_logps, document_logps = policy(
                 document_ids=batch.document_ids,
                 segment_ids=batch.segment_ids,
@@ -163,32 +170,40 @@ def count_groups(sums: MetricSums, batch: Batch, groups: Groups, advantages: Ten
 
 
 @torch.no_grad()
-def evaluate(config: Config, accelerator: Accelerator, policy, network: FeatureNetwork, rows: Rows, pad_token_id: int) -> dict[str, Tensor]:
-    """Held-out cross-entropy, CFM and reward of each document: name -> (2, documents), totals and their weights. Same seed, same numbers."""
-    policy = accelerator.unwrap_model(policy)  # processes can have different numbers of batches, and DDP's forward synchronises
+def evaluate(config: Config, accelerator: Accelerator, policy, network: FeatureNetwork, rows: Rows, pad_token_id: int, signals: StopSignals) -> dict[str, Tensor] | None:
+    """Held-out cross-entropy, CFM and reward of each document: name -> (2, documents), totals and their weights. Same seed, same numbers.
+
+    None when the run was asked to stop in the middle.
+    """
+    policy = accelerator.unwrap_model(policy)
     policy.eval()
     size = config.eval.per_device_batch_size
-    mine = range(accelerator.process_index * size, len(rows), accelerator.num_processes * size)
     table = torch.zeros(len(EVALUATED), 2, len(rows), dtype=torch.float64, device=accelerator.device)
-    for start in tqdm(mine, desc="evaluating", disable=not accelerator.is_main_process, leave=False):
+    starts = range(0, len(rows), size * accelerator.num_processes)
+    for start in tqdm(starts, desc="evaluating", disable=not accelerator.is_main_process, leave=False):
+        if signals.agreed(accelerator):
+            policy.train()
+            return None
+        start += accelerator.process_index * size
         row_ids = list(range(start, min(start + size, len(rows))))
-        batch = batch_of(config, rows, row_ids, row_ids, pad_token_id).to(accelerator.device)
-        with accelerator.autocast():
-            groups = sample_and_score(config, policy.causal_lm, network, batch, config.eval.seed)
-        _, logps = policy(
-            document_ids=batch.document_ids,
-            segment_ids=batch.segment_ids,
-            rollouts=None,
-            anchors=batch.anchors,
-            valid=batch.valid,
-            temperature=1.0,
-            document_grad=False,
-        )
+        run_ids = row_ids or [0]  # FSDP2 needs every process in every forward: one that has no rows left runs the first, and does not count it
+        batch = batch_of(config, rows, run_ids, run_ids, pad_token_id).to(accelerator.device)
+        groups = sample_and_score(config, accelerator, policy, network, batch, config.eval.seed)
+        with whole_weights(accelerator, policy):  # which FSDP2's own forward would leave behind
+            _, logps = policy(
+                document_ids=batch.document_ids,
+                segment_ids=batch.segment_ids,
+                rollouts=None,
+                anchors=batch.anchors,
+                valid=batch.valid,
+                temperature=1.0,
+                document_grad=False,
+            )
         targets, rewards = document_targets(batch), groups.rewards
         cfm_unbiased = unbiased_cfm(groups.features, groups.truth_features)
         per_group = (rewards.cfm, cfm_unbiased, rewards.reward.mean(-1), rewards.reward.amax(-1))
         values = [(-logps, targets)] + [(value, batch.valid) for value in per_group]
-        for index, (value, counted) in enumerate(values):
+        for index, (value, counted) in enumerate(values if row_ids else ()):
             table[index, 0, batch.row_ids] = torch.where(counted, value, 0.0).double().sum(1)
             table[index, 1, batch.row_ids] = counted.double().sum(1)
     policy.train()
@@ -208,22 +223,21 @@ def batch_of(config: Config, rows: Rows, row_ids: list[int], keys: list[int], pa
 
 def step_batches(config: Config, accelerator: Accelerator, rows: Rows, step: int, pad_token_id: int) -> list[Batch]:
     """This process's micro-batches of an optimizer step (counted from 0)."""
-    size, micro_batches = config.train.per_device_batch_size, config.train.gradient_accumulation_steps
-    rows_per_step = size * micro_batches * accelerator.num_processes
+    size, rows_per_step = config.train.per_device_batch_size, config.train.batch_size
     row_ids = rows_of_step(len(rows), step, rows_per_step, config.train.seed)
-    starts = [(index * accelerator.num_processes + accelerator.process_index) * size for index in range(micro_batches)]
+    starts = [(index * accelerator.num_processes + accelerator.process_index) * size for index in range(micro_batches_per_step(config, accelerator))]
     keys = [range(step * rows_per_step + start, step * rows_per_step + start + size) for start in starts]  # a row has other rollouts in each epoch
     return [batch_of(config, rows, row_ids[start : start + size], list(key), pad_token_id) for start, key in zip(starts, keys, strict=True)]
 
 
-def learning_rate_factor(config: Config, step: int) -> float:
-    """Learning rate of a step (counted from 0) as a share of the peak: linear warm-up, then constant, cosine or linear decay to 0."""
+def learning_rate(config: Config, step: int) -> float:
+    """Learning rate of a step (counted from 0): linear warm-up to the peak, then constant, cosine or linear decay to 0."""
     train = config.train
     warmup_steps = round(train.warmup_ratio * train.max_steps)
     if step < warmup_steps:
-        return (step + 1) / (warmup_steps + 1)
+        return train.learning_rate * (step + 1) / (warmup_steps + 1)
     done = (step - warmup_steps) / max(1, train.max_steps - warmup_steps)
-    return {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[train.lr_scheduler]
+    return train.learning_rate * {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[train.lr_scheduler]
 
 
 def sample_table(tokenizer, batch: Batch, groups: Groups, num_rows: int = 8) -> str:
@@ -262,96 +276,78 @@ def line_of(metrics: dict[str, float]) -> str:
     return ", ".join(f"{label} {metrics[name]:.4g}" for label, name in shown.items() if name in metrics)
 
 
-def prepare_accelerator(config: Config) -> Accelerator:
-    """The accelerator, with the precision that model.dtype asks for. Raises UserError where the launch asks for something else."""
-    precision = {"bfloat16": "bf16", "float32": "no"}[config.model.dtype]
-    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if launched not in ("no", precision):
-        raise UserError(f"mixed_precision: {launched} in the accelerate config contradicts model.dtype: {config.model.dtype}; set mixed_precision: 'no' there")
-    accelerator = Accelerator(mixed_precision=precision)
-    if accelerator.gradient_accumulation_steps != 1:
-        raise UserError(
-            f"gradient_accumulation_steps: {accelerator.gradient_accumulation_steps} in the accelerate config would divide the loss once more; "
-            "leave it out there and set train.gradient_accumulation_steps"
-        )
-    if os.environ.get("ACCELERATE_USE_FSDP", "false") == "true" and accelerator.distributed_type != DistributedType.FSDP:
-        raise UserError("distributed_type: FSDP in the accelerate config would silently run unsharded on this machine; use accelerate_configs/cpu.yaml")
-    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
-        raise UserError(f"distributed_type: {accelerator.distributed_type.value} in the accelerate config is not supported; allowed: NO, MULTI_CPU, MULTI_GPU")
-    return accelerator
+def train(config: Config, accelerator: Accelerator, policy, network, optimizer, rows: Rows, held_out: Rows | None, tokenizer, logger, run: RunState, results, signals):
+    """The loop. Whatever ends it, what was trained is saved. run: where it starts; results: evaluation metrics by step, added to here.
 
-
-def describe_run(config: Config, accelerator: Accelerator, policy, rows: Rows) -> str:
-    """What this run really runs on."""
-    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    per_step = config.train.per_device_batch_size * config.train.gradient_accumulation_steps * accelerator.num_processes
-    return (
-        f"{accelerator.num_processes} process(es) on {accelerator.device}, forwards in {config.model.dtype}, "
-        f"{'LoRA' if config.lora else 'full fine-tuning'}: {sum(parameter.numel() for parameter in trained):,} trained weights in "
-        f"{', '.join(sorted({str(parameter.dtype).removeprefix('torch.') for parameter in trained}))}; {len(rows)} training rows, {per_step} a step"
-    )
-
-
-def train(
-    config: Config, accelerator: Accelerator, policy, network, optimizer, scheduler, rows: Rows, held_out: Rows | None, tokenizer, logger, before, results, signals
-) -> None:
-    """The loop. Whatever ends it, what was trained is saved.
-
-    before: the evaluation before the first step, of a resumed run; results: evaluation metrics by step, added to here.
+    Raises Stopped when the run was asked to stop, UserError when the loss is not finite.
     """
-    done = saved = scheduler.last_epoch
-    progress = tqdm(total=config.train.max_steps, initial=done, desc="training", disable=not accelerator.is_main_process)
+    train, saved, updating, finished = config.train, run.step, False, False
+    progress = tqdm(total=train.max_steps, initial=run.step, desc="training", disable=not accelerator.is_main_process)
 
-    def evaluate_at(step: int) -> None:
-        nonlocal before
-        if held_out is None or step in results:
+    def evaluate_now() -> None:
+        if held_out is None or run.step in results:
             return
-        table = evaluate(config, accelerator, policy, network, held_out, tokenizer.pad_token_id)
-        results[step] = evaluation_metrics(table, before)
-        before = table if step == 0 else before
+        table = evaluate(config, accelerator, policy, network, held_out, tokenizer.pad_token_id, signals)
+        if table is None:
+            return
+        results[run.step] = evaluation_metrics(table, run.before)
+        run.before = table if run.step == 0 else run.before
         if accelerator.is_main_process:
-            logger.log(step, results[step])
-            progress.write(f"step {step}, {len(held_out)} held-out documents, mean ± standard error:\n{summary_of(results[step])}")
+            logger.log(run.step, results[run.step])
+            progress.write(f"step {run.step}, {len(held_out)} held-out documents, mean ± standard error:\n{summary_of(results[run.step])}")
+
+    def save(alone: bool = False) -> None:
+        nonlocal saved
+        if run.step > saved:
+            saved = run.step  # one attempt: a full disk stays full
+            accelerator.print(f"saved {save_checkpoint(config, accelerator, policy, optimizer, run, alone)}")
 
     policy.train()
     try:
-        if config.eval.at_start and done == 0:
-            evaluate_at(0)
-        while done < config.train.max_steps:
+        if config.eval.at_start and run.step == 0:
+            evaluate_now()
+        while run.step < train.max_steps and not signals.agreed(accelerator):
             started = time.perf_counter()
-            batches = step_batches(config, accelerator, rows, done, tokenizer.pad_token_id)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(config, run.step)
+            batches = step_batches(config, accelerator, rows, run.step, tokenizer.pad_token_id)
             sums, loss, groups = train_step(config, accelerator, policy, network, batches)
-            grad_norm = accelerator.clip_grad_norm_(policy.parameters(), config.train.max_grad_norm).item()
-            if not torch.tensor([loss, grad_norm]).isfinite().all():
-                kept = f"the weights after step {done} are saved as checkpoint-{done}" if done else "nothing was trained yet"
-                raise UserError(f"step {done + 1}: loss {loss}, gradient norm {grad_norm}: not finite, stopped before the update; {kept}; lower train.learning_rate")
+            grad_norm = clip_gradients(accelerator, policy, train.max_grad_norm)
+            if not (math.isfinite(loss) and math.isfinite(grad_norm)):  # the same numbers on every process
+                save()
+                kept = f"the weights after step {run.step} are saved as checkpoint-{run.step}" if run.step else "nothing was trained yet"
+                raise UserError(f"step {run.step + 1}: loss {loss}, gradient norm {grad_norm}: not finite, stopped before the update; {kept}; lower train.learning_rate")
             metrics = step_metrics(accelerator, sums, len(batches))
-            metrics |= {"train/loss": loss, "train/learning_rate": scheduler.get_last_lr()[0], "train/grad_norm": grad_norm}
-            with signals.deferred():  # the update and its line in the log: both or none
-                optimizer.step()
-                scheduler.step()
-                optimizer.zero_grad()
-                done += 1
-                metrics["train/tokens_per_second"] = metrics.pop("tokens") / (time.perf_counter() - started)
-                if accelerator.is_main_process and (done % config.train.logging_steps == 0 or done == config.train.max_steps):
-                    logger.log(done, metrics)
-                    progress.set_postfix_str(line_of(metrics))
-                    progress.write(f"step {done}: {line_of(metrics)}")
+            metrics |= {"train/loss": loss, "train/learning_rate": learning_rate(config, run.step), "train/grad_norm": grad_norm}
+            updating = True
+            optimizer.step()
+            optimizer.zero_grad()
+            run.step, updating = run.step + 1, False
+            metrics["train/tokens_per_second"] = metrics.pop("tokens") / (time.perf_counter() - started)
+            if accelerator.is_main_process and (run.step % train.logging_steps == 0 or run.step == train.max_steps):
+                logger.log(run.step, metrics)
+                progress.set_postfix_str(line_of(metrics))
+                progress.write(f"step {run.step}: {line_of(metrics)}")
             progress.update()
-            table_steps = config.train.rollout_table_steps
-            if accelerator.is_main_process and groups is not None and table_steps and (done % table_steps == 0 or done == 1):
-                logger.text(done, "rollouts", sample_table(tokenizer, batches[-1], groups))
-            if config.eval.every_steps and done % config.eval.every_steps == 0 and done < config.train.max_steps:
-                evaluate_at(done)
-            if config.train.save_steps and done % config.train.save_steps == 0:
-                save_checkpoint(config, accelerator, policy, optimizer, scheduler, done, before)
-                saved = done
-        if config.eval.at_end:
-            evaluate_at(done)
+            if accelerator.is_main_process and groups is not None and train.rollout_table_steps and (run.step % train.rollout_table_steps == 0 or run.step == 1):
+                logger.text(run.step, "rollouts", sample_table(tokenizer, batches[-1], groups))
+            if config.eval.every_steps and run.step % config.eval.every_steps == 0 and run.step < train.max_steps:
+                evaluate_now()
+            if train.save_steps and run.step % train.save_steps == 0:
+                save()
+        if config.eval.at_end and not signals.agreed(accelerator):
+            evaluate_now()
+        save()
+        finished = True
     finally:
         progress.close()
-        if done > saved:
-            accelerator.print(f"saving {save_checkpoint(config, accelerator, policy, optimizer, scheduler, done, before)}")
+        if not (finished or updating or signals.at_once):  # an error
+            if isinstance(policy, FSDPModule) and accelerator.num_processes > 1:
+                accelerator.print(f"step {run.step}: an error on one process leaves the others without its part of the weights; the last checkpoint is of step {saved}")
+            elif accelerator.is_main_process:
+                save(alone=True)
+    if number := signals.agreed(accelerator):
+        raise Stopped(number)
 
 
 def main(argv: list[str]) -> None:
@@ -360,20 +356,22 @@ def main(argv: list[str]) -> None:
     if config is None:
         return
     accelerator = prepare_accelerator(config)
+    micro_batches_per_step(config, accelerator)  # or it refuses
     torch.manual_seed(config.train.seed)  # the initial adapter; all else is drawn from (seed, step, row)
+    with output_folder(config, accelerator) as output_dir:
+        train_or_evaluate(config, accelerator, output_dir)
+    accelerator.end_training()
 
-    # --- folder, data, model -----------------------------------------------------------------------------------------------------------
-    output_dir = prepare_output_dir(config)
-    checkpoint = find_checkpoint(config)
-    if checkpoint is not None and not config.eval.only:
-        check_same_run(config, checkpoint)
+
+def train_or_evaluate(config: Config, accelerator: Accelerator, output_dir: Path) -> None:
+    # --- data, model -------------------------------------------------------------------------------------------------------------------
+    checkpoint = find_checkpoint(config, accelerator)
+    changed = check_same_run(config, checkpoint) if checkpoint is not None and not config.eval.only else []
     tokenizer = load_tokenizer(config.model)
     with accelerator.main_process_first():  # the others then read its cache
         rows, held_out = load_rows(config, tokenizer)
     causal_lm = load_policy(config)
     check_vocabulary(tokenizer, causal_lm, config.model.name_or_path)
-    network = load_feature_network(causal_lm, config)
-    network.decoder.to(accelerator.device)
 
     # --- optimizer ---------------------------------------------------------------------------------------------------------------------
     policy = StridedPolicy(causal_lm)
@@ -383,42 +381,42 @@ def main(argv: list[str]) -> None:
         betas=(config.train.adam_beta1, config.train.adam_beta2),
         weight_decay=config.train.weight_decay,
     )
-    policy, optimizer = accelerator.prepare(policy, optimizer)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer.optimizer, lambda step: learning_rate_factor(config, step))
-    first_step, before = (0, None) if checkpoint is None else load_checkpoint(checkpoint, policy, optimizer.optimizer, scheduler)
-    if first_step > config.train.max_steps and not config.eval.only:
-        raise UserError(f"train.max_steps: {config.train.max_steps} is less than the steps already done in {checkpoint} ({first_step})")
-    accelerator.print(describe_run(config, accelerator, policy, rows))
+    policy, optimizer = prepare_policy(accelerator, policy, optimizer)
+    network = load_feature_network(accelerator.unwrap_model(policy).causal_lm, config, accelerator.device)
+    accelerator.print(describe_run(config, accelerator, policy, network))
+    run = RunState(step=0, num_processes=accelerator.num_processes, num_rows=len(rows), before=None)
     if checkpoint is not None:
-        accelerator.print(f"going on from {checkpoint}, step {first_step}")
+        run = load_checkpoint(checkpoint, policy, optimizer.optimizer)
+        accelerator.print(f"going on from {checkpoint}, step {run.step}" + "".join(f"\n  {change}" for change in changed))
+        if not config.eval.only:
+            check_continuation(config, accelerator, run, len(rows))
 
     # --- evaluate only, or train -------------------------------------------------------------------------------------------------------
     if config.eval.only:
         if held_out is None:
             raise UserError("eval.only: true without held-out documents leaves nothing to do; set eval.num_documents above 0")
-        results = evaluation_metrics(evaluate(config, accelerator, policy, network, held_out, tokenizer.pad_token_id), None)
-        accelerator.print(f"step {first_step}, {len(held_out)} held-out documents, mean ± standard error:\n{summary_of(results)}")
+        with StopSignals() as signals:
+            table = evaluate(config, accelerator, policy, network, held_out, tokenizer.pad_token_id, signals)
+            if table is None:
+                raise Stopped(signals.agreed(accelerator))
+        results = evaluation_metrics(table, None)
+        accelerator.print(f"step {run.step}, {len(held_out)} held-out documents, mean ± standard error:\n{summary_of(results)}")
         if accelerator.is_main_process:
             finite = {name: value if math.isfinite(value) else None for name, value in results.items()}
-            (output_dir / "eval.json").write_text(json.dumps({"step": first_step, **finite}, indent=2) + "\n")
+            (output_dir / "eval.json").write_text(json.dumps({"step": run.step, **finite}, indent=2) + "\n")
         return
-    results = logged_evaluations(output_dir, first_step) if checkpoint is not None else {}
+    results = logged_evaluations(output_dir, run.step) if checkpoint is not None else {}
     accelerator.wait_for_everyone()  # all have read it
-    logger = MetricLogger(output_dir, None if checkpoint is None else first_step) if accelerator.is_main_process else None
+    logger = MetricLogger(output_dir, None if checkpoint is None else run.step) if accelerator.is_main_process else None
     with StopSignals() as signals:
-        train(config, accelerator, policy, network, optimizer, scheduler, rows, held_out, tokenizer, logger, before, results, signals)
+        train(config, accelerator, policy, network, optimizer, rows, held_out, tokenizer, logger, run, results, signals)
 
     # --- the final model ---------------------------------------------------------------------------------------------------------------
-    target = export_final(config, accelerator, accelerator.unwrap_model(policy).causal_lm, tokenizer, model_card(config, results))
+    target = export_final(config, accelerator, policy, tokenizer, model_card(config, results))
     accelerator.print(f"the final model is in {target}")
     if logger is not None:
         logger.close()
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; train.resume=latest goes on from the last checkpoint, where there is one")
+    run_as_command(main)

@@ -1,75 +1,172 @@
-"""Saving: checkpoints to go on from, and the final model to use. Each is written under a temporary name and renamed when it is whole."""
+"""Saving: checkpoints to go on from, and the final model to use. Each is written under a temporary name and renamed when it is whole.
 
+A checkpoint is a folder, the same for one process, DDP and FSDP2, and can be read by any other number of processes:
+    state/        trained weights and optimizer state, each process's part (torch.distributed.checkpoint)
+    run.json      step, number of processes and of rows, the evaluation before training
+    config.yaml   the whole configuration
+    SHA256SUMS    of all of them, written last; `sha256sum -c SHA256SUMS` checks it by hand
+There is no random state and no schedule to save: data order, rollouts and learning rate are functions of (seed, step).
+"""
+
+import fcntl
+import hashlib
+import json
 import os
-import pickle
 import re
 import shutil
-import signal
+import socket
+import warnings
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed.checkpoint as dcp
 import yaml
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object, patch_environment
 from peft import PeftModel
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict, set_model_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
 
 from .config import Config, UserError
-from .models import resolve_source
+from .models import DTYPES, load_causal_lm, resolve_source
 
-STATE_FILE = "state.pt"
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is a normal case
+SUMS_FILE, LOCK_FILE = "SHA256SUMS", ".lock"
 MAY_CHANGE = {  # settings that a resumed run may change
     "model.gradient_checkpointing",
+    "feature_network.device",
+    "feature_network.shard",
+    "lora.merge",
     *(f"eval.{name}" for name in ("only", "at_start", "at_end", "every_steps", "per_device_batch_size")),
-    *(f"train.{name}" for name in ("output_dir", "max_steps", "logging_steps", "rollout_table_steps", "save_steps", "save_total_limit", "resume")),
+    *(f"train.{name}" for name in ("output_dir", "per_device_batch_size", "max_steps", "logging_steps", "rollout_table_steps")),
+    *(f"train.{name}" for name in ("save_steps", "save_total_limit", "resume", "process_timeout_minutes")),
 }
 
 
-def prepare_output_dir(config: Config) -> Path:
-    """Creates train.output_dir. Raises UserError when it cannot be written, or holds another run that this one would overwrite."""
+@dataclass
+class RunState:
+    """What a run knows about itself. step: optimizer steps done; num_rows: rows to train on; before: the evaluation before training."""
+
+    step: int
+    num_processes: int
+    num_rows: int
+    before: dict[str, Tensor] | None
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# The output folder
+
+
+@contextmanager
+def output_folder(config: Config, accelerator: Accelerator):
+    """Creates train.output_dir and keeps other runs out of it while inside (the lock ends with the process, however that ends). Gives its path.
+
+    Raises UserError when it cannot be written, is in use, or holds a run that this one would overwrite. (eval.only needs no lock.)
+    """
     folder = Path(config.train.output_dir).expanduser()
+    lock = None
+    problem, token = None, f"{socket.gethostname()} {os.getpid()}"
+    if accelerator.is_main_process:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if not config.eval.only:
+                lock = (folder / LOCK_FILE).open("a+")
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock.truncate(0)
+                lock.write(token)
+                lock.flush()
+        except BlockingIOError:
+            problem = f"another run is at work in {folder} (process {(folder / LOCK_FILE).read_text()}); wait for its end, or choose another folder"
+        except OSError as error:
+            problem = f"{folder} is not writable: {error.strerror}"
+        if problem is None and config.train.resume is None and not config.eval.only:
+            found = [path.name for path in (folder / "final", *list_checkpoints(folder)) if path.exists()]
+            if found:
+                problem = f"{folder} already holds a run ({found[0]}); choose another folder, or go on with it: train.resume=latest"
+    problem, token = broadcast_object_list([problem, token])
+    if problem is None and not config.eval.only:
+        path = folder / LOCK_FILE
+        blind = not path.is_file() or path.read_text() != token
+        hosts = [host for host in gather_object([socket.gethostname() if blind else ""]) if host]
+        if hosts:
+            problem = f"{folder} is not the same folder on all machines (not on {', '.join(sorted(set(hosts)))}); it must be on a shared file system"
+    if problem is not None:
+        raise UserError(f"train.output_dir: {problem}")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".write-test-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"train.output_dir: {folder} is not writable: {error.strerror}") from None
-    if config.train.resume is None and not config.eval.only:
-        found = [path.name for path in (folder / "final", *list_checkpoints(folder)) if path.exists()]
-        if found:
-            raise UserError(f"train.output_dir: {folder} already holds a run ({found[0]}); choose another folder, or go on with it: train.resume=latest")
-    return folder
+        yield folder
+    finally:
+        if lock is not None:
+            lock.close()
 
 
-def find_checkpoint(config: Config) -> Path | None:
-    """The checkpoint that train.resume names; None for a new run. Raises UserError when there is none."""
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Finished checkpoints, oldest first."""
+    found = [(int(match[1]), path) for path in folder.glob("checkpoint-*") if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and (path / SUMS_FILE).is_file()]
+    return [path for _, path in sorted(found)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# Which checkpoint to go on from
+
+
+def find_checkpoint(config: Config, accelerator: Accelerator) -> Path | None:
+    """The checkpoint that train.resume names; None for a new run. latest passes over damaged ones, with a word. Raises UserError when there is none."""
     if config.train.resume is None:
         return None
     folder = Path(config.train.output_dir).expanduser()
     if config.train.resume == "latest":
         checkpoints = list_checkpoints(folder)
-        if not checkpoints:
-            raise UserError(f"train.resume: latest: {folder} holds no checkpoint")
-        return checkpoints[-1]
+        for path in reversed(checkpoints):
+            damage = damage_of(path, accelerator)
+            if damage is None:
+                return path
+            accelerator.print(f"{path} is damaged ({damage}): passed over")
+        raise UserError(f"train.resume: latest: {folder} holds no {'whole ' if checkpoints else ''}checkpoint")
     path = Path(config.train.resume).expanduser()
-    if not (path / STATE_FILE).is_file():
-        raise UserError(f"train.resume: {path} is not a checkpoint folder (it has no {STATE_FILE})")
+    if not (path / SUMS_FILE).is_file():
+        raise UserError(f"train.resume: {path} is not a checkpoint folder (it has no {SUMS_FILE})")
+    damage = damage_of(path, accelerator)
+    if damage is not None:
+        raise UserError(f"train.resume: {path} is damaged: {damage}")
     return path
 
 
-def check_same_run(config: Config, checkpoint: Path) -> None:
-    """Raises UserError when the checkpoint was made with settings that would make its continuation another run."""
+def damage_of(path: Path, accelerator: Accelerator) -> str | None:
+    """What is wrong with a checkpoint's files, None when they are as they were written. The processes share the work."""
     try:
-        saved = yaml.safe_load((checkpoint / "config.yaml").read_text())
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"train.resume: {checkpoint / 'config.yaml'} cannot be read: {error}") from None
+        expected = dict(reversed(line.split("  ", 1)) for line in (path / SUMS_FILE).read_text().splitlines())
+    except (OSError, ValueError):
+        expected = {}
+    needed = {"config.yaml", "run.json", "state/.metadata"}
+    mine = sorted(expected)[accelerator.process_index :: accelerator.num_processes]
+    problems = [] if needed <= expected.keys() else [f"{SUMS_FILE} is not whole"]
+    for name in mine:
+        try:
+            if _sha256(path / name) != expected[name]:
+                problems.append(f"{name} is not what was written")
+        except OSError as error:
+            problems.append(f"{name}: {error.strerror}")
+    return next(iter(gather_object(problems)), None)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_same_run(config: Config, checkpoint: Path) -> list[str]:
+    """The settings that differ from those the checkpoint was made with. Raises UserError for those that would make its continuation another run."""
+    saved = yaml.safe_load((checkpoint / "config.yaml").read_text())
     here, there = _flatten(config.to_dict()), _flatten(saved)
-    changed = [key for key in here | there if here.get(key) != there.get(key) and key not in MAY_CHANGE]
-    if changed:
-        differences = "; ".join(f"{key} is {here.get(key)!r} and was {there.get(key)!r}" for key in changed)
-        raise UserError(f"train.resume: {checkpoint} was made with other settings: {differences}; restore them, or start a new run in another train.output_dir")
+    changed = [key for key in here | there if here.get(key) != there.get(key)]
+    words = {key: f"{key} is {here.get(key)!r} and was {there.get(key)!r}" for key in changed}
+    refused = [words[key] for key in changed if key not in MAY_CHANGE]
+    if refused:
+        raise UserError(f"train.resume: {checkpoint} was made with other settings: {'; '.join(refused)}; restore them, or start a new run in another train.output_dir")
+    return [words[key] for key in changed if key not in ("train.resume", "train.output_dir")]
 
 
 def _flatten(tree: dict, prefix: str = "") -> dict:
@@ -79,28 +176,62 @@ def _flatten(tree: dict, prefix: str = "") -> dict:
     return flat
 
 
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints, oldest first."""
-    found = [(int(match[1]), path) for path in folder.glob("checkpoint-*") if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and (path / STATE_FILE).is_file()]
-    return [path for _, path in sorted(found)]
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# Saving and loading
 
 
-def save_checkpoint(config: Config, accelerator: Accelerator, policy, optimizer, scheduler, step: int, before: dict[str, Tensor] | None) -> Path:
-    """Writes checkpoint-STEP: trained weights, optimizer, schedule, step, the evaluation before training, configuration.
+def trained_state(policy: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict]:
+    """The tensors of a checkpoint, by name: the very ones that are trained (under FSDP2 the process's shards), so loading into them is all there is to do."""
+    weights = {name.removeprefix("module."): parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
+    return {"model": weights, "optimizer": get_optimizer_state_dict(policy, optimizer)["state"]}
 
-    Then removes the oldest ones over train.save_total_limit, and later ones: a run that was resumed further back has left that continuation.
-    There is no random state to save: data order and rollouts are functions of (seed, step).
+
+def save_checkpoint(config: Config, accelerator: Accelerator, policy, optimizer, run: RunState, alone: bool = False) -> Path:
+    """Writes checkpoint-STEP, then removes the oldest ones over train.save_total_limit, and later ones: a run that was resumed further back has left
+    that continuation. Raises UserError on all processes when it cannot be written; what was saved before stays.
+
+    alone: without the other processes, which may be gone. Only for the main process of a run that is not sharded.
     """
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-    model_state = get_model_state_dict(policy, options=options)
-    optimizer_state = get_optimizer_state_dict(policy, optimizer, options=options)
     folder = Path(config.train.output_dir).expanduser()
-    target = folder / f"checkpoint-{step}"
+    target, temporary = folder / f"checkpoint-{run.step}", folder / f".checkpoint-{run.step}.tmp"
     if accelerator.is_main_process:
-        with writing(target) as temporary:
+        shutil.rmtree(temporary, ignore_errors=True)
+    if not alone:
+        accelerator.wait_for_everyone()
+    sums, errors = [], []
+    try:
+        _write_state(trained_state(policy, optimizer), temporary / "state", alone or accelerator.num_processes == 1)
+        if accelerator.is_main_process:
+            before = None if run.before is None else {name: table.tolist() for name, table in run.before.items()}
+            (temporary / "run.json").write_text(json.dumps({**vars(run), "before": before}))
             (temporary / "config.yaml").write_text(config.to_yaml())
-            state = {"step": step, "model": model_state, "optimizer": optimizer_state, "scheduler": scheduler.state_dict(), "before": before}
-            torch.save(state, temporary / STATE_FILE)
+    except OSError as problem:
+        errors.append(problem)
+    if not alone:
+        errors = gather_object(errors)
+    try:
+        files = sorted(path for path in temporary.rglob("*") if path.is_file())
+        mine = files if alone else files[accelerator.process_index :: accelerator.num_processes]
+        sums = [f"{_sha256(path)}  {path.relative_to(temporary)}\n" for path in mine if not errors]
+    except OSError as problem:
+        errors.append(problem)
+    if not alone:
+        sums, errors = gather_object(sums), gather_object(errors)
+    if accelerator.is_main_process and not errors:
+        try:
+            (temporary / SUMS_FILE).write_text("".join(sums))
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(temporary, target)
+        except OSError as problem:
+            errors.append(problem)
+    if not alone:
+        errors = broadcast_object_list([errors])[0]
+    if accelerator.is_main_process:
+        shutil.rmtree(temporary, ignore_errors=True)
+    if errors:
+        kept = list_checkpoints(folder)
+        raise UserError(f"{target} could not be written: {errors[0]}; " + (f"{kept[-1].name} is whole: train.resume=latest goes on from it" if kept else "there is no earlier one"))
+    if accelerator.is_main_process:
         checkpoints = list_checkpoints(folder)
         newest = checkpoints.index(target)
         for old in checkpoints[: max(0, newest + 1 - config.train.save_total_limit)] + checkpoints[newest + 1 :]:
@@ -108,31 +239,50 @@ def save_checkpoint(config: Config, accelerator: Accelerator, policy, optimizer,
     return target
 
 
-def load_checkpoint(path: Path, policy, optimizer, scheduler) -> tuple[int, dict[str, Tensor] | None]:
-    """Restores weights, optimizer and schedule; returns the number of steps done and the evaluation before training.
-
-    Raises UserError when the checkpoint is of another model or damaged.
-    """
+def _write_state(state: dict, folder: Path, no_dist: bool) -> None:
+    """dcp.save, with the reason of a failure on any process as an OSError on all."""
     try:
-        state = torch.load(path / STATE_FILE, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, LookupError, pickle.UnpicklingError) as error:
-        raise UserError(f"train.resume: {path / STATE_FILE} cannot be read (damaged?): {(str(error) or type(error).__name__).splitlines()[0]}") from None
-    if not isinstance(state, dict) or state.keys() != {"step", "model", "optimizer", "scheduler", "before"}:
-        raise UserError(f"train.resume: {path / STATE_FILE} is not a checkpoint of this program")
-    trained = {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
-    shapes = {name.removeprefix("module."): parameter.shape for name, parameter in trained.items()}
-    saved = {name: tensor.shape for name, tensor in state["model"].items()}
+        dcp.save(state, checkpoint_id=folder, no_dist=no_dist)
+    except CheckpointException as exception:
+        cause = next(iter(exception.failures.values()))[0]
+        raise OSError(str(cause)) from exception
+
+
+def load_checkpoint(path: Path, policy: torch.nn.Module, optimizer: torch.optim.Optimizer) -> RunState:
+    """Restores weights and optimizer state, whatever number of processes wrote them. Raises UserError when the checkpoint is of another model."""
+    values = json.loads((path / "run.json").read_text())
+    before = values.pop("before")
+    run = RunState(**values, before=None if before is None else {name: torch.tensor(table, dtype=torch.float64) for name, table in before.items()})
+    state = trained_state(policy, optimizer)
+    found = dcp.FileSystemReader(path / "state").read_metadata().state_dict_metadata
+    shapes = {name: tensor.shape for name, tensor in state["model"].items()}
+    saved = {name.removeprefix("model."): tensor.size for name, tensor in found.items() if name.startswith("model.")}
     wrong = [name for name in shapes | saved if saved.get(name) != shapes.get(name)]
     if wrong:
-        here, there = (tuple(found[wrong[0]]) if wrong[0] in found else "missing" for found in (shapes, saved))
+        here, there = (tuple(known[wrong[0]]) if wrong[0] in known else "missing" for known in (shapes, saved))
         raise UserError(
             f"train.resume: {path} is of another model or adapter: {len(wrong)} trained weights differ, for example {wrong[0]} ({here} here, {there} there)"
         )
-    options = StateDictOptions(full_state_dict=True, ignore_frozen_params=True, strict=False)
-    set_model_state_dict(policy, state["model"], options=options)
-    set_optimizer_state_dict(policy, optimizer, state["optimizer"], options=options)
-    scheduler.load_state_dict(state["scheduler"])
-    return state["step"], state["before"]
+    dcp.load(state, checkpoint_id=path / "state")
+    return run
+
+
+def check_continuation(config: Config, accelerator: Accelerator, run: RunState, num_rows: int) -> None:
+    """Raises UserError when a loaded run cannot go on as it began; says so when it goes on on another number of processes."""
+    if run.step > config.train.max_steps:
+        raise UserError(f"train.max_steps: {config.train.max_steps} is less than the {run.step} steps that checkpoint-{run.step} has done")
+    if run.num_rows != num_rows:
+        raise UserError(f"train.resume: the run had {run.num_rows} rows to train on, and {config.data.dataset!r} now has {num_rows}: the data has changed; start a new run")
+    if run.num_processes != accelerator.num_processes:
+        accelerator.print(
+            f"begun on {run.num_processes} process(es), goes on on {accelerator.num_processes}: the same rows and rollouts, but sums are rounded in another "
+            "order, so the numbers are not bit for bit those of the unbroken run"
+        )
+        run.num_processes = accelerator.num_processes
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# The final model
 
 
 class writing:
@@ -157,54 +307,48 @@ class writing:
             shutil.rmtree(self.temporary, ignore_errors=True)
 
 
-def export_final(config: Config, accelerator: Accelerator, causal_lm, tokenizer, card: str) -> Path:
-    """Writes <output_dir>/final: the model (or adapter) as `from_pretrained` loads it, tokenizer, configuration and model card.
+def export_final(config: Config, accelerator: Accelerator, policy: torch.nn.Module, tokenizer, card: str) -> Path:
+    """Writes <output_dir>/final: the whole model (or adapter) as `from_pretrained` loads it, tokenizer, configuration and model card.
 
-    An adapter of a GGUF model gets an ordinary copy of that model beside it (final/base_model), because peft cannot load the adapter onto the file.
+    An adapter of a GGUF model gets an ordinary copy of that model beside it (final/base_model), because peft cannot load the adapter onto the file;
+    with lora.merge there is final/merged, the model with the adapter merged in (in float32, then rounded to model.dtype).
     """
     target = Path(config.train.output_dir).expanduser().resolve() / "final"
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=config.lora is not None)
+    weights = {name.removeprefix("causal_lm."): tensor for name, tensor in get_model_state_dict(policy, options=options).items()}
+    causal_lm = accelerator.unwrap_model(policy).causal_lm
     if accelerator.is_main_process:
-        with writing(target) as temporary:
-            if isinstance(causal_lm, PeftModel):
-                if resolve_source(config.model.name_or_path)[1] is not None:
-                    base = causal_lm.get_base_model()
-                    weights = {name.replace(".base_layer.", "."): weight for name, weight in base.state_dict().items() if ".lora_" not in name}
-                    base.save_pretrained(temporary / "base_model", state_dict=weights)
-                    causal_lm.peft_config["default"].base_model_name_or_path = str(target / "base_model")
-                causal_lm.save_pretrained(temporary, save_embedding_layers=False)
-            else:
-                causal_lm.save_pretrained(temporary)
-            tokenizer.save_pretrained(temporary)
-            (temporary / "training_config.yaml").write_text(config.to_yaml())
-            (temporary / "README.md").write_text(card)
+        unique = dict(causal_lm.named_parameters())
+        tied = dict(causal_lm.named_parameters(remove_duplicate=False)).keys() - unique.keys()
+        weights = {name: tensor for name, tensor in weights.items() if name not in tied}
+        try:
+            with writing(target) as temporary:
+                if isinstance(causal_lm, PeftModel):
+                    _export_adapter(config, causal_lm, weights, temporary, target)
+                else:
+                    causal_lm.save_pretrained(temporary, state_dict=weights)
+                tokenizer.save_pretrained(temporary)
+                (temporary / "training_config.yaml").write_text(config.to_yaml())
+                (temporary / "README.md").write_text(card)
+        except OSError as error:
+            raise UserError(f"{target} could not be written: {error}; the checkpoints are whole: train.resume=latest writes it again") from None
     accelerator.wait_for_everyone()
     return target
 
 
-class StopSignals:
-    """Inside, SIGINT and SIGTERM raise KeyboardInterrupt, so that what was trained is saved on the way out; but never in the middle of an update."""
-
-    def __enter__(self) -> "StopSignals":
-        self.pending = self.updating = False
-        self.before = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, kind, error, traceback) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number: int, frame) -> None:
-        if not self.updating:
-            raise KeyboardInterrupt
-        self.pending = True
-
-    @contextmanager
-    def deferred(self):
-        """A signal that comes inside takes effect at the end."""
-        self.updating = True
-        try:
-            yield
-        finally:
-            self.updating = False
-        if self.pending:
-            raise KeyboardInterrupt
+def _export_adapter(config: Config, causal_lm: PeftModel, weights: dict[str, Tensor], folder: Path, target: Path) -> None:
+    """target: what `folder` will be called."""
+    is_gguf = resolve_source(config.model.name_or_path)[1] is not None
+    if is_gguf:
+        causal_lm.peft_config["default"].base_model_name_or_path = str(target / "base_model")
+    causal_lm.save_pretrained(folder, state_dict=weights, save_embedding_layers=False)
+    if not is_gguf and not config.lora.merge:
+        return
+    with patch_environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false"):
+        base = load_causal_lm(config.model, torch.float32)
+    if is_gguf:
+        base.to(DTYPES[config.model.dtype]).save_pretrained(folder / "base_model")
+        base.float()
+    if config.lora.merge:
+        merged = PeftModel.from_pretrained(base, folder).merge_and_unload()
+        merged.to(DTYPES[config.model.dtype]).save_pretrained(folder / "merged")

@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from dataclasses import dataclass
@@ -57,6 +58,15 @@ class LoraConfig:
     r: int = option(16, "rank of the adapter", minimum=1)
     alpha: float = option(32.0, "scale of the adapter is alpha / r", above=0)
     target_modules: str | list[str] = option("all-linear", "names of the layers that get an adapter, or all-linear")
+    merge: bool = option(False, "also export the model with the adapter merged into its weights, as final/merged (the same as --merge-lora)")
+
+
+@dataclass
+class FeatureNetworkConfig:
+    device: str = option(
+        "auto", "where the frozen copy lies: auto (beside the policy; on a second GPU when one process sees several), cuda:1, cpu. With lora there is no copy"
+    )
+    shard: bool = option(False, "split the frozen copy over the processes layer by layer, like the policy (FSDP2 launches)")
 
 
 @dataclass
@@ -123,8 +133,8 @@ class TrainConfig:
     output_dir: str = option("", "folder for checkpoints, logs and the final model")
     max_steps: int = option(1000, "optimizer steps; the data is repeated, in a new order, as often as needed", minimum=1)
     seed: int = option(0, "order of the data, rollouts, initial adapter", minimum=0)
-    per_device_batch_size: int = option(1, "rows in one forward on each process", minimum=1)
-    gradient_accumulation_steps: int = option(1, "forwards of one optimizer step on each process", minimum=1)
+    batch_size: int = option(8, "rows of one optimizer step, over all processes: the update is the same however they are split", minimum=1)
+    per_device_batch_size: int = option(1, "rows in one forward on each process: gradients are accumulated until batch_size rows are done", minimum=1)
     learning_rate: float = option(1e-6, "peak learning rate", above=0)
     lr_scheduler: Literal["constant", "cosine", "linear"] = option("constant", "after the warm-up: stay, or fall to 0 at max_steps")
     warmup_ratio: float = option(0.03, "share of max_steps in which the learning rate rises to its peak", minimum=0, maximum=1)
@@ -137,12 +147,14 @@ class TrainConfig:
     save_steps: int = option(100, "checkpoint each so many steps; 0: only at the end", minimum=0)
     save_total_limit: int = option(2, "checkpoints that are kept", minimum=1)
     resume: str | None = option(None, "latest, or the path of a checkpoint folder, whose continuation replaces later checkpoints of this folder; null: a new run")
+    process_timeout_minutes: float = option(30.0, "a process that waits for another one longer than this ends the run", above=0)
 
 
 @dataclass
 class Config:
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    feature_network: FeatureNetworkConfig = dataclasses.field(default_factory=FeatureNetworkConfig)
     ebft: EBFTConfig = dataclasses.field(default_factory=EBFTConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
@@ -166,6 +178,20 @@ class Config:
             raise ConfigError("ebft.feature_layers", "is empty; give at least one depth between 0 and 1, for example [0.25, 0.5, 0.75]")
         if ebft.rl_coef == 0 and ebft.ce_coef == 0:
             raise ConfigError("ebft.rl_coef", "0 together with ebft.ce_coef 0 trains nothing; set one of them above 0", ("ebft.ce_coef",))
+        if not re.fullmatch(r"auto|cpu|cuda:\d+", self.feature_network.device):
+            raise ConfigError("feature_network.device", f"{self.feature_network.device!r} is not allowed; allowed: auto | cpu | cuda:0, cuda:1, ..")
+        if self.lora is not None and self.feature_network != FeatureNetworkConfig():
+            key = "feature_network.shard" if self.feature_network.shard else "feature_network.device"
+            raise ConfigError(key, "with lora the feature network is the policy with its adapter off, wherever that lies; leave the section feature_network out", ("lora",))
+        if self.feature_network.shard and self.feature_network.device != "auto":
+            raise ConfigError(
+                "feature_network.shard", f"true splits the network over the processes' own devices, and feature_network.device is {self.feature_network.device}; leave one of them out",
+                ("feature_network.device",),
+            )
+        if self.train.batch_size % self.train.per_device_batch_size:
+            raise ConfigError(
+                "train.batch_size", f"{self.train.batch_size} rows are no multiple of train.per_device_batch_size {self.train.per_device_batch_size}", ("train.per_device_batch_size",)
+            )
         needed = self.first_anchor + ebft.generate_max_len
         if needed > self.data.sequence_length:
             raise ConfigError(
@@ -198,9 +224,14 @@ def parse_command_line(argv: list[str], description: str) -> Config | None:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cfg", required=True, metavar="FILE", help="YAML configuration")
     parser.add_argument("--print-config", action="store_true", help="print the merged configuration and stop")
+    parser.add_argument("--merge-lora", action="store_true", help="also export the model with the adapter merged into its weights (final/merged)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides, for example train.max_steps=10")
     arguments = parser.parse_intermixed_args(argv)
     config = load_config(arguments.cfg, arguments.overrides)
+    if arguments.merge_lora:
+        if config.lora is None:
+            raise UserError(f"--merge-lora: {arguments.cfg} has no lora section, so there is no adapter to merge")
+        config = load_config(arguments.cfg, [*arguments.overrides, "lora.merge=true"])
     if arguments.print_config:
         print(config.to_yaml(), end="")
         return None
@@ -272,6 +303,8 @@ def _build(cls, tree: dict, prefix: str):
     for key, value in tree.items():
         dotted = f"{prefix}{key}"
         if key not in fields:
+            if dotted == "train.gradient_accumulation_steps":  # what other trainers call the same thing from the other end
+                raise ConfigError(dotted, "unknown key; set train.batch_size, the rows of an optimizer step over all processes: the number of accumulated forwards follows from it")
             close = difflib.get_close_matches(str(key), fields, n=1)
             hint = f"did you mean {prefix}{close[0]}?" if close else f"allowed: {', '.join(fields)}"
             raise ConfigError(dotted, f"unknown key; {hint}")

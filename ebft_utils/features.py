@@ -70,6 +70,11 @@ class FeatureNetwork:
         self.decoder = cut_decoder(decoder, max(layers))
         self.frozen = frozen
 
+    @property
+    def device(self) -> torch.device:
+        """Where it computes: its inputs have to be there, and its states come from there."""
+        return next(self.decoder.parameters()).device
+
     @torch.no_grad()
     def hidden_states(self, input_ids: Tensor, position_ids: Tensor, index: Tensor, **attention) -> list[Tensor]:
         """The raw hidden states of each feature layer at chosen positions: input_ids (B, L), index (B, K) -> list of (B, K, H)."""
@@ -103,8 +108,10 @@ def strided_features(
     Args: document_ids, segment_ids (B, S); rollouts (B, A, N, G); anchors, valid (B, A).
     Returns: rollouts' features (B, A, N, D) and truth's (B, A, D), float32.
     """
+    home, device = document_ids.device, network.device
+    document_ids, segment_ids, rollouts, anchors, valid = (tensor.to(device) for tensor in (document_ids, segment_ids, rollouts, anchors, valid))
     batch, num_anchors, num_samples, num_generated = rollouts.shape
-    length, device = document_ids.shape[1], document_ids.device
+    length = document_ids.shape[1]
     steps = torch.tensor(pooled_steps(embed_method, num_generated), device=device)
     layout = pack_layout(segment_ids, anchors, valid, num_samples, num_generated)
     truth_index = (anchors.unsqueeze(-1) + steps).flatten(1)
@@ -119,4 +126,5 @@ def strided_features(
     states = torch.cat([torch.nn.functional.normalize(state.float(), dim=-1) for state in states], dim=-1)  # (B, K, D)
     truth, generated = states.split([truth_index.shape[1], rollout_index.shape[1]], dim=1)
     truth = pool(truth.unflatten(1, (num_anchors, -1)), embed_method)
-    return pool(generated.unflatten(1, (num_anchors, num_samples, -1)), embed_method), truth
+    generated = pool(generated.unflatten(1, (num_anchors, num_samples, -1)), embed_method)
+    return generated.to(home), truth.to(home)

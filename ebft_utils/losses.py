@@ -20,7 +20,7 @@ def token_logprobs(hidden: Tensor, weight: Tensor, bias: Tensor | None, token_id
     Naive: torch.log_softmax((hidden @ weight.T + bias).float() / temperature, -1).gather(-1, token_ids[:, None])[:, 0].
     Here the logits exist for a chunk of positions at a time, in forward and (recomputed) in backward; the log-softmax is float32.
 
-    Args: hidden (M, H); weight (V, H); bias (V) or None; token_ids (M). Returns (M), float32.
+    Args: hidden (.., H); weight (V, H); bias (V) or None; token_ids (..). Returns (..), float32.
     """
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
@@ -63,9 +63,10 @@ class _ChunkedTokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, token_ids, scale):
+        result = hidden.new_empty(token_ids.shape, dtype=torch.float32)
+        hidden, token_ids, logprobs = hidden.flatten(0, -2), token_ids.flatten(), result.view(-1)
         rows = rows_per_chunk(weight.shape[0])
-        log_normaliser = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
-        logprobs = torch.empty_like(log_normaliser)
+        log_normaliser = torch.empty_like(logprobs)
         for start in range(0, hidden.shape[0], rows):
             chunk = slice(start, start + rows)
             logits = _ChunkedTokenLogprobs._logits(hidden[chunk], weight, bias, scale)
@@ -73,12 +74,13 @@ class _ChunkedTokenLogprobs(torch.autograd.Function):
             logprobs[chunk] = logits.gather(-1, token_ids[chunk, None])[:, 0] - log_normaliser[chunk]
         ctx.save_for_backward(hidden, weight, bias, token_ids, log_normaliser)
         ctx.scale = scale
-        return logprobs
+        return result
 
     @staticmethod
     def backward(ctx, grad_logprobs):
         hidden, weight, bias, token_ids, log_normaliser = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        leading, grad_logprobs = grad_logprobs.shape, grad_logprobs.flatten()
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and needs_bias else None
@@ -99,4 +101,4 @@ class _ChunkedTokenLogprobs(torch.autograd.Function):
                 grad_weight += grad.mT @ hidden[chunk]
         grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
         grad_bias = None if grad_bias is None else grad_bias.to(bias.dtype)
-        return grad_hidden, grad_weight, grad_bias, None, None
+        return None if grad_hidden is None else grad_hidden.view(*leading, -1), grad_weight, grad_bias, None, None

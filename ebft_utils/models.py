@@ -1,23 +1,25 @@
 """Loading the policy, its tokenizer, its adapter and its frozen feature network; refusing models that cannot do what strided training asks."""
 
-import copy
 import importlib.util
 import json
 import re
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import patch_environment
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .attention import STRIDED_SDPA
 from .config import Config, ModelConfig, UserError
 from .features import FeatureNetwork, cut_decoder, layer_indices
-from .strided import rollout_logprobs, strided_logprobs
+from .strided import generate_rollouts, rollout_logprobs, strided_logprobs
 
 LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)  # what a missing or damaged file can end in
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -26,16 +28,31 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class StridedPolicy(torch.nn.Module):
     """The policy as the thing that is prepared for training: one forward gives all that is trained in a step.
 
-    DDP and FSDP hook the forward of the module that they wrap; calling an inner module instead would skip the gradient reduction.
+    DDP and FSDP hook the forward of the module that they wrap; calling an inner module instead would skip the gradient reduction. `generate` is
+    made a second forward for FSDP2 (distributed.prepare_policy).
     """
 
     def __init__(self, causal_lm: PreTrainedModel | PeftModel):
         super().__init__()
         self.causal_lm = causal_lm
+        self._no_split_modules = base_causal_lm(causal_lm)._no_split_modules  # the decoder layer's class: where accelerate cuts for FSDP2
+
+    @property
+    def decoder(self) -> PreTrainedModel:
+        """The transformer without its LM head."""
+        return base_causal_lm(self.causal_lm).get_decoder()
 
     def forward(self, **inputs) -> tuple[Tensor | None, Tensor]:
         """Arguments and results of `strided.strided_logprobs`."""
         return strided_logprobs(base_causal_lm(self.causal_lm), **inputs)
+
+    def generate(self, **inputs) -> Tensor:
+        """Arguments and result of `strided.generate_rollouts`."""
+        return generate_rollouts(base_causal_lm(self.causal_lm), **inputs)
+
+    def tie_weights(self) -> None:
+        """Makes embedding and head one parameter again where the model says so; accelerate asks for it after moving weights."""
+        base_causal_lm(self.causal_lm).tie_weights()
 
 
 def base_causal_lm(model: torch.nn.Module) -> PreTrainedModel:
@@ -247,17 +264,39 @@ def load_policy(config: Config) -> PreTrainedModel | PeftModel:
     return policy
 
 
-def load_feature_network(policy: PreTrainedModel | PeftModel, config: Config) -> FeatureNetwork:
-    """The frozen network: with LoRA the policy with its adapter off (no second model), else a copy cut after the deepest feature layer."""
+def load_feature_network(policy: PreTrainedModel | PeftModel, config: Config, device: torch.device) -> FeatureNetwork:
+    """The frozen network: with LoRA the policy with its adapter off (no second model), else a copy cut after the deepest feature layer.
+
+    The copy is read from the checkpoint itself: a sharded policy has only a part of the weights on each process, and a resumed one others.
+    device: where the process's policy lies.
+    """
     decoder = base_causal_lm(policy).get_decoder()
     layers = layer_indices(config.ebft.feature_layers, len(decoder.layers))
     if isinstance(policy, PeftModel):
         return FeatureNetwork(decoder, layers, frozen=policy.disable_adapter)
-    network = FeatureNetwork(decoder, layers)
-    network.decoder = copy.deepcopy(network.decoder).requires_grad_(False)
-    cast_weights(network.decoder, DTYPES[config.model.dtype])
-    network.decoder.gradient_checkpointing_disable()
+    with patch_environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false"):  # which gives all processes but one zeros in place of weights
+        decoder = load_causal_lm(config.model, DTYPES[config.model.dtype]).get_decoder()
+    network = FeatureNetwork(decoder.requires_grad_(False).eval(), layers)
+    if config.feature_network.shard:
+        for layer in network.decoder.layers:
+            fully_shard(layer)
+        fully_shard(network.decoder)
+    else:
+        network.decoder.to(feature_device(config.feature_network.device, device))
     return network
+
+
+def feature_device(choice: str, policy_device: torch.device) -> torch.device:
+    """Where the frozen copy goes. Raises UserError for a GPU that this process does not see, or has to leave to another process."""
+    processes, gpus = PartialState().num_processes, torch.cuda.device_count()
+    if choice == "auto":
+        return torch.device("cuda", 1) if policy_device == torch.device("cuda", 0) and processes == 1 and gpus > 1 else policy_device
+    device = torch.device(choice)
+    if device.type == "cuda" and device.index >= gpus:
+        raise UserError(f"feature_network.device: {choice}: this process sees {gpus} GPU{'s' * (gpus != 1)}; use auto or cpu")
+    if device.type == "cuda" and processes > 1:
+        raise UserError(f"feature_network.device: {choice}: with {processes} processes each has a GPU of its own; use auto or cpu")
+    return device
 
 
 def model_card(config: Config, results: dict[int, dict[str, float]]) -> str:

@@ -232,11 +232,11 @@ def strided_logprobs(
         first = hidden.gather(1, (anchors - 1).unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))  # (B, A, H)
         first = first[:, :, None, None].expand(-1, -1, num_samples, 1, -1)
         later = hidden[:, length:].view(batch, num_anchors, num_samples, num_fed, hidden.shape[-1])
-        predictors = torch.cat([first, later], dim=3).flatten(0, 3)
-        rollout_logps = token_logprobs(predictors, head.weight, head.bias, rollouts.flatten(), temperature).view(rollouts.shape)
+        predictors = torch.cat([first, later], dim=3)
+        rollout_logps = token_logprobs(predictors, head.weight, head.bias, rollouts, temperature)
     with torch.set_grad_enabled(document_grad and torch.is_grad_enabled()):
-        document_logps = token_logprobs(hidden[:, : length - 1].flatten(0, 1), head.weight, head.bias, document_ids[:, 1:].flatten(), 1.0)
-    return rollout_logps, document_logps.view(batch, length - 1)
+        document_logps = token_logprobs(hidden[:, : length - 1], head.weight, head.bias, document_ids[:, 1:], 1.0)
+    return rollout_logps, document_logps
 
 
 def rollout_logprobs(model: PreTrainedModel, document_ids: Tensor, rollouts: Tensor, anchors: Tensor, temperature: float) -> Tensor:

@@ -10,6 +10,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 import yaml
 from accelerate.state import AcceleratorState
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -53,6 +54,15 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
 
 
+def saved_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint by name (model.NAME, optimizer.NAME.exp_avg, ..), whole, whatever number of processes wrote them."""
+    reader = dcp.FileSystemReader(checkpoint / "state")
+    found = reader.read_metadata().state_dict_metadata
+    tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in found.items()}
+    dcp.load(tensors, storage_reader=reader)
+    return tensors
+
+
 @pytest.fixture(autouse=True)
 def cpu_alone(monkeypatch):
     """One thread (tiny matrices on several only wait for each other), and no accelerator state left from another test."""
@@ -93,7 +103,7 @@ def write_config(tmp_path, model_folder, text_file):
             "model": {"name_or_path": str(model_folder)},
             "data": {"dataset": str(text_file), "sequence_length": 48, "on_bad_row": "skip"},
             "ebft": {"n_samples_per_prompt": 3, "generate_max_len": 4, "stride": 4, "context_length": 4},
-            "train": {"output_dir": str(tmp_path / "run"), "max_steps": 3, "per_device_batch_size": 2, "learning_rate": 1e-3, "save_steps": 0},
+            "train": {"output_dir": str(tmp_path / "run"), "max_steps": 3, "batch_size": 2, "per_device_batch_size": 2, "learning_rate": 1e-3, "save_steps": 0},
             "eval": {"num_documents": 4},
         }
         for dotted, value in changes.items():

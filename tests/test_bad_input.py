@@ -20,7 +20,7 @@ os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import ROOT, tiny_model, tiny_tokenizer
+from conftest import ROOT, saved_tensors, tiny_model, tiny_tokenizer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ebft_utils.config import Config, DataConfig, EBFTConfig, ModelConfig, TrainConfig, UserError
@@ -279,7 +279,7 @@ def test_features_are_the_raw_hidden_states_or_the_model_is_refused(tmp_path, ar
     config = Config(model=ModelConfig(str(tmp_path)), data=DataConfig("unused", sequence_length=16), train=TrainConfig("unused"), ebft=EBFTConfig(feature_layers=[0.0, 0.5, 0.75]))
     try:
         policy = load_policy(config)
-        network = load_feature_network(policy, config)
+        network = load_feature_network(policy, config, torch.device("cpu"))
     except UserError as error:
         assert_holds(str(error), "model.name_or_path", architecture)
         return
@@ -307,9 +307,8 @@ def test_diverged_run_stops_before_the_update(refused, write_config, tmp_path, c
     message = refused("--cfg", write_config(**changes, train__learning_rate=1e30, train__warmup_ratio=0.0, train__max_steps=5))
     assert_holds(message, "step 2", "not finite", "before the update", "checkpoint-1", "train.learning_rate")
     output = tmp_path / "run"
-    state = torch.load(output / "checkpoint-1" / "state.pt", weights_only=True)
-    assert state["step"] == 1
-    assert all(tensor.isfinite().all() for tensor in state["model"].values())
+    assert json.loads((output / "checkpoint-1" / "run.json").read_text())["step"] == 1
+    assert all(tensor.isfinite().all() for tensor in saved_tensors(output / "checkpoint-1").values())
     assert not (output / "checkpoint-2").exists() and not (output / "final").exists()
     assert [json.loads(line)["step"] for line in (output / "metrics.jsonl").read_text().splitlines()] == [0, 1]
     assert [event.step for event in EventAccumulator(str(output / "tensorboard")).Reload().Scalars("ebft/ce_loss")] == [1]
@@ -400,8 +399,8 @@ def test_half_written_checkpoints_do_not_count(refused, write_config, tmp_path):
     """Guards against resuming from a folder that a crash left behind."""
     for name in ("checkpoint-7", ".checkpoint-8.tmp-1", "checkpoint-x"):
         (tmp_path / "run" / name).mkdir(parents=True)
-    (tmp_path / "run" / ".checkpoint-8.tmp-1" / "state.pt").write_bytes(b"half")
-    (tmp_path / "run" / "checkpoint-x" / "state.pt").write_bytes(b"half")
+    (tmp_path / "run" / ".checkpoint-8.tmp-1" / "SHA256SUMS").write_bytes(b"half")
+    (tmp_path / "run" / "checkpoint-x" / "SHA256SUMS").write_bytes(b"half")
     assert_holds(refused("--cfg", write_config(), "train.resume=latest"), "train.resume", "no checkpoint")
 
 
@@ -480,6 +479,6 @@ def test_interrupted_command_is_no_success(write_config, tmp_path, number):
         process.kill()
     assert process.returncode == 1 and "Traceback" not in message and "interrupted" in message
     (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
-    step = torch.load(checkpoint / "state.pt", weights_only=True)["step"]
+    step = json.loads((checkpoint / "run.json").read_text())["step"]
     assert checkpoint.name == f"checkpoint-{step}" and step >= 3
     assert not (tmp_path / "run" / "final").exists()

@@ -270,7 +270,7 @@ def test_full_fine_tuning_has_a_frozen_copy(write_config):
     """An update of the policy must not move phi; the copy has no gradient, the dtype of model.dtype and only the layers it needs."""
     config = load_config(str(write_config(model__dtype="bfloat16", model__gradient_checkpointing=True)))
     policy = load_policy(config)
-    network = load_feature_network(policy, config)
+    network = load_feature_network(policy, config, torch.device("cpu"))
     parameters = list(network.decoder.parameters())
     assert network.layers == [1, 2, 3] and len(network.decoder.layers) == 3 and len(policy.model.layers) == NUM_LAYERS
     assert {parameter.dtype for parameter in parameters} == {torch.bfloat16} and not any(parameter.requires_grad for parameter in parameters)
@@ -286,7 +286,7 @@ def test_lora_network_is_no_second_model(write_config):
     """It is the policy itself: not one parameter more in memory."""
     config = load_config(str(write_config(lora={"r": 4})))
     policy = load_policy(config)
-    network = load_feature_network(policy, config)
+    network = load_feature_network(policy, config, torch.device("cpu"))
     owned = {id(parameter) for parameter in policy.parameters()}
     assert {id(parameter) for parameter in network.decoder.parameters()} <= owned
     shake_adapter(policy)

@@ -204,7 +204,7 @@ def test_rotary_frequencies_stay_float32(write_config, lora):
     """In bfloat16 they turn far positions into other ones: the adapter would be trained on another model than the one it is loaded onto."""
     config = load_config(str(write_config(model__dtype="bfloat16", **({"lora": lora} if lora else {}))))
     policy = load_policy(config)
-    network = load_feature_network(policy, config)
+    network = load_feature_network(policy, config, torch.device("cpu"))
     expected = tiny_model().model.rotary_emb.inv_freq
     for decoder in (base_causal_lm(policy).get_decoder(), network.decoder):
         assert torch.equal(decoder.rotary_emb.inv_freq, expected) and expected.dtype == torch.float32

@@ -40,7 +40,7 @@ def test_rollouts_are_scored_as_the_model_itself_scores_them(quickstart):
 def test_features_ignore_the_adapter(quickstart):
     """The frozen network is the base model, whatever the adapter has learnt."""
     config, _, policy, batch = quickstart
-    network = load_feature_network(policy, config)
+    network = load_feature_network(policy, config, torch.device("cpu"))
     rollouts = batch.document_ids[:, :8].view(2, 1, 1, 8).expand(-1, batch.anchors.shape[1], 2, -1)
     inputs = (batch.document_ids, batch.segment_ids, rollouts, batch.anchors, batch.valid, config.ebft.embed_method)
     before, truth = strided_features(network, *inputs)
