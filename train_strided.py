@@ -37,6 +37,7 @@ from ebft_utils.distributed import (
     clip_gradients,
     describe_run,
     gradient_sync,
+    main_process_first,
     micro_batches_per_step,
     prepare_accelerator,
     prepare_policy,
@@ -113,7 +114,7 @@ def document_targets(batch: Batch) -> Tensor:
 
 def train_step(config: Config, accelerator: Accelerator, policy, network: FeatureNetwork, batches: list[Batch]):
     """Gradients of one optimizer step, accumulated over its micro-batches. Returns metric sums, the loss, and the last micro-batch's groups."""
-    ebft, sums = config.ebft, MetricSums()
+    ebft, sums, unwrapped = config.ebft, MetricSums(), accelerator.unwrap_model(policy)
     # the token counts of the whole global batch, known before the first forward: each loss is sum over tokens / global count
     counts = torch.stack([sum(batch.valid.sum() for batch in batches), sum(document_targets(batch).sum() for batch in batches)]).to(accelerator.device)
     num_anchors, num_targets = accelerator.reduce(counts, reduction="sum").tolist()
@@ -123,7 +124,7 @@ def train_step(config: Config, accelerator: Accelerator, policy, network: Featur
         batch = batch.to(accelerator.device)
         rollouts = None
         if ebft.rl_coef > 0:
-            groups = sample_and_score(config, accelerator, accelerator.unwrap_model(policy), network, batch, config.train.seed)
+            groups = sample_and_score(config, accelerator, unwrapped, network, batch, config.train.seed)
             rollouts, advantages = groups.rollouts, advantages_of(config, groups.rewards)
         with gradient_sync(accelerator, policy, last=index == len(batches) - 1):
             rollout_logps, document_logps = policy(
@@ -341,9 +342,9 @@ def train(config: Config, accelerator: Accelerator, policy, network, optimizer, 
         finished = True
     finally:
         progress.close()
-        if not (finished or updating or signals.at_once):  # an error
+        if run.step > saved and not (finished or updating or signals.at_once):  # an error, perhaps on this process alone
             if isinstance(policy, FSDPModule) and accelerator.num_processes > 1:
-                accelerator.print(f"step {run.step}: an error on one process leaves the others without its part of the weights; the last checkpoint is of step {saved}")
+                accelerator.print(f"step {run.step} cannot be saved without all processes, which hold a part of the weights each; the last checkpoint is of step {saved}")
             elif accelerator.is_main_process:
                 save(alone=True)
     if number := signals.agreed(accelerator):
@@ -364,12 +365,12 @@ def main(argv: list[str]) -> None:
 
 
 def train_or_evaluate(config: Config, accelerator: Accelerator, output_dir: Path) -> None:
+    """The whole run, in one fixed order."""
     # --- data, model -------------------------------------------------------------------------------------------------------------------
     checkpoint = find_checkpoint(config, accelerator)
     changed = check_same_run(config, checkpoint) if checkpoint is not None and not config.eval.only else []
     tokenizer = load_tokenizer(config.model)
-    with accelerator.main_process_first():  # the others then read its cache
-        rows, held_out = load_rows(config, tokenizer)
+    rows, held_out = main_process_first(accelerator, lambda: load_rows(config, tokenizer))  # the others then read its cache
     causal_lm = load_policy(config)
     check_vocabulary(tokenizer, causal_lm, config.model.name_or_path)
 

@@ -195,7 +195,8 @@ def save_checkpoint(config: Config, accelerator: Accelerator, policy, optimizer,
     folder = Path(config.train.output_dir).expanduser()
     target, temporary = folder / f"checkpoint-{run.step}", folder / f".checkpoint-{run.step}.tmp"
     if accelerator.is_main_process:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for leftover in folder.glob(".checkpoint-*.tmp"):
+            shutil.rmtree(leftover, ignore_errors=True)
     if not alone:
         accelerator.wait_for_everyone()
     sums, errors = [], []
@@ -324,7 +325,7 @@ def export_final(config: Config, accelerator: Accelerator, policy: torch.nn.Modu
         try:
             with writing(target) as temporary:
                 if isinstance(causal_lm, PeftModel):
-                    _export_adapter(config, causal_lm, weights, temporary, target)
+                    _export_adapter(config, causal_lm, weights, tokenizer, temporary, target)
                 else:
                     causal_lm.save_pretrained(temporary, state_dict=weights)
                 tokenizer.save_pretrained(temporary)
@@ -336,7 +337,7 @@ def export_final(config: Config, accelerator: Accelerator, policy: torch.nn.Modu
     return target
 
 
-def _export_adapter(config: Config, causal_lm: PeftModel, weights: dict[str, Tensor], folder: Path, target: Path) -> None:
+def _export_adapter(config: Config, causal_lm: PeftModel, weights: dict[str, Tensor], tokenizer, folder: Path, target: Path) -> None:
     """target: what `folder` will be called."""
     is_gguf = resolve_source(config.model.name_or_path)[1] is not None
     if is_gguf:
@@ -348,7 +349,9 @@ def _export_adapter(config: Config, causal_lm: PeftModel, weights: dict[str, Ten
         base = load_causal_lm(config.model, torch.float32)
     if is_gguf:
         base.to(DTYPES[config.model.dtype]).save_pretrained(folder / "base_model")
+        tokenizer.save_pretrained(folder / "base_model")
         base.float()
     if config.lora.merge:
         merged = PeftModel.from_pretrained(base, folder).merge_and_unload()
         merged.to(DTYPES[config.model.dtype]).save_pretrained(folder / "merged")
+        tokenizer.save_pretrained(folder / "merged")

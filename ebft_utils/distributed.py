@@ -12,12 +12,13 @@ from datetime import timedelta
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
+from accelerate.utils import broadcast_object_list
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from .config import Config, UserError
 from .features import FeatureNetwork
-from .models import DTYPES
+from .models import DTYPES, feature_device
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C, launchers and clusters, `#SBATCH --signal=USR1@300`
 
@@ -43,6 +44,7 @@ def prepare_accelerator(config: Config) -> Accelerator:
     if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP):
         raise UserError(f"distributed_type: {kind.value} in the accelerate config is not supported; allowed: NO, MULTI_GPU, FSDP")
     _refuse_missing_gpus(accelerator)
+    feature_device(config.feature_network.device, accelerator.device)  # or it refuses
     if kind == DistributedType.FSDP:
         _refuse_fsdp_settings(accelerator.state.fsdp_plugin)
         # accelerate's own policy would reduce gradients, and return log-probs, in bfloat16; inputs stay as they are: uniform numbers in bfloat16 would repeat
@@ -120,6 +122,20 @@ def micro_batches_per_step(config: Config, accelerator: Accelerator) -> int:
             f"{train.per_device_batch_size}; the nearest that can: {near}"
         )
     return train.batch_size // at_once
+
+
+def main_process_first(accelerator: Accelerator, action):
+    """action() on the main process, then on the others. A UserError of the first is raised on all: nobody waits for it."""
+    result, error = None, None
+    if accelerator.is_main_process:
+        try:
+            result = action()
+        except UserError as problem:
+            error = problem
+    (error,) = broadcast_object_list([error])
+    if error is not None:
+        raise error
+    return result if accelerator.is_main_process else action()
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------

@@ -113,8 +113,11 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_causal_lm(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The pretrained causal LM in the given dtype, attending with `strided_sdpa`, without dropout. A GGUF file becomes an ordinary model."""
+def load_causal_lm(config: ModelConfig, dtype: torch.dtype, device: torch.device | None = None) -> PreTrainedModel:
+    """The pretrained causal LM in the given dtype, attending with `strided_sdpa`, without dropout. A GGUF file becomes an ordinary model.
+
+    device: where it is read to, without a copy in main memory; None: main memory.
+    """
     source, gguf_file = resolve_source(config.name_or_path)
     arguments = {"gguf_file": gguf_file} if gguf_file else {"revision": config.revision}
     try:
@@ -125,7 +128,9 @@ def load_causal_lm(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
     if gguf_file:  # unpacked into plain float32 weights: packed ones cannot be trained
         arguments["quantization_config"] = GgufConfig(gguf_file=gguf_file, dequantize=True)
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32 if gguf_file else dtype, output_loading_info=True, **arguments)
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            source, dtype=torch.float32 if gguf_file else dtype, device_map=device, output_loading_info=True, **arguments
+        )
     except LOADING_ERRORS as error:
         raise UserError(f"model.name_or_path: {config.name_or_path!r} cannot be loaded: {_first_line(error)}") from None
     if loading["missing_keys"] or loading["mismatched_keys"]:
@@ -274,15 +279,14 @@ def load_feature_network(policy: PreTrainedModel | PeftModel, config: Config, de
     layers = layer_indices(config.ebft.feature_layers, len(decoder.layers))
     if isinstance(policy, PeftModel):
         return FeatureNetwork(decoder, layers, frozen=policy.disable_adapter)
+    place = device if config.feature_network.shard else feature_device(config.feature_network.device, device)
     with patch_environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false"):  # which gives all processes but one zeros in place of weights
-        decoder = load_causal_lm(config.model, DTYPES[config.model.dtype]).get_decoder()
+        decoder = load_causal_lm(config.model, DTYPES[config.model.dtype], place).get_decoder()
     network = FeatureNetwork(decoder.requires_grad_(False).eval(), layers)
     if config.feature_network.shard:
         for layer in network.decoder.layers:
             fully_shard(layer)
         fully_shard(network.decoder)
-    else:
-        network.decoder.to(feature_device(config.feature_network.device, device))
     return network
 
 
@@ -290,7 +294,8 @@ def feature_device(choice: str, policy_device: torch.device) -> torch.device:
     """Where the frozen copy goes. Raises UserError for a GPU that this process does not see, or has to leave to another process."""
     processes, gpus = PartialState().num_processes, torch.cuda.device_count()
     if choice == "auto":
-        return torch.device("cuda", 1) if policy_device == torch.device("cuda", 0) and processes == 1 and gpus > 1 else policy_device
+        spare = policy_device.type == "cuda" and processes == 1 and gpus > 1
+        return torch.device("cuda", ((policy_device.index or 0) + 1) % gpus) if spare else policy_device
     device = torch.device(choice)
     if device.type == "cuda" and device.index >= gpus:
         raise UserError(f"feature_network.device: {choice}: this process sees {gpus} GPU{'s' * (gpus != 1)}; use auto or cpu")
