@@ -341,12 +341,12 @@ def train(config: Config, accelerator: Accelerator, policy, network, optimizer, 
         save()
         finished = True
     finally:
-        progress.close()
         if run.step > saved and not (finished or updating or signals.at_once):  # an error, perhaps on this process alone
             if isinstance(policy, FSDPModule) and accelerator.num_processes > 1:
                 accelerator.print(f"step {run.step} cannot be saved without all processes, which hold a part of the weights each; the last checkpoint is of step {saved}")
             elif accelerator.is_main_process:
                 save(alone=True)
+        progress.close()
     if number := signals.agreed(accelerator):
         raise Stopped(number)
 
@@ -385,12 +385,12 @@ def train_or_evaluate(config: Config, accelerator: Accelerator, output_dir: Path
     policy, optimizer = prepare_policy(accelerator, policy, optimizer)
     network = load_feature_network(accelerator.unwrap_model(policy).causal_lm, config, accelerator.device)
     accelerator.print(describe_run(config, accelerator, policy, network))
-    run = RunState(step=0, num_processes=accelerator.num_processes, num_rows=len(rows), before=None)
+    run = RunState(step=0, num_processes=accelerator.num_processes, data=rows.fingerprint(), before=None)
     if checkpoint is not None:
         run = load_checkpoint(checkpoint, policy, optimizer.optimizer)
         accelerator.print(f"going on from {checkpoint}, step {run.step}" + "".join(f"\n  {change}" for change in changed))
         if not config.eval.only:
-            check_continuation(config, accelerator, run, len(rows))
+            check_continuation(config, accelerator, run, rows.fingerprint())
 
     # --- evaluate only, or train -------------------------------------------------------------------------------------------------------
     if config.eval.only:

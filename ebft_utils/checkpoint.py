@@ -2,7 +2,7 @@
 
 A checkpoint is a folder, the same for one process, DDP and FSDP2, and can be read by any other number of processes:
     state/        trained weights and optimizer state, each process's part (torch.distributed.checkpoint)
-    run.json      step, number of processes and of rows, the evaluation before training
+    run.json      step, number of processes, fingerprint of the data, the evaluation before training
     config.yaml   the whole configuration
     SHA256SUMS    of all of them, written last; `sha256sum -c SHA256SUMS` checks it by hand
 There is no random state and no schedule to save: data order, rollouts and learning rate are functions of (seed, step).
@@ -26,6 +26,7 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object, patch_environment
 from peft import PeftModel
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
@@ -48,11 +49,11 @@ MAY_CHANGE = {  # settings that a resumed run may change
 
 @dataclass
 class RunState:
-    """What a run knows about itself. step: optimizer steps done; num_rows: rows to train on; before: the evaluation before training."""
+    """What a run knows about itself. step: optimizer steps done; data: fingerprint of the rows; before: the evaluation before training."""
 
     step: int
     num_processes: int
-    num_rows: int
+    data: str
     before: dict[str, Tensor] | None
 
 
@@ -118,13 +119,14 @@ def find_checkpoint(config: Config, accelerator: Accelerator) -> Path | None:
         return None
     folder = Path(config.train.output_dir).expanduser()
     if config.train.resume == "latest":
-        checkpoints = list_checkpoints(folder)
-        for path in reversed(checkpoints):
+        passed_over = []
+        for path in reversed(list_checkpoints(folder)):
             damage = damage_of(path, accelerator)
             if damage is None:
                 return path
-            accelerator.print(f"{path} is damaged ({damage}): passed over")
-        raise UserError(f"train.resume: latest: {folder} holds no {'whole ' if checkpoints else ''}checkpoint")
+            passed_over.append(f"{path} is damaged ({damage})")
+            accelerator.print(f"{passed_over[-1]}: passed over")
+        raise UserError(f"train.resume: latest: {folder} holds no {'whole ' if passed_over else ''}checkpoint{''.join(f'; {word}' for word in passed_over)}")
     path = Path(config.train.resume).expanduser()
     if not (path / SUMS_FILE).is_file():
         raise UserError(f"train.resume: {path} is not a checkpoint folder (it has no {SUMS_FILE})")
@@ -140,9 +142,9 @@ def damage_of(path: Path, accelerator: Accelerator) -> str | None:
         expected = dict(reversed(line.split("  ", 1)) for line in (path / SUMS_FILE).read_text().splitlines())
     except (OSError, ValueError):
         expected = {}
-    needed = {"config.yaml", "run.json", "state/.metadata"}
+    found = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()} - {SUMS_FILE}
     mine = sorted(expected)[accelerator.process_index :: accelerator.num_processes]
-    problems = [] if needed <= expected.keys() else [f"{SUMS_FILE} is not whole"]
+    problems = [] if expected and found <= expected.keys() else [f"{SUMS_FILE} is not whole"]
     for name in mine:
         try:
             if _sha256(path / name) != expected[name]:
@@ -231,13 +233,17 @@ def save_checkpoint(config: Config, accelerator: Accelerator, policy, optimizer,
         shutil.rmtree(temporary, ignore_errors=True)
     if errors:
         kept = list_checkpoints(folder)
-        raise UserError(f"{target} could not be written: {errors[0]}; " + (f"{kept[-1].name} is whole: train.resume=latest goes on from it" if kept else "there is no earlier one"))
+        raise UserError(f"{target} could not be written: {errors[0]} ({_free(folder)}); " + (f"{kept[-1].name} is whole: train.resume=latest goes on from it" if kept else "there is no earlier one"))
     if accelerator.is_main_process:
         checkpoints = list_checkpoints(folder)
         newest = checkpoints.index(target)
         for old in checkpoints[: max(0, newest + 1 - config.train.save_total_limit)] + checkpoints[newest + 1 :]:
             shutil.rmtree(old)
     return target
+
+
+def _free(folder: Path) -> str:
+    return f"{shutil.disk_usage(folder).free / 2**30:.1f} GB free there"
 
 
 def _write_state(state: dict, folder: Path, no_dist: bool) -> None:
@@ -256,24 +262,23 @@ def load_checkpoint(path: Path, policy: torch.nn.Module, optimizer: torch.optim.
     run = RunState(**values, before=None if before is None else {name: torch.tensor(table, dtype=torch.float64) for name, table in before.items()})
     state = trained_state(policy, optimizer)
     found = dcp.FileSystemReader(path / "state").read_metadata().state_dict_metadata
-    shapes = {name: tensor.shape for name, tensor in state["model"].items()}
-    saved = {name.removeprefix("model."): tensor.size for name, tensor in found.items() if name.startswith("model.")}
+    saved = {name: tuple(entry.size) for name, entry in found.items()}
+    shapes = {f"model.{name}": tuple(tensor.shape) for name, tensor in state["model"].items()}
+    shapes |= {f"optimizer.{name}.{key}": tuple(tensor.shape) for name, entry in state["optimizer"].items() for key, tensor in entry.items()}
     wrong = [name for name in shapes | saved if saved.get(name) != shapes.get(name)]
     if wrong:
-        here, there = (tuple(known[wrong[0]]) if wrong[0] in known else "missing" for known in (shapes, saved))
-        raise UserError(
-            f"train.resume: {path} is of another model or adapter: {len(wrong)} trained weights differ, for example {wrong[0]} ({here} here, {there} there)"
-        )
+        here, there = (known.get(wrong[0], "missing") for known in (shapes, saved))
+        raise UserError(f"train.resume: {path} is of another model or adapter: {len(wrong)} tensors differ, for example {wrong[0]} ({here} here, {there} there)")
     dcp.load(state, checkpoint_id=path / "state")
     return run
 
 
-def check_continuation(config: Config, accelerator: Accelerator, run: RunState, num_rows: int) -> None:
+def check_continuation(config: Config, accelerator: Accelerator, run: RunState, data: str) -> None:
     """Raises UserError when a loaded run cannot go on as it began; says so when it goes on on another number of processes."""
     if run.step > config.train.max_steps:
         raise UserError(f"train.max_steps: {config.train.max_steps} is less than the {run.step} steps that checkpoint-{run.step} has done")
-    if run.num_rows != num_rows:
-        raise UserError(f"train.resume: the run had {run.num_rows} rows to train on, and {config.data.dataset!r} now has {num_rows}: the data has changed; start a new run")
+    if run.data != data:
+        raise UserError(f"train.resume: {config.data.dataset!r} has changed: {data} to train on, and it was {run.data}; bring it back, or start a new run in another train.output_dir")
     if run.num_processes != accelerator.num_processes:
         accelerator.print(
             f"begun on {run.num_processes} process(es), goes on on {accelerator.num_processes}: the same rows and rollouts, but sums are rounded in another "
@@ -331,8 +336,8 @@ def export_final(config: Config, accelerator: Accelerator, policy: torch.nn.Modu
                 tokenizer.save_pretrained(temporary)
                 (temporary / "training_config.yaml").write_text(config.to_yaml())
                 (temporary / "README.md").write_text(card)
-        except OSError as error:
-            raise UserError(f"{target} could not be written: {error}; the checkpoints are whole: train.resume=latest writes it again") from None
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{target} could not be written: {error} ({_free(target.parent)}); the checkpoints are whole: train.resume=latest writes it again") from None
     accelerator.wait_for_everyone()
     return target
 

@@ -6,6 +6,7 @@ make up an optimizer step is a function of (seed, step) alone, so a run resumes 
 Axis legend: B rows, S tokens of a row (right-padded), A anchors, N rollouts at an anchor, G tokens of a rollout.
 """
 
+import hashlib
 import sysconfig
 from dataclasses import dataclass
 from functools import lru_cache
@@ -149,6 +150,13 @@ class Rows:
 
     def __getitem__(self, row: int) -> list[list[int]]:
         return self.documents[self.members[row]]["input_ids"]
+
+    def fingerprint(self) -> str:
+        """Tells other data from the same: the number of rows, and a digest of up to 64 of them."""
+        digest = hashlib.sha256()
+        for row in range(0, len(self), -(-len(self) // 64)):
+            digest.update(repr(self[row]).encode())
+        return f"{len(self)} rows, {digest.hexdigest()[:12]}"
 
 
 def pack_documents(documents: datasets.Dataset, sequence_length: int, seed: int) -> Rows:

@@ -29,14 +29,17 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C, launch
 
 def prepare_accelerator(config: Config) -> Accelerator:
     """The accelerator, with the precision that model.dtype asks for. Raises UserError where the launch asks for what would not happen."""
+    fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     _refuse_contradicting_launch(config)
+    if fsdp:
+        _refuse_fsdp_settings()
     handlers = [
         InitProcessGroupKwargs(timeout=timedelta(minutes=config.train.process_timeout_minutes)),
         DistributedDataParallelKwargs(broadcast_buffers=False),  # they are constants
     ]
     accelerator = Accelerator(mixed_precision={"bfloat16": "bf16", "float32": "no"}[config.model.dtype], kwargs_handlers=handlers)
-    kind, wanted = accelerator.distributed_type, os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    if wanted and kind != DistributedType.FSDP:
+    kind = accelerator.distributed_type
+    if fsdp and kind != DistributedType.FSDP:
         raise UserError(
             "distributed_type: FSDP in the accelerate config would silently run unsharded here (on the CPU, or as one process); "
             "use accelerate_configs/cpu.yaml, ddp.yaml or single_gpu.yaml"
@@ -46,7 +49,6 @@ def prepare_accelerator(config: Config) -> Accelerator:
     _refuse_missing_gpus(accelerator)
     feature_device(config.feature_network.device, accelerator.device)  # or it refuses
     if kind == DistributedType.FSDP:
-        _refuse_fsdp_settings(accelerator.state.fsdp_plugin)
         # accelerate's own policy would reduce gradients, and return log-probs, in bfloat16; inputs stay as they are: uniform numbers in bfloat16 would repeat
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
             param_dtype=DTYPES[config.model.dtype], reduce_dtype=torch.float32, cast_forward_inputs=False
@@ -80,20 +82,24 @@ def _refuse_contradicting_launch(config: Config) -> None:
 
 
 def _refuse_missing_gpus(accelerator: Accelerator) -> None:
-    """Accelerate falls back to the CPU where there is no GPU."""
+    """Accelerate falls back to the CPU where there is no GPU, and to one process in each of several."""
     asked = os.environ.get("ACCELERATE_USE_CPU", "unsaid").lower()
-    if accelerator.device.type == "cpu" and (asked == "false" or (asked == "unsaid" and accelerator.num_processes > 1)):
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.device.type == "cpu" and (asked == "false" or (asked == "unsaid" and launched > 1)):
         raise UserError(
             "use_cpu: false in the accelerate config, and no GPU is visible; on the CPU: accelerate_configs/cpu.yaml, or for several "
             "processes ACCELERATE_USE_CPU=true and accelerate_configs/ddp.yaml"
         )
+    if launched != accelerator.num_processes:
+        raise UserError(f"num_processes: {launched} processes were launched, and accelerate would run each by itself; check num_processes and the GPUs that are visible")
 
 
-def _refuse_fsdp_settings(plugin) -> None:
+def _refuse_fsdp_settings() -> None:
     """FSDP settings that would not be honoured, or would break the rollouts."""
-    if plugin.fsdp_version != 2:
-        raise UserError(f"fsdp_version: {plugin.fsdp_version} in the accelerate config is not supported; set fsdp_version: 2")
-    if plugin.activation_checkpointing:
+    version = os.environ.get("FSDP_VERSION", "1")
+    if version != "2":
+        raise UserError(f"fsdp_version: {version} in the accelerate config is not supported; set fsdp_version: 2")
+    if os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", "false").lower() == "true":
         raise UserError(
             "fsdp_activation_checkpointing: true in the accelerate config: leave it out there and set model.gradient_checkpointing: true, which "
             "does the same under every launch"

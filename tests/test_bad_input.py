@@ -4,10 +4,9 @@ Most runs go through the script's `__main__` in this process (`runpy`: the same 
 is not turned into a message fails the test. A few run the real command.
 """
 
+import hashlib
 import json
-import os
-import re
-import runpy
+import pickle
 import shutil
 import signal
 import subprocess
@@ -15,59 +14,14 @@ import sys
 import time
 from pathlib import Path
 
-os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-
 import pytest
 import torch
-from accelerate.state import AcceleratorState
-from conftest import ROOT, saved_tensors, tiny_model, tiny_tokenizer
+import torch.distributed.checkpoint as dcp
+from conftest import ROOT, assert_holds, saved_tensors, tiny_model, tiny_tokenizer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ebft_utils.config import Config, DataConfig, EBFTConfig, ModelConfig, TrainConfig, UserError
 from ebft_utils.models import load_feature_network, load_policy
-
-
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """Runs `train_strided.py ARGUMENTS`. Returns (exit code, stderr); fails on an exception that would be a traceback."""
-
-    def run(*arguments) -> tuple[int, str]:
-        AcceleratorState._reset_state(True)
-        monkeypatch.setattr(sys, "argv", ["train_strided.py", *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            runpy.run_path(str(ROOT / "train_strided.py"), run_name="__main__")
-            code = 0
-        except SystemExit as stop:  # what the interpreter does with it: a text goes to stderr, and the exit code is 1
-            code = stop.code if isinstance(stop.code, int) else 1
-            if isinstance(stop.code, str):
-                print(stop.code, file=sys.stderr)
-        return code, capsys.readouterr().err
-
-    return run
-
-
-@pytest.fixture
-def refused(command):
-    """The one message of a run that must be refused."""
-
-    def run(*arguments) -> str:
-        code, stderr = command(*arguments)
-        assert code != 0, f"accepted; stderr: {stderr}"
-        assert "Traceback" not in stderr
-        messages = [line for line in stderr.splitlines() if line.startswith("error: ")]
-        assert len(messages) == 1, stderr
-        assert stderr.rstrip().endswith(messages[0])  # nothing after it
-        return messages[0]
-
-    return run
-
-
-def assert_holds(message: str, *words) -> None:
-    """Paths are looked for in the whole message, words and numbers outside of absolute paths (pytest-48/ is no sequence length of 48)."""
-    bare = re.sub(r"(?<![\w.])/[^\s'\":,;)]+", "", message)
-    missing = [str(word) for word in words if str(word) not in (message if isinstance(word, Path) else bare)]
-    assert not missing, f"{missing} not in {message!r}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -380,7 +334,8 @@ def test_adapter_as_a_model(refused, command, write_config, tmp_path):
 
 def test_sharding_that_would_not_happen(refused, write_config, monkeypatch):
     """Guards against an accelerate config that asks for FSDP on a CPU, where accelerate silently runs unsharded."""
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    for name, value in (("ACCELERATE_USE_FSDP", "true"), ("FSDP_VERSION", "2"), ("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP")):
+        monkeypatch.setenv(name, value)
     assert_holds(refused("--cfg", write_config()), "distributed_type: FSDP", "unsharded")
 
 
@@ -437,21 +392,37 @@ def test_launcher_settings_that_contradict(refused, write_config, monkeypatch, n
     assert_holds(refused("--cfg", write_config()), word, "accelerate config")
 
 
-@pytest.mark.parametrize("damage", ["empty", "cut", "bytes", "text", "pickle of something else", "other keys", "no optimizer"])
-def test_resume_from_a_damaged_checkpoint(refused, write_config, finished, damage):
+def sign(checkpoint: Path) -> None:
+    """Writes SHA256SUMS anew, as if the files had been written as they are."""
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != "SHA256SUMS")
+    (checkpoint / "SHA256SUMS").write_text("".join(f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(checkpoint)}\n" for path in files))
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "bytes", "text", "pickle of something else"])
+@pytest.mark.parametrize("name", ["state/.metadata", "state/__0_0.distcp"])
+def test_resume_from_a_damaged_checkpoint(refused, write_config, finished, name, damage):
     """Guards against a traceback of pickle or zipfile, and against a start from fresh weights."""
-    path = finished / "checkpoint-2" / "state.pt"
+    path = finished / "checkpoint-2" / name
     if damage == "pickle of something else":
-        torch.save([1, 2, 3], path)
-    elif damage == "other keys":
-        torch.save({"epoch": 3, "state_dict": {}}, path)
-    elif damage == "no optimizer":
-        torch.save({key: value for key, value in torch.load(path, weights_only=True).items() if key != "optimizer"}, path)
+        path.write_bytes(pickle.dumps([1, 2, 3]))
     else:
         whole = path.read_bytes()
         path.write_bytes({"empty": b"", "cut": whole[: len(whole) // 2], "bytes": bytes(range(256)) * 20, "text": b"hello\n"}[damage])
+    file, checkpoint = write_config(eval__num_documents=0), finished / "checkpoint-2"
+    assert_holds(refused("--cfg", file, f"train.resume={checkpoint}", "train.max_steps=3"), "train.resume", checkpoint, "damaged", name, "not what was written")
+    assert_holds(refused("--cfg", file, "train.resume=latest", "train.max_steps=3"), "train.resume", finished, "no whole checkpoint")
+
+
+@pytest.mark.parametrize("content", ["other keys", "no optimizer"])
+def test_resume_from_a_checkpoint_of_another_program(refused, write_config, finished, content):
+    """Guards against a traceback, or a start from fresh weights or moments, where the files are whole and hold something else."""
+    checkpoint = finished / "checkpoint-2"
+    kept = {name: tensor for name, tensor in saved_tensors(checkpoint).items() if name.startswith("model.")}
+    shutil.rmtree(checkpoint / "state")
+    dcp.save({"epoch": torch.ones(3)} if content == "other keys" else kept, checkpoint_id=checkpoint / "state", no_dist=True)
+    sign(checkpoint)
     message = refused("--cfg", write_config(eval__num_documents=0), "train.resume=latest", "train.max_steps=3")
-    assert_holds(message, "train.resume", path.parent)
+    assert_holds(message, "train.resume", checkpoint)
 
 
 def test_metrics_file_with_a_half_written_line(command, write_config, finished):
@@ -464,7 +435,7 @@ def test_metrics_file_with_a_half_written_line(command, write_config, finished):
     assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == [1, 2, 3]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_interrupted_command_is_no_success(write_config, tmp_path, number):
     """Guards against Ctrl-C or a scheduler's signal losing what was trained, or looking like a finished run."""
     file = write_config(train__max_steps=100_000, train__save_steps=0, eval__num_documents=0)
@@ -477,7 +448,7 @@ def test_interrupted_command_is_no_success(write_config, tmp_path, number):
         message = process.communicate(timeout=60)[1]
     finally:
         process.kill()
-    assert process.returncode == 1 and "Traceback" not in message and "interrupted" in message
+    assert process.returncode == 128 + number and "Traceback" not in message and f"stopped by {signal.Signals(number).name}" in message and "train.resume=latest" in message
     (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
     step = json.loads((checkpoint / "run.json").read_text())["step"]
     assert checkpoint.name == f"checkpoint-{step}" and step >= 3

@@ -127,7 +127,7 @@ def test_print_config_loads_back_to_the_same_configuration(minimal, tmp_path, ca
     expected = load_config(str(minimal), overrides)
     assert load_config(str(printed)) == expected
     assert expected.data.name == "no" and expected.lora.target_modules == ["q_proj", "v_proj"]
-    assert set(yaml.safe_load(printed.read_text())) == {"model", "lora", "data", "eval", "ebft", "train"}
+    assert set(yaml.safe_load(printed.read_text())) == {"model", "lora", "data", "feature_network", "eval", "ebft", "train"}
 
 
 @pytest.mark.parametrize("argv", [["train.seed=7", "--cfg", "FILE"], ["--cfg", "FILE", "train.seed=7"], ["train.seed=7", "--cfg", "FILE", "train.max_steps=9"]])
@@ -142,7 +142,7 @@ def test_every_option_is_described():
     """Guards against an option that only its author understands."""
     sections = [field.default_factory for field in dataclasses.fields(Config) if field.default_factory is not dataclasses.MISSING]
     undescribed = [field.name for section in sections for field in dataclasses.fields(section) if len(field.metadata.get("description", "")) < 10]
-    assert len(sections) == 5 and undescribed == []
+    assert len(sections) == 6 and undescribed == []
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------

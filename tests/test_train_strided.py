@@ -5,20 +5,16 @@ Most runs call `train_strided.main` in this process (0.3 s instead of 6); the on
 
 import json
 import math
-import os
 import shutil
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
-os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState
-from conftest import ROOT, saved_tensors
+from conftest import ROOT, assert_close_runs, assert_same_weights, assert_trained, evaluations, logged, saved_tensors, training, weights
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -45,66 +41,6 @@ METRIC_NAMES = {
 }
 MODES = pytest.mark.parametrize("mode", [{}, {"lora": {"r": 4, "alpha": 8.0}}], ids=["full", "LoRA"])
 ADAMW = dict(betas=(0.9, 0.95), weight_decay=0.0)
-
-
-@pytest.fixture
-def train(write_config, tmp_path):
-    """train(NAME, "train.max_steps=4", lora={...}, train__seed=1): runs the script in this process, returns its output folder."""
-
-    def run(name: str, *overrides: str, **changes) -> Path:
-        AcceleratorState._reset_state(True)
-        folder = tmp_path / name
-        file = write_config(**{"eval__num_documents": 0, **changes})
-        train_strided.main(["--cfg", str(file), f"train.output_dir={folder}", *overrides])
-        return folder
-
-    return run
-
-
-def logged(folder: Path) -> list[dict]:
-    """The objects of metrics.jsonl, strictly JSON."""
-
-    def refuse(constant):
-        raise AssertionError(f"{constant} is not JSON")
-
-    return [json.loads(line, parse_constant=refuse) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def training(folder: Path) -> list[dict]:
-    """The numbers of training steps, without the one that differs from run to run."""
-    names = {name for entry in logged(folder) for name in entry if not name.startswith("eval/")} - {"train/tokens_per_second"}
-    return [{name: entry[name] for name in entry if name in names} for entry in logged(folder) if "train/loss" in entry]
-
-
-def evaluations(folder: Path) -> list[dict]:
-    """The evaluations, each with its step."""
-    return [{name: entry[name] for name in entry if name == "step" or name.startswith("eval/")} for entry in logged(folder) if "eval/cross_entropy" in entry]
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    (file,) = (folder / "final").glob("*model.safetensors")
-    return load_file(file)
-
-
-def assert_same_weights(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor], tolerance: float = 1e-5, share: float = 0.0) -> None:
-    """share: of weights that may differ by more. AdamW divides by the gradient's size, so where that is nearly 0 its rounding decides the update."""
-    assert first.keys() == second.keys()
-    gaps = torch.cat([(tensor - second[name]).abs().flatten() for name, tensor in first.items()])
-    assert (gaps > tolerance).double().mean().item() <= share, f"largest gap {gaps.max():.3g}"
-
-
-def assert_close_runs(first: Path, second: Path, tolerance: float = 1e-5, share: float = 0.0) -> None:
-    """Same trained weights, and the same logged numbers to 1e-5 (but the share of valid anchors: how much padding there is depends on the batch)."""
-    assert_same_weights(weights(first), weights(second), tolerance, share)
-    for left, right in zip(logged(first), logged(second), strict=True):
-        assert left.keys() == right.keys()
-        names = left.keys() - {"ebft/valid_anchors", "train/tokens_per_second"}
-        assert {name: (left[name], right[name]) for name in names if not math.isclose(left[name], right[name], rel_tol=1e-5, abs_tol=1e-5)} == {}
-
-
-def assert_trained(folder: Path, start: dict[str, torch.Tensor]) -> None:
-    """Guards the tests themselves: two runs that both train nothing would always be equal."""
-    assert max((tensor - start[name]).abs().max().item() for name, tensor in weights(folder).items()) > 1e-4
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
