@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
-from ebft_utils.checkpoint import RunState, check_continuation, check_same_run, export_final, find_checkpoint, load_checkpoint, output_folder, save_checkpoint
+from ebft_utils.checkpoint import RunState, check_continuation, check_same_run, export_final, find_checkpoint, launch_of, load_checkpoint, output_folder, save_checkpoint
 from ebft_utils.config import Config, UserError, parse_command_line
 from ebft_utils.data import Batch, Rows, load_rows, make_batch, rollout_uniforms, rows_of_step
 from ebft_utils.distributed import (
@@ -385,7 +385,7 @@ def train_or_evaluate(config: Config, accelerator: Accelerator, output_dir: Path
     policy, optimizer = prepare_policy(accelerator, policy, optimizer)
     network = load_feature_network(accelerator.unwrap_model(policy).causal_lm, config, accelerator.device)
     accelerator.print(describe_run(config, accelerator, policy, network))
-    run = RunState(step=0, num_processes=accelerator.num_processes, data=rows.fingerprint(), before=None)
+    run = RunState(step=0, launch=launch_of(accelerator), data=rows.fingerprint(), before=None)
     if checkpoint is not None:
         run = load_checkpoint(checkpoint, policy, optimizer.optimizer)
         accelerator.print(f"going on from {checkpoint}, step {run.step}" + "".join(f"\n  {change}" for change in changed))

@@ -2,7 +2,7 @@
 
 A checkpoint is a folder, the same for one process, DDP and FSDP2, and can be read by any other number of processes:
     state/        trained weights and optimizer state, each process's part (torch.distributed.checkpoint)
-    run.json      step, number of processes, fingerprint of the data, the evaluation before training
+    run.json      step, launch, fingerprint of the data, the evaluation before training
     config.yaml   the whole configuration
     SHA256SUMS    of all of them, written last; `sha256sum -c SHA256SUMS` checks it by hand
 There is no random state and no schedule to save: data order, rollouts and learning rate are functions of (seed, step).
@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 import yaml
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from accelerate.utils import broadcast_object_list, gather_object, patch_environment
 from peft import PeftModel
 from safetensors import SafetensorError
@@ -49,10 +49,10 @@ MAY_CHANGE = {  # settings that a resumed run may change
 
 @dataclass
 class RunState:
-    """What a run knows about itself. step: optimizer steps done; data: fingerprint of the rows; before: the evaluation before training."""
+    """What a run knows about itself. step: optimizer steps done; launch: on what; data: fingerprint of the rows; before: the evaluation before training."""
 
     step: int
-    num_processes: int
+    launch: str
     data: str
     before: dict[str, Tensor] | None
 
@@ -274,17 +274,23 @@ def load_checkpoint(path: Path, policy: torch.nn.Module, optimizer: torch.optim.
 
 
 def check_continuation(config: Config, accelerator: Accelerator, run: RunState, data: str) -> None:
-    """Raises UserError when a loaded run cannot go on as it began; says so when it goes on on another number of processes."""
+    """Raises UserError when a loaded run cannot go on as it began; says so when it goes on under another launch."""
     if run.step > config.train.max_steps:
         raise UserError(f"train.max_steps: {config.train.max_steps} is less than the {run.step} steps that checkpoint-{run.step} has done")
     if run.data != data:
         raise UserError(f"train.resume: {config.data.dataset!r} has changed: {data} to train on, and it was {run.data}; bring it back, or start a new run in another train.output_dir")
-    if run.num_processes != accelerator.num_processes:
+    if run.launch != launch_of(accelerator):
         accelerator.print(
-            f"begun on {run.num_processes} process(es), goes on on {accelerator.num_processes}: the same rows and rollouts, but sums are rounded in another "
-            "order, so the numbers are not bit for bit those of the unbroken run"
+            f"begun on {run.launch}, goes on on {launch_of(accelerator)}: the same rows and rollouts, but sums are rounded in another order, so the numbers "
+            "are not bit for bit those of the unbroken run"
         )
-        run.num_processes = accelerator.num_processes
+        run.launch = launch_of(accelerator)
+
+
+def launch_of(accelerator: Accelerator) -> str:
+    """What decides the order of sums."""
+    sharded = "FSDP2" if accelerator.distributed_type == DistributedType.FSDP else "DDP"
+    return f"{accelerator.num_processes} processes with {sharded}" if accelerator.num_processes > 1 else "1 process"
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------

@@ -286,7 +286,7 @@ def load_feature_network(policy: PreTrainedModel | PeftModel, config: Config, de
     if config.feature_network.shard:
         for layer in network.decoder.layers:
             fully_shard(layer)
-        fully_shard(network.decoder)
+        fully_shard(network.decoder, reshard_after_forward=True)  # a root would wait for its backward pass, which never comes
     return network
 
 
