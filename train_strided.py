@@ -19,6 +19,7 @@ that would cross a document's end are no groups; whitening is eq 8 by default (`
 import json
 import math
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +40,7 @@ from ebft_utils.distributed import (
     gradient_sync,
     main_process_first,
     micro_batches_per_step,
+    precision,
     prepare_accelerator,
     prepare_policy,
     run_as_command,
@@ -82,8 +84,11 @@ def sample_and_score(config: Config, accelerator: Accelerator, policy: StridedPo
     num_anchors = batch.anchors.shape[1]
     uniforms = rollout_uniforms(seed, batch.keys, num_anchors, ebft.n_samples_per_prompt, ebft.generate_max_len)
     where = dict(document_ids=batch.document_ids, segment_ids=batch.segment_ids, anchors=batch.anchors, valid=batch.valid)
-    with accelerator.autocast(), whole_weights(accelerator, policy):
+    with precision(accelerator, policy), ExitStack() as gathered:
+        gathered.enter_context(whole_weights(accelerator, policy))
         rollouts = policy.generate(**where, temperature=ebft.temperature, uniforms=uniforms.to(batch.anchors.device))
+        if not network.is_policy:
+            gathered.close()
         features, truth_features = strided_features(network, **where, rollouts=rollouts, embed_method=ebft.embed_method)
     features = share_equal_rollouts(features, rollouts)
     rewards = feature_matching_rewards(
@@ -297,11 +302,11 @@ def train(config: Config, accelerator: Accelerator, policy, network, optimizer, 
             logger.log(run.step, results[run.step])
             progress.write(f"step {run.step}, {len(held_out)} held-out documents, mean ± standard error:\n{summary_of(results[run.step])}")
 
-    def save(alone: bool = False) -> None:
+    def save(**options) -> None:
         nonlocal saved
         if run.step > saved:
             saved = run.step  # one attempt: a full disk stays full
-            accelerator.print(f"saved {save_checkpoint(config, accelerator, policy, optimizer, run, alone)}")
+            accelerator.print(f"saved {save_checkpoint(config, accelerator, policy, optimizer, run, **options)}")
 
     policy.train()
     try:
@@ -315,9 +320,12 @@ def train(config: Config, accelerator: Accelerator, policy, network, optimizer, 
             sums, loss, groups = train_step(config, accelerator, policy, network, batches)
             grad_norm = clip_gradients(accelerator, policy, train.max_grad_norm)
             if not (math.isfinite(loss) and math.isfinite(grad_norm)):  # the same numbers on every process
-                save()
-                kept = f"the weights after step {run.step} are saved as checkpoint-{run.step}" if run.step else "nothing was trained yet"
-                raise UserError(f"step {run.step + 1}: loss {loss}, gradient norm {grad_norm}: not finite, stopped before the update; {kept}; lower train.learning_rate")
+                save(keep_all=True)  # these weights may already be bad
+                kept = f"the weights after step {run.step} are saved as checkpoint-{run.step}, beside earlier ones" if run.step else "nothing was trained yet"
+                raise UserError(
+                    f"step {run.step + 1}: loss {loss}, gradient norm {grad_norm}: not finite, stopped before the update; {kept}. Going on would end here again: "
+                    "start a new run with a lower train.learning_rate"
+                )
             metrics = step_metrics(accelerator, sums, len(batches))
             metrics |= {"train/loss": loss, "train/learning_rate": learning_rate(config, run.step), "train/grad_norm": grad_norm}
             updating = True
@@ -368,7 +376,7 @@ def train_or_evaluate(config: Config, accelerator: Accelerator, output_dir: Path
     """The whole run, in one fixed order."""
     # --- data, model -------------------------------------------------------------------------------------------------------------------
     checkpoint = find_checkpoint(config, accelerator)
-    changed = check_same_run(config, checkpoint) if checkpoint is not None and not config.eval.only else []
+    changed = check_same_run(config, checkpoint) if checkpoint is not None else []
     tokenizer = load_tokenizer(config.model)
     rows, held_out = main_process_first(accelerator, lambda: load_rows(config, tokenizer))  # the others then read its cache
     causal_lm = load_policy(config)

@@ -8,6 +8,7 @@ A checkpoint is a folder, the same for one process, DDP and FSDP2, and can be re
 There is no random state and no schedule to save: data order, rollouts and learning rate are functions of (seed, step).
 """
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -15,10 +16,12 @@ import os
 import re
 import shutil
 import socket
+import time
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -73,25 +76,26 @@ def output_folder(config: Config, accelerator: Accelerator):
     if accelerator.is_main_process:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            if not config.eval.only:
-                lock = (folder / LOCK_FILE).open("a+")
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                lock.truncate(0)
-                lock.write(token)
-                lock.flush()
+            if config.eval.only:
+                TemporaryFile(dir=folder).close()
+            else:
+                lock = _lock(folder / LOCK_FILE, token)
         except BlockingIOError:
             problem = f"another run is at work in {folder} (process {(folder / LOCK_FILE).read_text()}); wait for its end, or choose another folder"
         except OSError as error:
             problem = f"{folder} is not writable: {error.strerror}"
-        if problem is None and config.train.resume is None and not config.eval.only:
+        named = Path(config.train.resume or "latest").expanduser()
+        elsewhere = (named / SUMS_FILE).is_file() and named.resolve().parent != folder.resolve()
+        if problem is None and (config.train.resume is None or elsewhere) and not config.eval.only:
             found = [path.name for path in (folder / "final", *list_checkpoints(folder)) if path.exists()]
             if found:
-                problem = f"{folder} already holds a run ({found[0]}); choose another folder, or go on with it: train.resume=latest"
+                problem = f"{folder} already holds a{'nother' if elsewhere else ''} run ({found[0]}); choose another folder, or go on with it: train.resume=latest"
     problem, token = broadcast_object_list([problem, token])
     if problem is None and not config.eval.only:
-        path = folder / LOCK_FILE
-        blind = not path.is_file() or path.read_text() != token
-        hosts = [host for host in gather_object([socket.gethostname() if blind else ""]) if host]
+        deadline = time.monotonic() + 30  # network file systems show a new file late
+        while not (seen := _reads(folder / LOCK_FILE, token)) and time.monotonic() < deadline:
+            time.sleep(0.5)
+        hosts = [host for host in gather_object(["" if seen else socket.gethostname()]) if host]
         if hosts:
             problem = f"{folder} is not the same folder on all machines (not on {', '.join(sorted(set(hosts)))}); it must be on a shared file system"
     if problem is not None:
@@ -101,6 +105,26 @@ def output_folder(config: Config, accelerator: Accelerator):
     finally:
         if lock is not None:
             lock.close()
+
+
+def _lock(path: Path, token: str):
+    """The open lock file: it is locked as long as it is open. Raises BlockingIOError when another process has it."""
+    file = path.open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        print(f"{path.parent} is on a file system without locks: nothing keeps a second run out of it")
+    file.truncate(0)
+    file.write(token)
+    file.flush()
+    os.fsync(file.fileno())
+    return file
+
+
+def _reads(path: Path, token: str) -> bool:
+    return path.is_file() and path.read_text() == token
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -142,9 +166,10 @@ def damage_of(path: Path, accelerator: Accelerator) -> str | None:
         expected = dict(reversed(line.split("  ", 1)) for line in (path / SUMS_FILE).read_text().splitlines())
     except (OSError, ValueError):
         expected = {}
-    found = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()} - {SUMS_FILE}
+    unknown = {str(file.relative_to(path)) for file in (path / "state").glob("*")} - expected.keys()
     mine = sorted(expected)[accelerator.process_index :: accelerator.num_processes]
-    problems = [] if expected and found <= expected.keys() else [f"{SUMS_FILE} is not whole"]
+    problems = [] if {"config.yaml", "run.json", "state/.metadata"} <= expected.keys() else [f"{SUMS_FILE} is not whole"]
+    problems += [f"{SUMS_FILE} does not know {name}" for name in sorted(unknown)]
     for name in mine:
         try:
             if _sha256(path / name) != expected[name]:
@@ -160,12 +185,15 @@ def _sha256(path: Path) -> str:
 
 
 def check_same_run(config: Config, checkpoint: Path) -> list[str]:
-    """The settings that differ from those the checkpoint was made with. Raises UserError for those that would make its continuation another run."""
+    """The settings that differ from those the checkpoint was made with. Raises UserError for those that would make its continuation another run
+    (for an evaluation alone: another model)."""
     saved = yaml.safe_load((checkpoint / "config.yaml").read_text())
     here, there = _flatten(config.to_dict()), _flatten(saved)
     changed = [key for key in here | there if here.get(key) != there.get(key)]
     words = {key: f"{key} is {here.get(key)!r} and was {there.get(key)!r}" for key in changed}
-    refused = [words[key] for key in changed if key not in MAY_CHANGE]
+    if "train.max_steps" in words:
+        words["train.max_steps"] += " (warm-up and decay are shares of it: the learning rates change with it)"
+    refused = [words[key] for key in changed if key not in MAY_CHANGE and (not config.eval.only or key.startswith(("model.", "lora")))]
     if refused:
         raise UserError(f"train.resume: {checkpoint} was made with other settings: {'; '.join(refused)}; restore them, or start a new run in another train.output_dir")
     return [words[key] for key in changed if key not in ("train.resume", "train.output_dir")]
@@ -188,9 +216,9 @@ def trained_state(policy: torch.nn.Module, optimizer: torch.optim.Optimizer) -> 
     return {"model": weights, "optimizer": get_optimizer_state_dict(policy, optimizer)["state"]}
 
 
-def save_checkpoint(config: Config, accelerator: Accelerator, policy, optimizer, run: RunState, alone: bool = False) -> Path:
+def save_checkpoint(config: Config, accelerator: Accelerator, policy, optimizer, run: RunState, *, alone: bool = False, keep_all: bool = False) -> Path:
     """Writes checkpoint-STEP, then removes the oldest ones over train.save_total_limit, and later ones: a run that was resumed further back has left
-    that continuation. Raises UserError on all processes when it cannot be written; what was saved before stays.
+    that continuation (keep_all: removes none). Raises UserError on all processes when it cannot be written; what was saved before stays.
 
     alone: without the other processes, which may be gone. Only for the main process of a run that is not sharded.
     """
@@ -212,8 +240,10 @@ def save_checkpoint(config: Config, accelerator: Accelerator, policy, optimizer,
         errors.append(problem)
     if not alone:
         errors = gather_object(errors)
+    files = sorted(path for path in temporary.rglob("*") if path.is_file()) if accelerator.is_main_process else []
+    if not alone:
+        (files,) = broadcast_object_list([files])  # one listing: network file systems may show each machine another one
     try:
-        files = sorted(path for path in temporary.rglob("*") if path.is_file())
         mine = files if alone else files[accelerator.process_index :: accelerator.num_processes]
         sums = [f"{_sha256(path)}  {path.relative_to(temporary)}\n" for path in mine if not errors]
     except OSError as problem:
@@ -234,11 +264,13 @@ def save_checkpoint(config: Config, accelerator: Accelerator, policy, optimizer,
     if errors:
         kept = list_checkpoints(folder)
         raise UserError(f"{target} could not be written: {errors[0]} ({_free(folder)}); " + (f"{kept[-1].name} is whole: train.resume=latest goes on from it" if kept else "there is no earlier one"))
-    if accelerator.is_main_process:
+    if accelerator.is_main_process and not keep_all:
         checkpoints = list_checkpoints(folder)
         newest = checkpoints.index(target)
         for old in checkpoints[: max(0, newest + 1 - config.train.save_total_limit)] + checkpoints[newest + 1 :]:
-            shutil.rmtree(old)
+            leftover = folder / f".{old.name}.tmp"  # what cannot be removed now is removed by the next save
+            os.replace(old, leftover)
+            shutil.rmtree(leftover, ignore_errors=True)
     return target
 
 
@@ -297,26 +329,21 @@ def launch_of(accelerator: Accelerator) -> str:
 # The final model
 
 
-class writing:
+@contextmanager
+def writing(target: Path):
     """`with writing(target) as temporary:` - the folder appears under its name only when the block has ended without an error."""
-
-    def __init__(self, target: Path):
-        self.target, self.temporary = target, target.with_name(f".{target.name}.tmp-{os.getpid()}")
-
-    def __enter__(self) -> Path:
-        shutil.rmtree(self.temporary, ignore_errors=True)
-        self.temporary.mkdir(parents=True)
-        return self.temporary
-
-    def __exit__(self, kind, error, traceback) -> None:
-        if kind is None:
-            old = self.target.with_name(f".{self.target.name}.old-{os.getpid()}")
-            if self.target.exists():
-                os.replace(self.target, old)
-            os.replace(self.temporary, self.target)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            shutil.rmtree(self.temporary, ignore_errors=True)
+    temporary, old = (target.with_name(f".{target.name}.{kind}") for kind in ("tmp", "old"))
+    for leftover in (temporary, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if target.exists():
+            os.replace(target, old)
+        os.replace(temporary, target)
+    finally:
+        for leftover in (temporary, old):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def export_final(config: Config, accelerator: Accelerator, policy: torch.nn.Module, tokenizer, card: str) -> Path:

@@ -3,6 +3,7 @@
 Every process calls every function here: most of them communicate.
 """
 
+import ctypes
 import os
 import signal
 import sys
@@ -20,7 +21,8 @@ from .config import Config, UserError
 from .features import FeatureNetwork
 from .models import DTYPES, feature_device
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C, launchers and clusters, `#SBATCH --signal=USR1@300`
+PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>: the signal that a process gets when its parent ends
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -74,10 +76,11 @@ def _refuse_contradicting_launch(config: Config) -> None:
         raise UserError(f"dynamo_backend: {backend} in the accelerate config is not supported; leave it out there")
     if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() == "true":
         raise UserError("parallelism_config in the accelerate config is not supported; leave it out there: FSDP2 shards over all processes")
-    if "MASTER_PORT" in os.environ and "ACCELERATE_USE_CPU" in os.environ and "WORLD_SIZE" not in os.environ:
+    if {"MASTER_ADDR", "MASTER_PORT", "ACCELERATE_USE_CPU"} <= os.environ.keys() and "WORLD_SIZE" not in os.environ:
         raise UserError(
             "num_processes: accelerate launch silently starts one process where distributed_type is 'NO'; several processes on the CPU: "
-            "ACCELERATE_USE_CPU=true accelerate launch --config_file accelerate_configs/ddp.yaml --num_processes 2 .."
+            "ACCELERATE_USE_CPU=true accelerate launch --config_file accelerate_configs/ddp.yaml --num_processes 2 .. (If one process is what you want: "
+            "unset MASTER_ADDR and MASTER_PORT.)"
         )
 
 
@@ -111,6 +114,8 @@ def _refuse_fsdp_settings() -> None:
         raise UserError(f"fsdp_auto_wrap_policy: {policy} in the accelerate config would not shard layer by layer; set TRANSFORMER_BASED_WRAP")
     if os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP"):
         raise UserError("fsdp_transformer_layer_cls_to_wrap in the accelerate config: leave it out there; the model's own decoder layers are sharded")
+    if os.environ.get("FSDP_IGNORED_MODULES"):
+        raise UserError("fsdp_ignored_modules in the accelerate config: leave it out there; the gradients of ignored modules would not be reduced")
     kind = os.environ.get("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT").upper()
     if kind != "SHARDED_STATE_DICT":
         raise UserError(f"fsdp_state_dict_type: {kind} in the accelerate config: checkpoints are always sharded and the final model is always whole; set SHARDED_STATE_DICT")
@@ -131,17 +136,18 @@ def micro_batches_per_step(config: Config, accelerator: Accelerator) -> int:
 
 
 def main_process_first(accelerator: Accelerator, action):
-    """action() on the main process, then on the others. A UserError of the first is raised on all: nobody waits for it."""
+    """action() on the main process, then on the first of each machine, then on the others. A UserError of the main one is raised on all: nobody waits."""
     result, error = None, None
     if accelerator.is_main_process:
         try:
             result = action()
         except UserError as problem:
-            error = problem
+            error = str(problem)
     (error,) = broadcast_object_list([error])
     if error is not None:
-        raise error
-    return result if accelerator.is_main_process else action()
+        raise UserError(error)
+    with accelerator.local_main_process_first():
+        return result if accelerator.is_main_process else action()
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -157,6 +163,8 @@ def prepare_policy(accelerator: Accelerator, policy: torch.nn.Module, optimizer:
         whole = sum(not isinstance(layer, FSDPModule) for layer in layers)
         if whole:
             raise UserError(f"FSDP2: {whole} of {len(layers)} decoder layers would not be sharded: this architecture names no layer class to split at")
+        if not all(isinstance(parameter, DTensor) for parameter in policy.parameters()):
+            raise UserError("FSDP2: some weights would not be sharded, and their gradients not reduced; use accelerate_configs/fsdp2.yaml as it is")
     return policy, optimizer
 
 
@@ -175,6 +183,11 @@ def whole_weights(accelerator: Accelerator, policy: torch.nn.Module):
         for module in policy.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
+
+
+def precision(accelerator: Accelerator, policy: torch.nn.Module) -> AbstractContextManager:
+    """For generation and features, what the prepared forward has: autocast, or under FSDP2 nothing, because there the weights themselves are cast."""
+    return nullcontext() if isinstance(policy, FSDPModule) else accelerator.autocast()
 
 
 def gradient_sync(accelerator: Accelerator, policy: torch.nn.Module, last: bool) -> AbstractContextManager:
@@ -249,6 +262,8 @@ class StopSignals:
 def run_as_command(main) -> None:
     """Runs a script's main(argv), and ends the process with one message for whatever the user can mend."""
     process = int(os.environ.get("RANK", "0"))
+    if sys.platform == "linux" and {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys():
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)  # a launcher that dies leaves no orphans: they save and stop
     try:
         main(sys.argv[1:])
     except UserError as error:

@@ -62,13 +62,14 @@ class FeatureNetwork:
     Args:
         decoder: of the frozen copy, or of the policy itself when it is trained with LoRA.
         layers: indices of the hidden states to read.
-        frozen: context in which the decoder computes phi (for LoRA: the adapter switched off). Closed again before anything is trained.
+        frozen: for LoRA, the context in which the policy's own decoder computes phi: its adapter switched off. Closed again before anything is trained.
     """
 
-    def __init__(self, decoder: torch.nn.Module, layers: list[int], frozen: Callable[[], AbstractContextManager] = nullcontext):
+    def __init__(self, decoder: torch.nn.Module, layers: list[int], frozen: Callable[[], AbstractContextManager] | None = None):
         self.layers = layers
+        self.is_policy = frozen is not None
         self.decoder = cut_decoder(decoder, max(layers))
-        self.frozen = frozen
+        self.frozen = frozen or nullcontext
 
     @property
     def device(self) -> torch.device:

@@ -4,8 +4,8 @@ Most runs are in this process; those of several processes, and those that are ki
 """
 
 import json
+import math
 import os
-import re
 import resource
 import shutil
 import signal
@@ -141,7 +141,7 @@ def killed(*arguments, **options) -> None:
 
 
 def killed_in_rotation(path: Path, remove=shutil.rmtree, **options) -> None:
-    if path.name == "checkpoint-1":
+    if path.name == ".checkpoint-1.tmp" and path.exists():
         (path / "run.json").unlink()
         raise Killed
     remove(path, **options)
@@ -163,18 +163,18 @@ def test_killed_while_saving(train, unbroken, monkeypatch, tmp_path, module, nam
     """Guards against a save that removes the old checkpoint before the new one is whole, and against leftovers that nobody removes."""
     save, run, changes = train_strided.save_checkpoint, tmp_path / "run", {**BASE, "train__save_total_limit": 2}
 
-    def save_and_die(config, accelerator, policy, optimizer, state, alone=False):
+    def save_and_die(config, accelerator, policy, optimizer, state, **options):
         with monkeypatch.context() as patch:
             if state.step == 3:
                 patch.setattr(module, name, killed)
-            return save(config, accelerator, policy, optimizer, state, alone)
+            return save(config, accelerator, policy, optimizer, state, **options)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(train_strided, "save_checkpoint", save_and_die)
         train("run", **changes)
     published = name == "rmtree"
-    assert [path.name for path in checkpoint.list_checkpoints(run)] == ["checkpoint-1", "checkpoint-2", *(["checkpoint-3"] if published else [])]
-    assert (run / ".checkpoint-3.tmp").exists() != published
+    assert [path.name for path in checkpoint.list_checkpoints(run)] == (["checkpoint-2", "checkpoint-3"] if published else ["checkpoint-1", "checkpoint-2"])
+    assert (run / f".checkpoint-{1 if published else 3}.tmp").exists()
     train("run", "train.resume=latest", **changes)
     assert_equal_weights(run, unbroken)
     assert sorted(path.name for path in run.glob("*checkpoint*")) == ["checkpoint-3", "checkpoint-4"]
@@ -197,10 +197,10 @@ def test_disk_full_while_saving(train, unbroken, monkeypatch, full_disk, tmp_pat
     """Guards against a traceback out of the serialisation, a half-written checkpoint that is left, and one that is removed to make room."""
     save = train_strided.save_checkpoint
 
-    def save_on_full_disk(config, accelerator, policy, optimizer, run, alone=False):
+    def save_on_full_disk(config, accelerator, policy, optimizer, run, **options):
         full_disk(size if run.step == 3 else -1)
         try:
-            return save(config, accelerator, policy, optimizer, run, alone)
+            return save(config, accelerator, policy, optimizer, run, **options)
         finally:
             full_disk(-1)
 
@@ -244,12 +244,10 @@ def test_other_adapter(train, tmp_path, there, here):
     """Guards against an adapter of another rank, or full fine-tuning, that starts from fresh weights because nothing fits, also in eval.only."""
     train("run", **{**BASE, "train__max_steps": 1}, **({"lora": there} if there else {}))
     changes = {**BASE, **({"lora": here} if here else {})}
-    with pytest.raises(UserError) as caught:
-        train("run", "train.resume=latest", **changes)
-    assert_holds(str(caught.value), "train.resume", tmp_path / "run" / "checkpoint-1", "other settings", f"lora.r is {(here or {}).get('r')} and was {(there or {}).get('r')}")
-    with pytest.raises(UserError) as caught:
-        train("run", "train.resume=latest", "eval.only=true", **{**changes, "eval__num_documents": 2})
-    assert_holds(str(caught.value), "train.resume", tmp_path / "run" / "checkpoint-1", "another model or adapter", "tensors differ")
+    for override, num_documents in (("eval.only=false", 0), ("eval.only=true", 2)):
+        with pytest.raises(UserError) as caught:
+            train("run", "train.resume=latest", override, **{**changes, "eval__num_documents": num_documents})
+        assert_holds(str(caught.value), "train.resume", tmp_path / "run" / "checkpoint-1", "other settings", f"lora.r is {(here or {}).get('r')} and was {(there or {}).get('r')}")
 
 
 def test_not_a_checkpoint(train, broken, model_folder, text_file, tmp_path):
@@ -270,6 +268,44 @@ def test_data_changed_in_between(train, broken, text_file, tmp_path):
         with pytest.raises(UserError) as caught:
             train("other", "train.resume=latest", data__dataset=str(path), **BASE)
         assert_holds(str(caught.value), "train.resume", path, "has changed", f"{len(changed)} rows", f"it was {len(lines)} rows")
+
+
+def test_a_checkpoint_of_another_run_does_not_replace_this_one(train, broken, tmp_path):
+    """Guards against a slip of the path that removes a run's own checkpoints and final model, and mixes two logs."""
+    other = train("other", **{**BASE, "train__max_steps": 2})
+    before = {path: path.read_bytes() for path in other.rglob("*") if path.is_file() and path.name != ".lock"}
+    with pytest.raises(UserError) as caught:
+        train("other", f"train.resume={broken / 'checkpoint-3'}", **BASE)
+    assert_holds(str(caught.value), "train.output_dir", other, "already holds another run", "final")
+    assert {path: path.read_bytes() for path in other.rglob("*") if path.is_file() and path.name != ".lock"} == before
+    moved = train("moved", f"train.resume={broken / 'checkpoint-3'}", **BASE)
+    assert steps_of(moved) == [4] and (broken / "checkpoint-3").is_dir()
+
+
+def test_evaluation_of_a_checkpoint_with_another_adapter(train, tmp_path, capsys):
+    """Guards against numbers of a model that was never trained."""
+    train("run", lora={"r": 4, "alpha": 8.0}, **{**BASE, "train__max_steps": 2, "eval__num_documents": 3})
+    with pytest.raises(UserError) as caught:
+        train("run", "train.resume=latest", "eval.only=true", lora={"r": 4, "alpha": 800.0}, **{**BASE, "eval__num_documents": 3})
+    assert_holds(str(caught.value), "train.resume", "lora.alpha is 800.0 and was 8.0")
+    capsys.readouterr()
+    train("run", "train.resume=latest", "eval.only=true", "ebft.temperature=0.9", lora={"r": 4, "alpha": 8.0}, **{**BASE, "eval__num_documents": 3})
+    assert "ebft.temperature is 0.9 and was 0.6" in capsys.readouterr().out
+
+
+def test_a_run_that_diverges_keeps_its_earlier_checkpoints(train, monkeypatch, tmp_path):
+    """Guards against weights that are already bad in the place of the last good ones."""
+    step_of, steps = train_strided.train_step, iter(range(3))
+
+    def diverge(*arguments):
+        sums, loss, groups = step_of(*arguments)
+        return sums, loss if next(steps, None) is not None else math.nan, groups
+
+    monkeypatch.setattr(train_strided, "train_step", diverge)
+    with pytest.raises(UserError) as caught:
+        train("run", "train.save_steps=2", "train.save_total_limit=1", **BASE)
+    assert_holds(str(caught.value), "step 4", "not finite", "checkpoint-3, beside earlier ones")
+    assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
 
 
 def test_changed_settings_are_told(train, broken, capsys):

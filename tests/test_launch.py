@@ -34,10 +34,10 @@ TWO = dict(train__max_steps=6, train__save_steps=2, train__per_device_batch_size
 KINDS = pytest.mark.parametrize("config", ["ddp", "fsdp2"])
 FULL_DISK = """
 save = checkpoint.save_checkpoint
-def save_on_full_disk(config, accelerator, policy, optimizer, run, alone=False):
+def save_on_full_disk(config, accelerator, policy, optimizer, run, **options):
     if run.step == 4 and rank == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, -1))
-    return save(config, accelerator, policy, optimizer, run, alone)
+    return save(config, accelerator, policy, optimizer, run, **options)
 checkpoint.save_checkpoint = save_on_full_disk
 """
 
@@ -107,6 +107,19 @@ def test_signals_stop_all_processes(start, write_config, tmp_path, config):
     assert training(run) == training(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("config, number", [("cpu", signal.SIGTERM), ("ddp", signal.SIGKILL)])
+def test_a_launcher_that_dies_leaves_no_orphans(start, write_config, tmp_path, config, number):
+    """Guards against processes that train on after their launcher: on a GPU that somebody else is given, in a folder that stays locked."""
+    run = tmp_path / "run"
+    process = start(config, write_config(**{**LONG, "train__max_steps": 100_000}), options=() if config == "cpu" else ("--num_processes", "2"))
+    wait_for(process, lambda: (run / "metrics.jsonl").exists() and len(steps_of(run)) >= 3)
+    os.kill(process.pid, number)
+    process.wait(30)
+    assert psutil.wait_procs(all_started(tmp_path), timeout=30)[1] == []
+    assert "stopped by SIGTERM" in process.output.read_text()
+    assert [path.name for path in run.glob("checkpoint-*")] == [f"checkpoint-{steps_of(run)[-1]}"]
+
+
 # ---------------------------------------------------------------------------------------------------------------------------------------
 # Launches
 
@@ -144,6 +157,7 @@ def launched(monkeypatch, tmp_path):
         ("fsdp_auto_wrap_policy", "NO_WRAP", ["fsdp_auto_wrap_policy: NO_WRAP", "TRANSFORMER_BASED_WRAP"]),
         ("fsdp_auto_wrap_policy", "SIZE_BASED_WRAP", ["fsdp_auto_wrap_policy: SIZE_BASED_WRAP", "TRANSFORMER_BASED_WRAP"]),
         ("fsdp_transformer_layer_cls_to_wrap", "LlamaDecoderLayer", ["fsdp_transformer_layer_cls_to_wrap", "leave it out"]),
+        ("fsdp_ignored_modules", ".*embed_tokens", ["fsdp_ignored_modules", "would not be reduced"]),
         ("fsdp_state_dict_type", "FULL_STATE_DICT", ["fsdp_state_dict_type: FULL_STATE_DICT", "SHARDED_STATE_DICT"]),
     ],
 )
