@@ -18,7 +18,7 @@ import shutil
 import socket
 import time
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -222,13 +222,13 @@ def save_checkpoint(config: Config, accelerator: Accelerator, policy, optimizer,
 
     alone: without the other processes, which may be gone. Only for the main process of a run that is not sharded.
     """
+    gather, tell = (_own, _own) if alone else (gather_object, _from_main_process)
     folder = Path(config.train.output_dir).expanduser()
     target, temporary = folder / f"checkpoint-{run.step}", folder / f".checkpoint-{run.step}.tmp"
     if accelerator.is_main_process:
         for leftover in folder.glob(".checkpoint-*.tmp"):
             shutil.rmtree(leftover, ignore_errors=True)
-    if not alone:
-        accelerator.wait_for_everyone()
+    tell("clean")  # nobody writes before
     sums, errors = [], []
     try:
         _write_state(trained_state(policy, optimizer), temporary / "state", alone or accelerator.num_processes == 1)
@@ -238,18 +238,14 @@ def save_checkpoint(config: Config, accelerator: Accelerator, policy, optimizer,
             (temporary / "config.yaml").write_text(config.to_yaml())
     except OSError as problem:
         errors.append(problem)
-    if not alone:
-        errors = gather_object(errors)
-    files = sorted(path for path in temporary.rglob("*") if path.is_file()) if accelerator.is_main_process else []
-    if not alone:
-        (files,) = broadcast_object_list([files])  # one listing: network file systems may show each machine another one
+    errors = gather(errors)
+    files = tell(sorted(path for path in temporary.rglob("*") if path.is_file()))  # network file systems may show each machine another list
     try:
         mine = files if alone else files[accelerator.process_index :: accelerator.num_processes]
         sums = [f"{_sha256(path)}  {path.relative_to(temporary)}\n" for path in mine if not errors]
     except OSError as problem:
         errors.append(problem)
-    if not alone:
-        sums, errors = gather_object(sums), gather_object(errors)
+    sums, errors = gather(sums), gather(errors)
     if accelerator.is_main_process and not errors:
         try:
             (temporary / SUMS_FILE).write_text("".join(sums))
@@ -257,21 +253,33 @@ def save_checkpoint(config: Config, accelerator: Accelerator, policy, optimizer,
             os.replace(temporary, target)
         except OSError as problem:
             errors.append(problem)
-    if not alone:
-        errors = broadcast_object_list([errors])[0]
-    if accelerator.is_main_process:
-        shutil.rmtree(temporary, ignore_errors=True)
+    errors = tell(errors)
     if errors:
+        if accelerator.is_main_process:
+            shutil.rmtree(temporary, ignore_errors=True)
         kept = list_checkpoints(folder)
         raise UserError(f"{target} could not be written: {errors[0]} ({_free(folder)}); " + (f"{kept[-1].name} is whole: train.resume=latest goes on from it" if kept else "there is no earlier one"))
     if accelerator.is_main_process and not keep_all:
-        checkpoints = list_checkpoints(folder)
-        newest = checkpoints.index(target)
-        for old in checkpoints[: max(0, newest + 1 - config.train.save_total_limit)] + checkpoints[newest + 1 :]:
-            leftover = folder / f".{old.name}.tmp"  # what cannot be removed now is removed by the next save
-            os.replace(old, leftover)
-            shutil.rmtree(leftover, ignore_errors=True)
+        _remove_old(folder, target, config.train.save_total_limit)
     return target
+
+
+def _own(value):
+    return value
+
+
+def _from_main_process(value):
+    return broadcast_object_list([value])[0]
+
+
+def _remove_old(folder: Path, newest: Path, limit: int) -> None:
+    checkpoints = list_checkpoints(folder)
+    index = checkpoints.index(newest)
+    for old in checkpoints[: max(0, index + 1 - limit)] + checkpoints[index + 1 :]:
+        leftover = folder / f".{old.name}.tmp"  # what cannot be removed now is removed by the next save
+        with suppress(OSError):
+            os.replace(old, leftover)
+            shutil.rmtree(leftover)
 
 
 def _free(folder: Path) -> str:

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Several machines under Slurm: one launcher a machine, one process a GPU, weights split over all of them (FSDP2).
 #   OUTPUT=runs/mine sbatch examples/slurm.sh train_strided.py --cfg examples/quickstart.yaml lora=null train.learning_rate=1e-5
-# Run from the repository, on a file system that all machines share. A job that is pre-empted or comes to its time limit saves, is queued again, and
-# goes on from its last checkpoint.
+# Run from the repository, on a file system that all machines share. A job that comes to its time limit saves and is queued again; one that is pre-empted
+# saves when its partition gives it the time (GraceTime). Either goes on from its last checkpoint.
 #SBATCH --job-name=ebft
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
