@@ -71,6 +71,9 @@ def _refuse_contradicting_launch(config: Config) -> None:
             f"gradient_accumulation_steps: {steps} in the accelerate config would divide the loss once more; leave it out there: "
             "accumulation follows from train.batch_size"
         )
+    processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if 0 < gpus < processes and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true":
+        raise UserError(f"num_processes: {processes} processes were launched on a machine with {gpus} GPUs; launch with --num_processes {gpus}")
     backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
     if backend.lower() != "no":
         raise UserError(f"dynamo_backend: {backend} in the accelerate config is not supported; leave it out there")

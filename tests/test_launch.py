@@ -21,7 +21,7 @@ from conftest import ROOT, all_started, assert_equal_weights, assert_holds, asse
 
 import train_strided
 from ebft_utils import checkpoint, distributed, models
-from ebft_utils.config import UserError
+from ebft_utils.config import UserError, load_config
 
 CONFIGS = ROOT / "accelerate_configs"
 
@@ -261,6 +261,16 @@ def test_device_of_the_feature_network(monkeypatch):
         with pytest.raises(UserError) as caught:
             models.feature_device(choice, policy)
         assert_holds(str(caught.value), "feature_network.device", *words)
+
+
+def test_more_processes_than_gpus(launched, write_config, monkeypatch):
+    """Guards against 'invalid device ordinal' where a shipped config says 8 and the machine has fewer."""
+    launched("ddp")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    with pytest.raises(UserError) as caught:
+        distributed.prepare_accelerator(load_config(str(write_config())))
+    assert_holds(str(caught.value), "8 processes", "4 GPUs", "--num_processes 4")
 
 
 @pytest.mark.parametrize(
