@@ -16,9 +16,6 @@ are decoded with a KV cache; equal rollouts have equal features; log-probs are t
 that would cross a document's end are no groups; whitening is eq 8 by default (`ebft.whitening: sample` is the released code's).
 """
 
-import json
-import math
-import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,16 +23,13 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
-from ebft_utils.checkpoint import RunState, check_continuation, check_same_run, export_final, find_checkpoint, launch_of, load_checkpoint, output_folder, save_checkpoint
-from ebft_utils.config import Config, UserError, parse_command_line
+from ebft_utils.checkpoint import RunState, check_continuation, check_same_run, export_final, find_checkpoint, launch_of, load_checkpoint, output_folder
+from ebft_utils.config import StridedConfig, parse_command_line
 from ebft_utils.data import Batch, Rows, load_rows, make_batch, rollout_uniforms, rows_of_step
 from ebft_utils.distributed import (
-    Stopped,
     StopSignals,
-    clip_gradients,
     describe_run,
     gradient_sync,
     main_process_first,
@@ -48,7 +42,8 @@ from ebft_utils.distributed import (
 )
 from ebft_utils.features import FeatureNetwork, strided_features
 from ebft_utils.losses import cross_entropy_loss, policy_gradient_loss
-from ebft_utils.metrics import MetricLogger, MetricSums, evaluation_metrics, logged_evaluations, rollout_table, summary_of
+from ebft_utils.loop import TrainingLoop, Update, evaluate_only
+from ebft_utils.metrics import MetricLogger, MetricSums, logged_evaluations, rollout_table, step_metrics
 from ebft_utils.models import StridedPolicy, check_vocabulary, load_feature_network, load_policy, load_tokenizer, model_card
 from ebft_utils.rewards import (
     FeatureRewards,
@@ -61,6 +56,7 @@ from ebft_utils.rewards import (
 )
 from ebft_utils.strided import truth_windows
 
+SHOWN = {"reward": "ebft/mean_reward", "cfm": "ebft/cfm_loss", "ce": "ebft/ce_loss", "tok/s": "train/tokens_per_second"}
 EVALUATED = ("cross_entropy", "cfm_loss", "cfm_unbiased", "reward_pass@1", "reward_best_of_n")
 
 
@@ -78,7 +74,7 @@ class Groups:
     rewards: FeatureRewards
 
 
-def sample_and_score(config: Config, accelerator: Accelerator, policy: StridedPolicy, network: FeatureNetwork, batch: Batch, seed: int) -> Groups:
+def sample_and_score(config: StridedConfig, accelerator: Accelerator, policy: StridedPolicy, network: FeatureNetwork, batch: Batch, seed: int) -> Groups:
     """Points 1 to 3 of the algorithm: rollouts at every anchor, features of rollouts and truth, rewards. policy: not wrapped in DDP."""
     ebft = config.ebft
     num_anchors = batch.anchors.shape[1]
@@ -102,7 +98,7 @@ def sample_and_score(config: Config, accelerator: Accelerator, policy: StridedPo
     return Groups(rollouts, features, truth_features, rewards)
 
 
-def advantages_of(config: Config, rewards: FeatureRewards) -> Tensor:
+def advantages_of(config: StridedConfig, rewards: FeatureRewards) -> Tensor:
     """Point 4: how much better each rollout is than its siblings. (B, A, N)."""
     ebft = config.ebft
     if ebft.advantage_estimator == "rloo":
@@ -117,7 +113,7 @@ def document_targets(batch: Batch) -> Tensor:
     return (batch.segment_ids[:, 1:] >= 0) & (batch.segment_ids[:, 1:] == batch.segment_ids[:, :-1])
 
 
-def train_step(config: Config, accelerator: Accelerator, policy, network: FeatureNetwork, batches: list[Batch]):
+def train_step(config: StridedConfig, accelerator: Accelerator, policy, network: FeatureNetwork, batches: list[Batch]):
     """Gradients of one optimizer step, accumulated over its micro-batches. Returns metric sums, the loss, and the last micro-batch's groups."""
     ebft, sums, unwrapped = config.ebft, MetricSums(), accelerator.unwrap_model(policy)
     # the token counts of the whole global batch, known before the first forward: each loss is sum over tokens / global count
@@ -176,7 +172,7 @@ def count_groups(sums: MetricSums, batch: Batch, groups: Groups, advantages: Ten
 
 
 @torch.no_grad()
-def evaluate(config: Config, accelerator: Accelerator, policy, network: FeatureNetwork, rows: Rows, pad_token_id: int, signals: StopSignals) -> dict[str, Tensor] | None:
+def evaluate(config: StridedConfig, accelerator: Accelerator, policy, network: FeatureNetwork, rows: Rows, pad_token_id: int, signals: StopSignals) -> dict[str, Tensor] | None:
     """Held-out cross-entropy, CFM and reward of each document: name -> (2, documents), totals and their weights. Same seed, same numbers.
 
     None when the run was asked to stop in the middle.
@@ -220,30 +216,20 @@ def evaluate(config: Config, accelerator: Accelerator, policy, network: FeatureN
 # Around it
 
 
-def batch_of(config: Config, rows: Rows, row_ids: list[int], keys: list[int], pad_token_id: int) -> Batch:
+def batch_of(config: StridedConfig, rows: Rows, row_ids: list[int], keys: list[int], pad_token_id: int) -> Batch:
     """The rows as tensors, with their anchors."""
     return make_batch(
         rows, row_ids, keys, pad_token_id, first_anchor=config.first_anchor, stride=config.ebft.stride, num_generated=config.ebft.generate_max_len
     )
 
 
-def step_batches(config: Config, accelerator: Accelerator, rows: Rows, step: int, pad_token_id: int) -> list[Batch]:
+def step_batches(config: StridedConfig, accelerator: Accelerator, rows: Rows, step: int, pad_token_id: int) -> list[Batch]:
     """This process's micro-batches of an optimizer step (counted from 0)."""
     size, rows_per_step = config.train.per_device_batch_size, config.train.batch_size
     row_ids = rows_of_step(len(rows), step, rows_per_step, config.train.seed)
     starts = [(index * accelerator.num_processes + accelerator.process_index) * size for index in range(micro_batches_per_step(config, accelerator))]
     keys = [range(step * rows_per_step + start, step * rows_per_step + start + size) for start in starts]  # a row has other rollouts in each epoch
     return [batch_of(config, rows, row_ids[start : start + size], list(key), pad_token_id) for start, key in zip(starts, keys, strict=True)]
-
-
-def learning_rate(config: Config, step: int) -> float:
-    """Learning rate of a step (counted from 0): linear warm-up to the peak, then constant, cosine or linear decay to 0."""
-    train = config.train
-    warmup_steps = round(train.warmup_ratio * train.max_steps)
-    if step < warmup_steps:
-        return train.learning_rate * (step + 1) / (warmup_steps + 1)
-    done = (step - warmup_steps) / max(1, train.max_steps - warmup_steps)
-    return train.learning_rate * {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[train.lr_scheduler]
 
 
 def sample_table(tokenizer, batch: Batch, groups: Groups, num_rows: int = 8) -> str:
@@ -266,99 +252,6 @@ def sample_table(tokenizer, batch: Batch, groups: Groups, num_rows: int = 8) -> 
     return rollout_table(table)
 
 
-def step_metrics(accelerator: Accelerator, sums: MetricSums, num_micro_batches: int) -> dict[str, float]:
-    """Means of a step over all processes, the spread of the advantages, and the number of its tokens."""
-    metrics = sums.means(accelerator)
-    metrics["tokens"] *= num_micro_batches * accelerator.num_processes
-    if "advantage" in metrics:
-        mean = metrics.pop("advantage")
-        metrics["ebft/advantages_std"] = max(0.0, metrics.pop("advantage_square") - mean**2) ** 0.5
-    return metrics
-
-
-def line_of(metrics: dict[str, float]) -> str:
-    """The numbers that matter, for the console."""
-    shown = {"reward": "ebft/mean_reward", "cfm": "ebft/cfm_loss", "ce": "ebft/ce_loss", "tok/s": "train/tokens_per_second"}
-    return ", ".join(f"{label} {metrics[name]:.4g}" for label, name in shown.items() if name in metrics)
-
-
-def train(config: Config, accelerator: Accelerator, policy, network, optimizer, rows: Rows, held_out: Rows | None, tokenizer, logger, run: RunState, results, signals):
-    """The loop. Whatever ends it, what was trained is saved. run: where it starts; results: evaluation metrics by step, added to here.
-
-    Raises Stopped when the run was asked to stop, UserError when the loss is not finite.
-    """
-    train, saved, updating, finished = config.train, run.step, False, False
-    progress = tqdm(total=train.max_steps, initial=run.step, desc="training", disable=not accelerator.is_main_process)
-
-    def evaluate_now() -> None:
-        if held_out is None or run.step in results:
-            return
-        table = evaluate(config, accelerator, policy, network, held_out, tokenizer.pad_token_id, signals)
-        if table is None:
-            return
-        results[run.step] = evaluation_metrics(table, run.before)
-        run.before = table if run.step == 0 else run.before
-        if accelerator.is_main_process:
-            logger.log(run.step, results[run.step])
-            progress.write(f"step {run.step}, {len(held_out)} held-out documents, mean ± standard error:\n{summary_of(results[run.step])}")
-
-    def save(**options) -> None:
-        nonlocal saved
-        if run.step > saved:
-            saved = run.step  # one attempt: a full disk stays full
-            accelerator.print(f"saved {save_checkpoint(config, accelerator, policy, optimizer, run, **options)}")
-
-    policy.train()
-    try:
-        if config.eval.at_start and run.step == 0:
-            evaluate_now()
-        while run.step < train.max_steps and not signals.agreed(accelerator):
-            started = time.perf_counter()
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config, run.step)
-            batches = step_batches(config, accelerator, rows, run.step, tokenizer.pad_token_id)
-            sums, loss, groups = train_step(config, accelerator, policy, network, batches)
-            grad_norm = clip_gradients(accelerator, policy, train.max_grad_norm)
-            if not (math.isfinite(loss) and math.isfinite(grad_norm)):  # the same numbers on every process
-                save(keep_all=True)  # these weights may already be bad
-                kept = f"the weights after step {run.step} are saved as checkpoint-{run.step}, beside earlier ones" if run.step else "nothing was trained yet"
-                raise UserError(
-                    f"step {run.step + 1}: loss {loss}, gradient norm {grad_norm}: not finite, stopped before the update; {kept}. Going on would end here again: "
-                    "start a new run with a lower train.learning_rate"
-                )
-            metrics = step_metrics(accelerator, sums, len(batches))
-            metrics |= {"train/loss": loss, "train/learning_rate": learning_rate(config, run.step), "train/grad_norm": grad_norm}
-            updating = True
-            optimizer.step()
-            optimizer.zero_grad()
-            run.step, updating = run.step + 1, False
-            metrics["train/tokens_per_second"] = metrics.pop("tokens") / (time.perf_counter() - started)
-            if accelerator.is_main_process and (run.step % train.logging_steps == 0 or run.step == train.max_steps):
-                logger.log(run.step, metrics)
-                progress.set_postfix_str(line_of(metrics))
-                progress.write(f"step {run.step}: {line_of(metrics)}")
-            progress.update()
-            if accelerator.is_main_process and groups is not None and train.rollout_table_steps and (run.step % train.rollout_table_steps == 0 or run.step == 1):
-                logger.text(run.step, "rollouts", sample_table(tokenizer, batches[-1], groups))
-            if config.eval.every_steps and run.step % config.eval.every_steps == 0 and run.step < train.max_steps:
-                evaluate_now()
-            if train.save_steps and run.step % train.save_steps == 0:
-                save()
-        if config.eval.at_end and not signals.agreed(accelerator):
-            evaluate_now()
-        save()
-        finished = True
-    finally:
-        if run.step > saved and not (finished or updating or signals.at_once):  # an error, perhaps on this process alone
-            if isinstance(policy, FSDPModule) and accelerator.num_processes > 1:
-                accelerator.print(f"step {run.step} cannot be saved without all processes, which hold a part of the weights each; the last checkpoint is of step {saved}")
-            elif accelerator.is_main_process:
-                save(alone=True)
-        progress.close()
-    if number := signals.agreed(accelerator):
-        raise Stopped(number)
-
-
 def main(argv: list[str]) -> None:
     # --- configuration -----------------------------------------------------------------------------------------------------------------
     config = parse_command_line(argv, __doc__)
@@ -372,7 +265,7 @@ def main(argv: list[str]) -> None:
     accelerator.end_training()
 
 
-def train_or_evaluate(config: Config, accelerator: Accelerator, output_dir: Path) -> None:
+def train_or_evaluate(config: StridedConfig, accelerator: Accelerator, output_dir: Path) -> None:
     """The whole run, in one fixed order."""
     # --- data, model -------------------------------------------------------------------------------------------------------------------
     checkpoint = find_checkpoint(config, accelerator)
@@ -401,24 +294,28 @@ def train_or_evaluate(config: Config, accelerator: Accelerator, output_dir: Path
             check_continuation(config, accelerator, run, rows.fingerprint())
 
     # --- evaluate only, or train -------------------------------------------------------------------------------------------------------
-    if config.eval.only:
-        if held_out is None:
-            raise UserError("eval.only: true without held-out documents leaves nothing to do; set eval.num_documents above 0")
-        with StopSignals() as signals:
-            table = evaluate(config, accelerator, policy, network, held_out, tokenizer.pad_token_id, signals)
-            if table is None:
-                raise Stopped(signals.agreed(accelerator))
-        results = evaluation_metrics(table, None)
-        accelerator.print(f"step {run.step}, {len(held_out)} held-out documents, mean ± standard error:\n{summary_of(results)}")
-        if accelerator.is_main_process:
-            finite = {name: value if math.isfinite(value) else None for name, value in results.items()}
-            (output_dir / "eval.json").write_text(json.dumps({"step": run.step, **finite}, indent=2) + "\n")
-        return
-    results = logged_evaluations(output_dir, run.step) if checkpoint is not None else {}
-    accelerator.wait_for_everyone()  # all have read it
-    logger = MetricLogger(output_dir, None if checkpoint is None else run.step) if accelerator.is_main_process else None
     with StopSignals() as signals:
-        train(config, accelerator, policy, network, optimizer, rows, held_out, tokenizer, logger, run, results, signals)
+
+        def evaluation() -> dict[str, Tensor] | None:
+            return evaluate(config, accelerator, policy, network, held_out, tokenizer.pad_token_id, signals)
+
+        def take_step(step: int, update: Update):
+            batches = step_batches(config, accelerator, rows, step, tokenizer.pad_token_id)
+            sums, loss, groups = train_step(config, accelerator, policy, network, batches)
+            update(loss)
+            metrics = step_metrics(accelerator, sums, len(batches))
+            return metrics, None if groups is None else lambda: sample_table(tokenizer, batches[-1], groups)
+
+        if config.eval.only:
+            evaluate_only(accelerator, output_dir, run.step, None if held_out is None else evaluation, signals)
+            return
+        results = logged_evaluations(output_dir, run.step) if checkpoint is not None else {}
+        accelerator.wait_for_everyone()  # all have read it
+        logger = MetricLogger(output_dir, None if checkpoint is None else run.step) if accelerator.is_main_process else None
+        loop = TrainingLoop(
+            config, accelerator, policy, optimizer, run, results, logger, take_step=take_step, evaluate=None if held_out is None else evaluation, shown=SHOWN
+        )
+        loop.train(signals)
 
     # --- the final model ---------------------------------------------------------------------------------------------------------------
     target = export_final(config, accelerator, policy, tokenizer, model_card(config, results))

@@ -19,7 +19,7 @@ import socket
 import time
 import warnings
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from tempfile import TemporaryFile
 
@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
 
-from .config import Config, UserError
+from .config import Config, UserError, VLLMConfig
 from .models import DTYPES, load_causal_lm, resolve_source
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is a normal case
@@ -44,6 +44,7 @@ MAY_CHANGE = {  # settings that a resumed run may change
     "feature_network.device",
     "feature_network.shard",
     "lora.merge",
+    *(f"vllm.{field.name}" for field in fields(VLLMConfig)),
     *(f"eval.{name}" for name in ("only", "at_start", "at_end", "every_steps", "per_device_batch_size")),
     *(f"train.{name}" for name in ("output_dir", "per_device_batch_size", "max_steps", "logging_steps", "rollout_table_steps")),
     *(f"train.{name}" for name in ("save_steps", "save_total_limit", "resume", "process_timeout_minutes")),
@@ -354,6 +355,15 @@ def writing(target: Path):
             shutil.rmtree(leftover, ignore_errors=True)
 
 
+def whole_state(config: Config, policy: torch.nn.Module) -> dict[str, Tensor]:
+    """The trained weights, whole, on the main process (the others have none of them under FSDP2), by the names that transformers and peft know.
+
+    Tied weights are there under each of their names.
+    """
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=config.lora is not None)
+    return {name.removeprefix("causal_lm."): tensor for name, tensor in get_model_state_dict(policy, options=options).items()}
+
+
 def export_final(config: Config, accelerator: Accelerator, policy: torch.nn.Module, tokenizer, card: str) -> Path:
     """Writes <output_dir>/final: the whole model (or adapter) as `from_pretrained` loads it, tokenizer, configuration and model card.
 
@@ -361,8 +371,7 @@ def export_final(config: Config, accelerator: Accelerator, policy: torch.nn.Modu
     with lora.merge there is final/merged, the model with the adapter merged in (in float32, then rounded to model.dtype).
     """
     target = Path(config.train.output_dir).expanduser().resolve() / "final"
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=config.lora is not None)
-    weights = {name.removeprefix("causal_lm."): tensor for name, tensor in get_model_state_dict(policy, options=options).items()}
+    weights = whole_state(config, policy)
     causal_lm = accelerator.unwrap_model(policy).causal_lm
     if accelerator.is_main_process:
         unique = dict(causal_lm.named_parameters())

@@ -8,40 +8,18 @@ honour it refuses, with the file, the key, the value, the reason and the fix.
 
 import argparse
 import dataclasses
-import difflib
-import math
 import re
-import types
-import typing
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import yaml
 
-
-class UserError(Exception):
-    """Something that the user can mend: shown as one message, without a traceback."""
-
-
-class ConfigError(UserError):
-    """A wrong configuration value. key: the dotted key; reason: what is wrong and what would be right; related: other keys that take part in it."""
-
-    def __init__(self, key: str, reason: str, related: tuple[str, ...] = ()):
-        super().__init__(f"{key}: {reason}")
-        self.keys = (key, *related)
-
-
-def option(default, description: str, minimum=None, maximum=None, above=None):
-    """A dataclass field with its description (and unit), and the bounds that its value (or each value of a list) must keep."""
-    metadata = {"description": description, "minimum": minimum, "maximum": maximum, "above": above}
-    if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
+from .settings import ConfigError, Section, UserError, option, read_settings
 
 
 @dataclass
-class ModelConfig:
+class ModelConfig(Section):
     name_or_path: str = option("", "hub id, local folder, .gguf file, or package:NAME (a model inside an installed Python package)")
     revision: str | None = option(None, "branch, tag or commit on the hub")
     tokenizer: str | None = option(None, "hub id or folder of the tokenizer; null: the model's own")
@@ -54,7 +32,7 @@ class ModelConfig:
 
 
 @dataclass
-class LoraConfig:
+class LoraConfig(Section):
     r: int = option(16, "rank of the adapter", minimum=1)
     alpha: float = option(32.0, "scale of the adapter is alpha / r", above=0)
     target_modules: str | list[str] = option("all-linear", "names of the layers that get an adapter, or all-linear")
@@ -62,7 +40,7 @@ class LoraConfig:
 
 
 @dataclass
-class FeatureNetworkConfig:
+class FeatureNetworkConfig(Section):
     device: str = option(
         "auto", "where the frozen copy lies: auto (beside the policy; on a second GPU when one process sees several), cuda:1, cpu. With lora there is no copy"
     )
@@ -70,26 +48,41 @@ class FeatureNetworkConfig:
 
 
 @dataclass
-class DataConfig:
-    dataset: str = option(
-        "", "python_stdlib (the standard library's source), a .jsonl/.json/.parquet/.csv/.txt file (.txt: a document a line), a folder, or a hub id"
-    )
+class DataConfig(Section):
+    dataset: str = option("", "a hub id, a file (.jsonl, .json, .parquet, .csv; for raw text also .txt, a document a line), a folder, or a built-in source (see dataset of the mode)")
     name: str | None = option(None, "configuration (subset) of a hub dataset")
     revision: str | None = option(None, "branch, tag or commit of a hub dataset")
     split: str = option("train", "which rows, for example train, train[:1%], test[100:200]")
+    on_bad_row: Literal["error", "skip"] = option(
+        "error", "a row that cannot be used (no text, too short for one anchor, a prompt or completion that is too long): stop and name it, or leave it out and say how many"
+    )
+    max_documents: int | None = option(None, "use at most this many rows (before shuffling)", minimum=1)
+
+
+@dataclass
+class TextDataConfig(DataConfig):
+    """Raw text. Built-in source: python_stdlib (the standard library's own source, a module a document)."""
+
     text_column: str = option("text", "column that holds the raw text")
     file_pattern: str = option("*.py", "which files of a folder are read: *.jsonl, *.json, *.parquet, *.csv or *.txt for rows; of any other kind, each file is a document")
     sequence_length: int = option(256, "tokens of a document (longer ones are truncated), or of a packed row", minimum=2)
     packing: bool = option(False, "put several documents into one row, with attention, positions and anchors kept apart")
     append_eos: bool = option(True, "end each document with the end-of-document token, where it fits")
-    on_bad_row: Literal["error", "skip"] = option(
-        "error", "a row without text, or too short for one anchor: stop and name it, or leave it out and say how many"
-    )
-    max_documents: int | None = option(None, "use at most this many documents (before shuffling)", minimum=1)
 
 
 @dataclass
-class EvalConfig:
+class PromptDataConfig(DataConfig):
+    """Prompt + completion. Built-in source: python_stdlib_functions (the standard library's functions: signature and docstring -> body)."""
+
+    prompt_column: str = option("prompt", "column of the prompt: text, or a list of messages (role, content) for the tokenizer's chat template")
+    completion_column: str = option("completion", "column of the ground truth: text, or one message of the assistant")
+    turns_column: str | None = option(None, "column of the turns after the first: a list of {prompt, completion}, for example remaining_turns; null: one turn")
+    file_pattern: str = option("*.jsonl", "which files of a folder are read: *.jsonl, *.json, *.parquet or *.csv")
+    max_prompt_length: int = option(512, "tokens of a prompt; a longer one is a bad row: prompts are never cut", minimum=1)
+
+
+@dataclass
+class EvalConfig(Section):
     only: bool = option(False, "evaluate the model and stop: no training")
     at_start: bool = option(True, "evaluate before the first step")
     at_end: bool = option(True, "evaluate after the last step")
@@ -102,12 +95,12 @@ class EvalConfig:
 
 
 @dataclass
-class EBFTConfig:
+class EBFTConfig(Section):
     feature_layers: list[float] = option([0.25, 0.5, 0.75], "depths of the hidden states used as features; 0 embeddings, 1 after the last layer", minimum=0, maximum=1)
     embed_method: Literal["last_token", "mean_pooling", "completion_mean", "concat"] = option(
         "last_token",
-        "how the states of a rollout's tokens become one vector: the last one; their mean (both names; they differ in structured mode only); "
-        "or those at 1/4, 1/2 and 3/4 side by side",
+        "how the states of a rollout's tokens become one vector: the last one; their mean (mean_pooling: with those of the prompt, in structured mode; "
+        "completion_mean: without); or those at 1/4, 1/2 and 3/4 side by side",
     )
     use_whitening: bool = option(True, "whiten the features within each group (eq 8)")
     whitening: Literal["feature", "sample"] = option("feature", "feature: eq 8; sample: the reading of the paper's released code")
@@ -116,11 +109,6 @@ class EBFTConfig:
     diversity_coef: float = option(1.0, "weight of the diversity penalty", minimum=0)
     rl_coef: float = option(1.0, "weight of the feature-matching policy gradient; 0: no rollouts in training", minimum=0)
     ce_coef: float = option(0.0, "weight of the cross-entropy on the ground truth; rl_coef 0 and ce_coef 1 is plain SFT", minimum=0)
-    stride: int = option(8, "tokens from one anchor to the next", minimum=1)
-    context_length: int = option(8, "tokens before a document's first anchor", minimum=1)
-    min_completion_prefix: int = option(0, "tokens of the completion that are visible at the first anchor (raw text has no prompt: all of it is completion)", minimum=0)
-    generate_max_len: int = option(8, "tokens of a rollout", minimum=1)
-    n_samples_per_prompt: int = option(4, "rollouts at each anchor, 2 or more; with 2 the diversity part of the reward has no baseline (eq 94)", minimum=1)
     temperature: float = option(0.6, "sampling temperature; the policy that is trained is softmax(logits / temperature)", above=0)
     top_p: float = option(1.0, "only 1.0: a truncated distribution would not be the policy that is scored", above=0, maximum=1)
     advantage_estimator: Literal["rloo", "group_norm", "reinforce"] = option(
@@ -129,7 +117,40 @@ class EBFTConfig:
 
 
 @dataclass
-class TrainConfig:
+class StridedEBFTConfig(EBFTConfig):
+    stride: int = option(8, "tokens from one anchor to the next", minimum=1)
+    context_length: int = option(8, "tokens before a document's first anchor", minimum=1)
+    min_completion_prefix: int = option(0, "tokens of the completion that are visible at the first anchor (raw text has no prompt: all of it is completion)", minimum=0)
+    generate_max_len: int = option(8, "tokens of a rollout", minimum=1)
+    n_samples_per_prompt: int = option(4, "rollouts at each anchor, 2 or more; with 2 the diversity part of the reward has no baseline (eq 94)", minimum=1)
+
+
+@dataclass
+class StructuredEBFTConfig(EBFTConfig):
+    num_generations: int = option(4, "completions of each prompt, 2 or more; with 2 the diversity part of the reward has no baseline (eq 94)", minimum=1)
+    max_completion_length: int = option(256, "most tokens of a completion, in each turn, end-of-text token included", minimum=1)
+    adaptive_max_tokens: bool = option(False, "let a completion be at most gt_length_multiplier times as long as its prompt's ground truth (at least 64 tokens, never above the limit)")
+    gt_length_multiplier: float = option(1.5, "see adaptive_max_tokens", above=0)
+    feature_span: Literal["all", "answer"] = option("all", "what features are made of: the whole completion, or only what stands after its </think>, as if the thinking had not been there")
+    use_vllm: bool = option(True, "completions from the vLLM server of the section vllm; false: from the trained model itself")
+    scale_rewards: bool | None = option(None, "divide advantages by their group's standard deviation; null: what advantage_estimator means by itself (group_norm: true, others: false)")
+    loss_type: Literal["grpo", "dr_grpo", "bnpo"] = option(
+        "bnpo", "what the sum over tokens is divided by: the tokens of the batch (bnpo); each completion's own tokens, then completions (grpo); completions x max_completion_length (dr_grpo)"
+    )
+    epsilon: float = option(0.2, "the ratio of new to old policy counts between 1 - epsilon and 1 + epsilon; acts from the second iteration on", above=0)
+    num_iterations: int = option(1, "updates made with each batch of completions", minimum=1)
+    mask_truncated: bool = option(False, "leave completions that ran into their limit out of the policy gradient")
+    vllm_importance_cap: float | None = option(2.0, "tokens are weighted with min(trainer's probability / server's, cap), because the server sampled them; null: not weighted", above=0)
+    vllm_sync_interval: int = option(1, "send the weights to the server each so many steps", minimum=1)
+    async_prefetch: bool = option(False, "let the server write the next batch while this one trains, with weights that are one update older")
+
+
+@dataclass
+class TrainConfig(Section):
+    MISPLACED: ClassVar[dict[str, str]] = {  # what other trainers call the same thing from the other end
+        "gradient_accumulation_steps": "set train.batch_size, the rows of an optimizer step over all processes: the number of accumulated forwards follows from it"
+    }
+
     output_dir: str = option("", "folder for checkpoints, logs and the final model")
     max_steps: int = option(1000, "optimizer steps; the data is repeated, in a new order, as often as needed", minimum=1)
     seed: int = option(0, "order of the data, rollouts, initial adapter", minimum=0)
@@ -151,7 +172,34 @@ class TrainConfig:
 
 
 @dataclass
-class Config:
+class VLLMConfig(Section):
+    host: str = option("127.0.0.1", "address that the server listens on and the trainer connects to; any other than 127.0.0.1 lets others load weights into it")
+    port: int = option(8000, "its port", minimum=1, maximum=65535)
+    api_key: str | None = option(None, "key of the server's OpenAI endpoints; null: the environment variable VLLM_API_KEY, where it is set. Never saved with the run")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = option(None, "precision of the server's weights; null: model.dtype")
+    max_model_len: int | None = option(None, "tokens of prompt and completion together; null: what the data section and max_completion_length need")
+    gpu_memory_utilization: float = option(0.9, "share of the GPU's memory that the server takes", above=0, maximum=1)
+    tensor_parallel_size: int = option(1, "GPUs that share each layer", minimum=1)
+    data_parallel_size: int = option(1, "copies of the server's model", minimum=1)
+    enforce_eager: bool = option(False, "no compilation and no CUDA graphs: starts faster, runs slower")
+    extra_args: list[str] = option([], "further arguments of vLLM's server, as on its command line")
+    weight_sync: Literal["files", "nccl"] = option("files", "how all weights get to the server: files in sync_folder, or NCCL from GPU to GPU. (A LoRA adapter always goes by files)")
+    sync_folder: str = option("/dev/shm", "folder that trainer and server both see; weights pass through it")
+    sync_tolerance: float = option(0.05, "each sync is proved: mean difference of the two sides' log-probs of one text that is still right, nats per token", above=0)
+    timeout: float = option(600.0, "seconds to wait for a server that is not there, at the start or in the middle", above=0)
+    request_timeout: float = option(1800.0, "seconds that one answer may take", above=0)
+
+    @property
+    def url(self) -> str:
+        """Where the trainer finds it."""
+        host = "127.0.0.1" if self.host == "0.0.0.0" else self.host
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+
+
+@dataclass
+class Config(Section):
+    """What both modes have. The modes are StridedConfig and StructuredConfig below."""
+
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     feature_network: FeatureNetworkConfig = dataclasses.field(default_factory=FeatureNetworkConfig)
@@ -165,19 +213,25 @@ class Config:
             section, name = key.split(".")
             if not getattr(getattr(self, section), name):
                 raise ConfigError(key, "is required and has no default")
+        self._check_ebft()
+        self._check_feature_network()
+        if self.train.batch_size % self.train.per_device_batch_size:
+            raise ConfigError(
+                "train.batch_size", f"{self.train.batch_size} rows are no multiple of train.per_device_batch_size {self.train.per_device_batch_size}", ("train.per_device_batch_size",)
+            )
+
+    def _check_ebft(self) -> None:
         ebft = self.ebft
         if ebft.top_p != 1.0:
             raise ConfigError(
                 "ebft.top_p", f"{ebft.top_p} would sample from a truncated distribution, and the full softmax is what is scored; set it to 1.0 and lower ebft.temperature"
             )
-        if ebft.n_samples_per_prompt < 2:
-            raise ConfigError(
-                "ebft.n_samples_per_prompt", "1 leaves a rollout without siblings, and the diversity term and the leave-one-out baseline compare siblings; set it to 2 or more"
-            )
         if not ebft.feature_layers:
             raise ConfigError("ebft.feature_layers", "is empty; give at least one depth between 0 and 1, for example [0.25, 0.5, 0.75]")
         if ebft.rl_coef == 0 and ebft.ce_coef == 0:
             raise ConfigError("ebft.rl_coef", "0 together with ebft.ce_coef 0 trains nothing; set one of them above 0", ("ebft.ce_coef",))
+
+    def _check_feature_network(self) -> None:
         if not re.fullmatch(r"auto|cpu|cuda:\d+", self.feature_network.device):
             raise ConfigError("feature_network.device", f"{self.feature_network.device!r} is not allowed; allowed: auto | cpu | cuda:0, cuda:1, ..")
         if self.lora is not None and self.feature_network != FeatureNetworkConfig():
@@ -188,9 +242,30 @@ class Config:
                 "feature_network.shard", f"true splits the network over the processes' own devices, and feature_network.device is {self.feature_network.device}; leave one of them out",
                 ("feature_network.device",),
             )
-        if self.train.batch_size % self.train.per_device_batch_size:
+
+    def to_dict(self) -> dict:
+        """Plain nested dict, as in the YAML."""
+        return dataclasses.asdict(self)
+
+    def to_yaml(self) -> str:
+        """The whole merged configuration as YAML."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+
+@dataclass
+class StridedConfig(Config):
+    """Settings of train_strided.py."""
+
+    mode: ClassVar[str] = "strided"
+    data: TextDataConfig = dataclasses.field(default_factory=TextDataConfig)
+    ebft: StridedEBFTConfig = dataclasses.field(default_factory=StridedEBFTConfig)
+
+    def __post_init__(self):
+        super().__post_init__()
+        ebft = self.ebft
+        if ebft.n_samples_per_prompt < 2:
             raise ConfigError(
-                "train.batch_size", f"{self.train.batch_size} rows are no multiple of train.per_device_batch_size {self.train.per_device_batch_size}", ("train.per_device_batch_size",)
+                "ebft.n_samples_per_prompt", "1 leaves a rollout without siblings, and the diversity term and the leave-one-out baseline compare siblings; set it to 2 or more"
             )
         needed = self.first_anchor + ebft.generate_max_len
         if needed > self.data.sequence_length:
@@ -206,177 +281,85 @@ class Config:
         """Tokens before the first anchor of a raw-text document."""
         return max(self.ebft.context_length, self.ebft.min_completion_prefix)
 
-    def to_dict(self) -> dict:
-        """Plain nested dict, as in the YAML."""
-        return dataclasses.asdict(self)
+    @property
+    def longest_sequence(self) -> tuple[int, str]:
+        """Most tokens that the model reads in a row, and the keys that decide it."""
+        return self.data.sequence_length, "data.sequence_length"
 
-    def to_yaml(self) -> str:
-        """The whole merged configuration as YAML."""
-        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+@dataclass
+class StructuredConfig(Config):
+    """Settings of train_structured.py and serve_vllm.py."""
+
+    mode: ClassVar[str] = "structured"
+    data: PromptDataConfig = dataclasses.field(default_factory=PromptDataConfig)
+    ebft: StructuredEBFTConfig = dataclasses.field(default_factory=StructuredEBFTConfig)
+    vllm: VLLMConfig = dataclasses.field(default_factory=VLLMConfig)
+
+    def __post_init__(self):
+        super().__post_init__()
+        ebft, vllm = self.ebft, self.vllm
+        if ebft.num_generations < 2:
+            raise ConfigError(
+                "ebft.num_generations", "1 leaves a completion without siblings, and the diversity term and the leave-one-out baseline (rloo) compare siblings; set it to 2 or more"
+            )
+        if ebft.scale_rewards and ebft.advantage_estimator != "group_norm":
+            raise ConfigError(
+                "ebft.scale_rewards", f"true with ebft.advantage_estimator {ebft.advantage_estimator}: dividing by the standard deviation of a few rewards makes nearly equal ones explode; "
+                "use group_norm, or leave it out", ("ebft.advantage_estimator",),
+            )
+        for key, value, alone in (("async_prefetch", ebft.async_prefetch, False), ("vllm_sync_interval", ebft.vllm_sync_interval, 1)):
+            if not ebft.use_vllm and value != alone:
+                raise ConfigError(f"ebft.{key}", f"{value!r} needs a server, and ebft.use_vllm is false; leave it out", ("ebft.use_vllm",))
+        longest, keys = self.longest_sequence
+        if vllm.max_model_len is not None and vllm.max_model_len < longest:
+            raise ConfigError("vllm.max_model_len", f"{vllm.max_model_len} tokens have no room for the {longest} of {keys}", ("data.max_prompt_length", "ebft.max_completion_length"))
+        if self.lora is not None and vllm.data_parallel_size > 1:
+            raise ConfigError("vllm.data_parallel_size", f"{vllm.data_parallel_size} with lora: only one of the copies would get the adapter; set it to 1", ("lora",))
+        if self.lora is not None and vllm.weight_sync == "nccl":
+            raise ConfigError("vllm.weight_sync", "nccl sends all weights, and with lora only the adapter is trained, which goes by files; leave it out", ("lora",))
+
+    @property
+    def longest_sequence(self) -> tuple[int, str]:
+        """Most tokens that the model reads in a row, and the keys that decide it. (Rows of several turns are checked one by one.)"""
+        return self.data.max_prompt_length + self.ebft.max_completion_length, "data.max_prompt_length + ebft.max_completion_length"
+
+    def to_dict(self) -> dict:
+        """As in Config, without the server's key: what is saved must not give it away."""
+        tree = super().to_dict()
+        tree["vllm"]["api_key"] = None
+        return tree
+
+
+for one, other, script in ((StridedEBFTConfig, StructuredEBFTConfig, "train_structured.py"), (TextDataConfig, PromptDataConfig, "train_structured.py"), (StridedConfig, StructuredConfig, "train_structured.py")):
+    names, others = {field.name for field in dataclasses.fields(one)}, {field.name for field in dataclasses.fields(other)}
+    one.MISPLACED = {name: f"it belongs to {script}" for name in others - names}
+    other.MISPLACED = {name: "it belongs to train_strided.py" for name in names - others}
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
 # Reading
 
 
-def parse_command_line(argv: list[str], description: str) -> Config | None:
-    """The configuration that the command line asks for; None when it only asked for it to be printed (--print-config)."""
+def parse_command_line(argv: list[str], description: str, kind: type[Config] = StridedConfig):
+    """The configuration (of a mode) that the command line asks for; None when it only asked for it to be printed (--print-config)."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cfg", required=True, metavar="FILE", help="YAML configuration")
     parser.add_argument("--print-config", action="store_true", help="print the merged configuration and stop")
     parser.add_argument("--merge-lora", action="store_true", help="also export the model with the adapter merged into its weights (final/merged)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides, for example train.max_steps=10")
     arguments = parser.parse_intermixed_args(argv)
-    config = load_config(arguments.cfg, arguments.overrides)
+    config = load_config(arguments.cfg, arguments.overrides, kind)
     if arguments.merge_lora:
         if config.lora is None:
             raise UserError(f"--merge-lora: {arguments.cfg} has no lora section, so there is no adapter to merge")
-        config = load_config(arguments.cfg, [*arguments.overrides, "lora.merge=true"])
+        config = load_config(arguments.cfg, [*arguments.overrides, "lora.merge=true"], kind)
     if arguments.print_config:
         print(config.to_yaml(), end="")
         return None
     return config
 
 
-def load_config(file: str, overrides: typing.Sequence[str] = ()) -> Config:
-    """Reads a YAML file, applies `section.key=value` overrides, validates. Raises UserError with file (or override), key, value and what is allowed."""
-    try:
-        text = Path(file).read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--cfg {file}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"--cfg {file}: is not UTF-8 text: {error.reason} at byte {error.start}") from None
-    tree = _parse_yaml(text, f"--cfg {file}")
-    if not isinstance(tree, dict):
-        raise UserError(f"--cfg {file}: holds no sections; allowed: {', '.join(_fields(Config))}")
-    overridden_keys = []
-    for override in overrides:
-        dotted, equals, text = override.partition("=")
-        path = dotted.split(".")
-        if not equals or not all(path):
-            raise UserError(f"command line: {override!r} is not of the form section.key=value")
-        node = tree
-        for name in path[:-1]:
-            if not isinstance(node.get(name), dict):
-                node[name] = {}
-            node = node[name]
-        node[path[-1]] = _parse_yaml(text, f"command line: {override!r}")
-        overridden_keys.append(dotted)
-    try:
-        return _build(Config, tree, "")
-    except ConfigError as error:
-        pairs = [(f"{culprit}.", key) for culprit in error.keys for key in overridden_keys]
-        overridden = any(culprit.startswith((f"{key}.", f"{key}[")) or f"{key}.".startswith(culprit) for culprit, key in pairs)
-        raise UserError(f"{'command line' if overridden else file}: {error}") from None
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """Refuses a key that is given twice, where YAML would silently keep the last one."""
-
-    def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = [key for key in keys if keys.count(key) > 1]
-        if twice:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]!r} is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-EMPTY = object()  # `key:` with nothing behind it; a written null is None
-_StrictLoader.add_constructor("tag:yaml.org,2002:null", lambda loader, node: None if node.value else EMPTY)
-
-
-def _parse_yaml(text: str, source: str):
-    try:
-        return yaml.load(text, _StrictLoader)
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist
-        raise UserError(f"{source}: is not valid YAML: {error}") from None
-
-
-def _fields(cls) -> dict[str, dataclasses.Field]:
-    return {field.name: field for field in dataclasses.fields(cls)}
-
-
-def _build(cls, tree: dict, prefix: str):
-    """An instance of a (nested) config dataclass from a dict, every key and value checked."""
-    fields, hints = _fields(cls), typing.get_type_hints(cls)
-    values = {}
-    for key, value in tree.items():
-        dotted = f"{prefix}{key}"
-        if key not in fields:
-            if dotted == "train.gradient_accumulation_steps":  # what other trainers call the same thing from the other end
-                raise ConfigError(dotted, "unknown key; set train.batch_size, the rows of an optimizer step over all processes: the number of accumulated forwards follows from it")
-            close = difflib.get_close_matches(str(key), fields, n=1)
-            hint = f"did you mean {prefix}{close[0]}?" if close else f"allowed: {', '.join(fields)}"
-            raise ConfigError(dotted, f"unknown key; {hint}")
-        section = next((kind for kind in _alternatives(hints[key]) if dataclasses.is_dataclass(kind)), None)
-        if section is not None and value is EMPTY:
-            if type(None) in _alternatives(hints[key]):
-                raise ConfigError(dotted, f"is an empty section; write {dotted}: null to leave it out, {dotted}: {{}} for its defaults, or its keys: {', '.join(_fields(section))}")
-            value = {}
-        value = None if value is EMPTY else value
-        if section is None:
-            values[key] = _convert(value, hints[key], fields[key].metadata, dotted)
-        elif value is None and type(None) in _alternatives(hints[key]):
-            values[key] = None
-        elif isinstance(value, dict):
-            values[key] = _build(section, value, f"{dotted}.")
-        else:
-            raise ConfigError(dotted, f"{value!r} is not a section; allowed: a mapping with {', '.join(_fields(section))}")
-    return cls(**values)
-
-
-def _alternatives(hint) -> tuple:
-    return typing.get_args(hint) if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union else (hint,)
-
-
-def _convert(value, hint, bounds, key: str):
-    """Checks a value against its type hint; numbers also against their bounds. YAML reads 1e-5 (no point) as text: taken as the number it is."""
-    for kind in _alternatives(hint):
-        if kind is type(None) and value is None:
-            return None
-        if typing.get_origin(kind) is Literal and value in typing.get_args(kind):
-            return value
-        if kind in (str, bool) and isinstance(value, kind):
-            return value
-        if kind is int and isinstance(value, int) and not isinstance(value, bool):
-            return _within(value, bounds, key)
-        if kind is float:
-            number = _as_float(value)
-            if number is not None:
-                return _within(number, bounds, key)
-        if typing.get_origin(kind) is list and isinstance(value, list):
-            return [_convert(item, typing.get_args(kind)[0], bounds, f"{key}[{index}]") for index, item in enumerate(value)]
-    allowed = " or ".join(_describe(kind) for kind in _alternatives(hint))
-    close = difflib.get_close_matches(str(value), [str(choice) for choice in typing.get_args(hint)], n=1) if typing.get_origin(hint) is Literal else []
-    raise ConfigError(key, f"{value!r} is not allowed; allowed: {allowed}" + (f"; did you mean {close[0]}?" if close else ""))
-
-
-def _as_float(value) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        return None
-    try:
-        number = float(value)
-    except (ValueError, OverflowError):
-        return None
-    return number if math.isfinite(number) else None
-
-
-def _within(number, bounds, key: str):
-    for bound, broken, words in (
-        (bounds["minimum"], lambda limit: number < limit, "at least"),
-        (bounds["maximum"], lambda limit: number > limit, "at most"),
-        (bounds["above"], lambda limit: number <= limit, "above"),
-    ):
-        if bound is not None and broken(bound):
-            raise ConfigError(key, f"{number} is out of range; it must be {words} {bound}")
-    return number
-
-
-def _describe(kind) -> str:
-    if kind is type(None):
-        return "null"
-    if typing.get_origin(kind) is Literal:
-        return " | ".join(map(str, typing.get_args(kind)))
-    if typing.get_origin(kind) is list:
-        return f"a list of {_describe(typing.get_args(kind)[0])}"
-    return {str: "text", bool: "true | false", int: "a whole number", float: "a finite number"}[kind]
+def load_config(file: str, overrides: Sequence[str] = (), kind: type[Config] = StridedConfig):
+    """The configuration of a mode from a YAML file and `section.key=value` overrides. Raises UserError with file (or override), key, value and what is allowed."""
+    return read_settings(kind, file, overrides)

@@ -18,7 +18,7 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 
-from .config import Config, UserError
+from .config import Config, StridedConfig, UserError
 from .strided import find_anchors
 
 LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
@@ -28,35 +28,48 @@ LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "cs
 # Sources
 
 
-def load_texts(source: str, *, name: str | None, revision: str | None, split: str, text_column: str, file_pattern: str) -> datasets.Dataset:
-    """The rows of a dataset as a `datasets.Dataset` with the column text_column. Raises UserError naming the dataset when it cannot be had."""
+def load_table(config: Config, source: str, split: str, columns: dict[str, str], built_in: dict) -> datasets.Dataset:
+    """The rows of a dataset, the first data.max_documents of them. Raises UserError naming the dataset when they cannot be had.
+
+    columns: setting -> the column that it names, which must be there. built_in: names of sources that are no files -> a function from split to dataset.
+    """
+    data = config.data
     try:
         path = Path(source).expanduser()
-        if source == "python_stdlib":
-            texts = _read_files(_stdlib_files(), source, split, text_column)
+        if source in built_in:
+            table = built_in[source](split)
         elif path.is_dir():
-            files = sorted(file for file in path.rglob(file_pattern) if file.is_file())
+            files = sorted(file for file in path.rglob(data.file_pattern) if file.is_file())
             if not files:
-                raise UserError(f"data: the folder {source} holds no file that matches data.file_pattern {file_pattern!r}")
+                raise UserError(f"data: the folder {source} holds no file that matches data.file_pattern {data.file_pattern!r}")
             suffix, kinds = files[0].suffix, {file.suffix for file in files}
             if len(kinds) > 1 and kinds & LOADERS.keys():
-                raise UserError(f"data: data.file_pattern {file_pattern!r} matches files of several kinds in {source} ({', '.join(sorted(kinds))}); narrow it to one")
-            texts = _load_rows([str(file) for file in files], suffix, split) if suffix in LOADERS else _read_files(files, source, split, text_column)
+                raise UserError(f"data: data.file_pattern {data.file_pattern!r} matches files of several kinds in {source} ({', '.join(sorted(kinds))}); narrow it to one")
+            if suffix not in LOADERS and config.mode != "strided":
+                raise UserError(f"data: data.file_pattern {data.file_pattern!r} matches files of the kind {suffix!r} in {source}; rows can be read from {', '.join(LOADERS)}")
+            table = _load_rows([str(file) for file in files], suffix, split) if suffix in LOADERS else read_files(files, source, split, data.text_column)
         elif path.suffix in LOADERS:
             if not path.is_file():
                 raise UserError(f"data: the file {source} does not exist")
-            texts = _load_rows([str(path)], path.suffix, split)
+            table = _load_rows([str(path)], path.suffix, split)
         elif path.exists() or source.startswith((".", "/", "~")):
             raise UserError(f"data: {source} is neither a folder nor a file of a known kind ({', '.join(LOADERS)})")
         else:
-            texts = datasets.load_dataset(source, name, revision=revision, split=split)
+            table = datasets.load_dataset(source, data.name, revision=data.revision, split=split)
     except (OSError, ValueError, RuntimeError, NotImplementedError, datasets.exceptions.DatasetsError) as error:
         raise UserError(f"data: {source!r} (split {split!r}) cannot be loaded: {_root_cause(error)}") from None
-    if text_column not in texts.column_names:
-        raise UserError(f"data: {source!r} has no column {text_column!r}; it has {', '.join(texts.column_names)}: set data.text_column")
-    if len(texts) == 0:
+    for key, column in columns.items():
+        if column not in table.column_names:
+            raise UserError(f"data: {source!r} has no column {column!r}; it has {', '.join(table.column_names)}: set {key}")
+    if len(table) == 0:
         raise UserError(f"data: {source!r} (split {split!r}) is empty")
-    return texts
+    return table if data.max_documents is None else table.select(range(min(data.max_documents, len(table))))
+
+
+def load_texts(config: StridedConfig, source: str, split: str) -> datasets.Dataset:
+    """The rows of a raw-text dataset, with the column data.text_column."""
+    column = config.data.text_column
+    return load_table(config, source, split, {"data.text_column": column}, {"python_stdlib": lambda split: read_files(stdlib_files(), source, split, column)})
 
 
 def _root_cause(error: BaseException) -> str:
@@ -78,23 +91,27 @@ def _check_local_split(split: str) -> None:
         raise UserError(f"data: local data has one split, train, of which {split!r} is no part; write for example train or train[:10%] (data.split, eval.split)")
 
 
-def _stdlib_files() -> list[Path]:
+def stdlib_files() -> list[Path]:
     """The standard library's modules, without its tests and without installed packages: nearly the same on every machine."""
     root = Path(sysconfig.get_path("stdlib"))
     left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
     return sorted(file for file in root.rglob("*.py") if not left_out & set(file.relative_to(root).parts))
 
 
-def _read_files(files: list[Path], source: str, split: str, text_column: str) -> datasets.Dataset:
+def read_files(files: list[Path], source: str, split: str, text_column: str) -> datasets.Dataset:
     """One document a file; `split` may cut a part out, as in train[:10%]."""
-    _check_local_split(split)
     texts = []
     for file in files:
         try:
             texts.append(file.read_text(encoding="utf-8"))
         except UnicodeDecodeError:
             raise UserError(f"data: {file} in {source!r} is not UTF-8 text; narrow data.file_pattern") from None
-    whole = datasets.Dataset.from_dict({text_column: [text for text in texts if text.strip()]})
+    return take_split(datasets.Dataset.from_dict({text_column: [text for text in texts if text.strip()]}), split)
+
+
+def take_split(whole: datasets.Dataset, split: str) -> datasets.Dataset:
+    """The rows that `split` names, of a dataset that is all train."""
+    _check_local_split(split)
     parts = datasets.ReadInstruction.from_spec(split).to_absolute({"train": len(whole)})
     return whole.select([row for part in parts for row in range(len(whole))[part.from_ : part.to]])
 
@@ -103,7 +120,7 @@ def _read_files(files: list[Path], source: str, split: str, text_column: str) ->
 # Documents and rows
 
 
-def tokenize_documents(texts: datasets.Dataset, tokenizer, config: Config, source: str) -> datasets.Dataset:
+def tokenize_documents(texts: datasets.Dataset, tokenizer, config: StridedConfig, source: str) -> datasets.Dataset:
     """Token ids of each document, cut to data.sequence_length; the column input_ids. Bad rows stop with their number, or are left out and counted."""
     data, column = config.data, config.data.text_column
     shortest = config.first_anchor + config.ebft.generate_max_len
@@ -111,7 +128,7 @@ def tokenize_documents(texts: datasets.Dataset, tokenizer, config: Config, sourc
     def tokenize(batch: dict, rows: list[int]) -> dict:
         for row, text in zip(rows, batch[column], strict=True):
             if not isinstance(text, str) and (data.on_bad_row == "error" or text is not None):
-                raise UserError(f"data: {source!r}, row {row}, column {column!r}: {_shorten(text)} is not text")
+                raise UserError(f"data: {source!r}, row {row}, column {column!r}: {shorten(text)} is not text")
         ids = tokenizer([text or "" for text in batch[column]], truncation=True, max_length=data.sequence_length)["input_ids"]
         if data.append_eos:
             ids = [tokens + [tokenizer.eos_token_id] if len(tokens) < data.sequence_length else tokens for tokens in ids]
@@ -119,7 +136,7 @@ def tokenize_documents(texts: datasets.Dataset, tokenizer, config: Config, sourc
             if data.on_bad_row == "error" and len(tokens) < shortest:
                 raise UserError(
                     f"data: {source!r}, row {row}, column {column!r}: {len(tokens)} tokens have no room for one anchor, which needs {shortest} "
-                    f"(ebft.context_length or min_completion_prefix + ebft.generate_max_len); text {_shorten(text)}; data.on_bad_row: skip leaves such rows out"
+                    f"(ebft.context_length or min_completion_prefix + ebft.generate_max_len); text {shorten(text)}; data.on_bad_row: skip leaves such rows out"
                 )
         return {"input_ids": ids}
 
@@ -133,7 +150,7 @@ def tokenize_documents(texts: datasets.Dataset, tokenizer, config: Config, sourc
     return documents.select(kept)
 
 
-def _shorten(value) -> str:
+def shorten(value) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
@@ -172,18 +189,23 @@ def pack_documents(documents: datasets.Dataset, sequence_length: int, seed: int)
     return Rows(documents, members)
 
 
-def load_rows(config: Config, tokenizer) -> tuple[Rows, Rows | None]:
+def load_rows(config: StridedConfig, tokenizer) -> tuple[Rows, Rows | None]:
     """Training rows and held-out rows (always one document a row; None when eval.num_documents is 0)."""
-    data, evaluation = config.data, config.eval
 
     def documents_of(source: str, split: str) -> datasets.Dataset:
-        texts = load_texts(
-            source, name=data.name, revision=data.revision, split=split, text_column=data.text_column, file_pattern=data.file_pattern
-        )
-        if data.max_documents is not None:
-            texts = texts.select(range(min(data.max_documents, len(texts))))
-        return tokenize_documents(texts, tokenizer, config, source)
+        return tokenize_documents(load_texts(config, source, split), tokenizer, config, source)
 
+    documents, held_out = hold_out(config, documents_of)
+    train = pack_documents(documents, config.data.sequence_length, config.train.seed) if config.data.packing else one_document_a_row(documents)
+    return train, None if held_out is None else one_document_a_row(held_out)
+
+
+def hold_out(config: Config, documents_of) -> tuple[datasets.Dataset, datasets.Dataset | None]:
+    """Documents to train on, and those for evaluation (None when eval.num_documents is 0), of which no copy is trained on.
+
+    documents_of(source, split): the usable documents of a dataset.
+    """
+    data, evaluation = config.data, config.eval
     documents = documents_of(data.dataset, data.split)
     pool = documents if evaluation.dataset is None else documents_of(evaluation.dataset, evaluation.split)
     spare = evaluation.dataset is None and not evaluation.only  # something must be left to train on
@@ -200,8 +222,7 @@ def load_rows(config: Config, tokenizer) -> tuple[Rows, Rows | None]:
     held_out = pool.select(np.sort(order[:num_documents])) if num_documents else None
     if held_out is not None and not evaluation.only:
         documents = _without_copies(pool.select(np.sort(order[num_documents:])) if spare else documents, held_out, data.dataset)
-    train = pack_documents(documents, data.sequence_length, config.train.seed) if data.packing else one_document_a_row(documents)
-    return train, None if held_out is None else one_document_a_row(held_out)
+    return documents, held_out
 
 
 def _without_copies(documents: datasets.Dataset, held_out: datasets.Dataset, source: str) -> datasets.Dataset:

@@ -13,7 +13,7 @@ from datetime import timedelta
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
@@ -151,6 +151,18 @@ def main_process_first(accelerator: Accelerator, action):
         raise UserError(error)
     with accelerator.local_main_process_first():
         return result if accelerator.is_main_process else action()
+
+
+class AgreedError(UserError):
+    """An error that all processes raise at the same place: what they do together, as saving, still works."""
+
+
+def agree(accelerator: Accelerator, error: str | None) -> None:
+    """Raises AgreedError on all processes when one of them has an error."""
+    errors = gather_object([error])
+    message = next((message for message in errors if message is not None), None)
+    if message is not None:
+        raise AgreedError(message)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------

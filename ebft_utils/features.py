@@ -124,8 +124,68 @@ def strided_features(
         torch.cat([truth_index, rollout_index], dim=1),
         **attention_arguments(network.decoder, layout),
     )
-    states = torch.cat([torch.nn.functional.normalize(state.float(), dim=-1) for state in states], dim=-1)  # (B, K, D)
+    states = _normalised(states)  # (B, K, D)
     truth, generated = states.split([truth_index.shape[1], rollout_index.shape[1]], dim=1)
     truth = pool(truth.unflatten(1, (num_anchors, -1)), embed_method)
     generated = pool(generated.unflatten(1, (num_anchors, num_samples, -1)), embed_method)
     return generated.to(home), truth.to(home)
+
+
+@torch.no_grad()
+def completion_features(
+    network: FeatureNetwork, document_ids: Tensor, prompt_lengths: Tensor, truth_lengths: Tensor, completions: Tensor, completion_lengths: Tensor, embed_method: str
+) -> tuple[Tensor, Tensor]:
+    """Features of prompt + completion, for each completion, and of prompt + truth, in one packed forward: the strided layout with one anchor, at the prompt's end.
+
+    last_token: the state of a completion's last token; concat: those at 1/4, 1/2 and 3/4 of it; completion_mean: the mean over its tokens;
+    mean_pooling: the mean over those of the prompt and its own.
+
+    Args:
+        document_ids (B, S), prompt + truth, right-padded; prompt_lengths, truth_lengths (B), at least 1.
+        completions (B, N, G), right-padded; completion_lengths (B, N), at least 1.
+    Returns: completions' features (B, N, D) and truth's (B, D), float32.
+    """
+    home, device = document_ids.device, network.device
+    document_ids, prompt_lengths, truth_lengths, completions, completion_lengths = (
+        tensor.to(device) for tensor in (document_ids, prompt_lengths, truth_lengths, completions, completion_lengths)
+    )
+    (_, length), (_, num_samples, num_generated) = document_ids.shape, completions.shape
+    index = torch.arange(length, device=device)
+    segment_ids = torch.where(index < (prompt_lengths + truth_lengths).unsqueeze(-1), 0, -1)
+    layout = pack_layout(segment_ids, prompt_lengths.unsqueeze(-1), torch.ones_like(prompt_lengths, dtype=torch.bool).unsqueeze(-1), num_samples, num_generated)
+    steps, counted = read_steps(torch.cat([truth_lengths.unsqueeze(-1), completion_lengths], dim=1), embed_method)  # (B, 1 + N, T)
+    starts = torch.cat([prompt_lengths.unsqueeze(-1), length + torch.arange(num_samples, device=device).expand(len(prompt_lengths), -1) * num_generated], dim=1)
+    read = (starts.unsqueeze(-1) + steps).flatten(1)
+    if embed_method == "mean_pooling":
+        read = torch.cat([read, index[: int(prompt_lengths.max())].expand(len(read), -1)], dim=1)
+    states = network.hidden_states(torch.cat([document_ids, completions.flatten(1)], dim=1), layout.position_ids, read, **attention_arguments(network.decoder, layout))
+    own, prompt = _normalised(states).split([steps[0].numel(), read.shape[1] - steps[0].numel()], dim=1)
+    own = own.unflatten(1, (1 + num_samples, -1))  # (B, 1 + N, T, D)
+    if embed_method in ("mean_pooling", "completion_mean"):
+        total, number = torch.where(counted.unsqueeze(-1), own, 0.0).sum(2), counted.sum(2)
+        if embed_method == "mean_pooling":
+            of_prompt = index[: prompt.shape[1]] < prompt_lengths.unsqueeze(-1)
+            total, number = total + torch.where(of_prompt.unsqueeze(-1), prompt, 0.0).sum(1, keepdim=True), number + prompt_lengths.unsqueeze(-1)
+        features = total / number.unsqueeze(-1)
+    else:
+        features = own.flatten(2)
+    features = features.to(home)
+    return features[:, 1:], features[:, 0]
+
+
+def read_steps(lengths: Tensor, embed_method: str) -> tuple[Tensor, Tensor]:
+    """Which tokens of rollouts of different lengths are read. lengths (...) -> steps (..., T) and whether each counts (..., T)."""
+    if embed_method == "last_token":
+        steps = lengths.unsqueeze(-1) - 1
+    elif embed_method == "concat":
+        steps = lengths.unsqueeze(-1) * torch.tensor([1, 2, 3], device=lengths.device) // 4
+    else:
+        steps = torch.arange(int(lengths.max()), device=lengths.device).expand(*lengths.shape, -1)
+        counted = steps < lengths.unsqueeze(-1)
+        return torch.where(counted, steps, 0), counted
+    return steps, torch.ones_like(steps, dtype=torch.bool)
+
+
+def _normalised(states: list[Tensor]) -> Tensor:
+    """The feature layers' states, each of length 1, side by side: list of (B, K, H) -> (B, K, D), float32."""
+    return torch.cat([torch.nn.functional.normalize(state.float(), dim=-1) for state in states], dim=-1)

@@ -40,6 +40,55 @@ def policy_gradient_loss(logprobs: Tensor, advantages: Tensor, mask: Tensor, num
     return (-torch.where(mask, advantages, 0.0) * torch.where(mask, logprobs.sum(-1), 0.0)).sum() / num_tokens
 
 
+def completion_token_weights(mask: Tensor, loss_type: str, num_completions: Tensor | float, num_tokens: Tensor | float, max_length: int) -> Tensor:
+    """How much each token of a completion counts in the policy-gradient loss: sum over tokens of weight * loss is the loss of the whole global batch.
+
+        bnpo     1 / num_tokens                                          every token of the batch counts the same
+        grpo     1 / (tokens of the completion) / num_completions        every completion counts the same
+        dr_grpo  1 / (num_completions * max_length)                      as bnpo, without the normaliser that depends on the sampled lengths
+
+    Args:
+        mask (..., G), True = a token that the policy wrote and that counts; max_length: most tokens of a completion.
+        num_completions, num_tokens: completions with at least one counted token, and counted tokens, of the whole global batch.
+    Returns (..., G), float32, 0 where the mask is False.
+    """
+    if loss_type == "grpo":
+        return mask / (mask.sum(-1, keepdim=True).clamp_min(1) * num_completions)
+    if loss_type == "dr_grpo":
+        return mask / (num_completions * max_length)
+    if loss_type == "bnpo":
+        return mask / num_tokens
+    raise ValueError(f"loss_type is {loss_type!r}; allowed: grpo, dr_grpo, bnpo")
+
+
+def importance_weights(logprobs: Tensor, behaviour_logprobs: Tensor, mask: Tensor, cap: float | None) -> Tensor:
+    """min(pi(token) / mu(token), cap) for tokens that mu sampled and pi is to be trained on: truncated importance sampling. cap None: 1.
+
+    mu is the rollout server, whose kernels, precision or (one update older) weights are not the trainer's.
+
+    Args: logprobs, behaviour_logprobs (...), of pi and of mu; mask (...), True = counts. Returns (...), without gradient, 1 where the mask is False.
+    """
+    if cap is None:
+        return torch.ones_like(behaviour_logprobs)
+    return torch.where(mask, logprobs.detach() - behaviour_logprobs, 0.0).exp().clamp_max(cap)
+
+
+def clipped_policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, weights: Tensor, epsilon: float) -> Tensor:
+    """Sum over tokens of -weight * min(ratio * A, clip(ratio, 1 - epsilon, 1 + epsilon) * A), ratio = exp(logprob - old logprob).
+
+    Where the policy is still the old one the ratio is 1, and this is the plain policy gradient.
+
+    Args:
+        logprobs, old_logprobs (..., G), of the policy being trained and of the one before the batch's first update.
+        advantages (...), one for each completion; weights (..., G), 0 = does not count (completion_token_weights, times importance_weights).
+    """
+    counts = weights != 0
+    ratio = torch.where(counts, logprobs - old_logprobs, 0.0).exp()  # masked before exp: 0 * inf would be NaN
+    advantages = advantages.unsqueeze(-1)
+    surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - epsilon, 1 + epsilon) * advantages)
+    return -(weights * torch.where(counts, surrogate, 0.0)).sum()
+
+
 def cross_entropy_loss(logprobs: Tensor, mask: Tensor, num_tokens: Tensor | float) -> Tensor:
     """Cross-entropy on the ground truth: sum over counted tokens of -log-prob, / num_tokens.
 

@@ -17,6 +17,12 @@ class MetricSums:
 
     def __init__(self):
         self.sums: dict[str, Tensor] = {}
+        self.maxima: dict[str, Tensor] = {}
+
+    def add_max(self, name: str, values: Tensor, mask: Tensor) -> None:
+        """Keeps the largest of the values where mask (same shape) is True. (The least: of the negative values, under a name of its own.)"""
+        largest = torch.where(mask, values.detach().double(), -torch.inf).max()
+        self.maxima[name] = torch.maximum(self.maxima[name], largest) if name in self.maxima else largest
 
     def add(self, name: str, values: Tensor, mask: Tensor) -> None:
         """Counts the values where mask (same shape) is True."""
@@ -28,11 +34,25 @@ class MetricSums:
         self.sums[name] = self.sums.get(name, 0) + pair
 
     def means(self, accelerator: Accelerator) -> dict[str, float]:
-        """The means over all processes; names without any weight are left out."""
+        """The means (and maxima) over all processes; names without any weight are left out."""
         if not self.sums:
             return {}
         stacked = accelerator.reduce(torch.stack(list(self.sums.values())), reduction="sum").tolist()
-        return {name: total / weight for name, (total, weight) in zip(self.sums, stacked, strict=True) if weight > 0}
+        means = {name: total / weight for name, (total, weight) in zip(self.sums, stacked, strict=True) if weight > 0}
+        if self.maxima:
+            largest = accelerator.gather(torch.stack(list(self.maxima.values()))[None]).amax(0).tolist()
+            means |= {name: value for name, value in zip(self.maxima, largest, strict=True) if math.isfinite(value)}
+        return means
+
+
+def step_metrics(accelerator: Accelerator, sums: MetricSums, num_micro_batches: int) -> dict[str, float]:
+    """Means of a step over all processes, the spread of the advantages, and the number of its tokens."""
+    metrics = sums.means(accelerator)
+    metrics["tokens"] *= num_micro_batches * accelerator.num_processes
+    if "advantage" in metrics:
+        mean = metrics.pop("advantage")
+        metrics["ebft/advantages_std"] = max(0.0, metrics.pop("advantage_square") - mean**2) ** 0.5
+    return metrics
 
 
 class MetricLogger:

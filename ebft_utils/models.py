@@ -1,4 +1,4 @@
-"""Loading the policy, its tokenizer, its adapter and its frozen feature network; refusing models that cannot do what strided training asks."""
+"""Loading the policy, its tokenizer, its adapter and its frozen feature network; refusing models that cannot do what training asks."""
 
 import importlib.util
 import json
@@ -147,6 +147,25 @@ def load_causal_lm(config: ModelConfig, dtype: torch.dtype, device: torch.device
     return model
 
 
+def unpacked_model(config: ModelConfig, folder: Path) -> str:
+    """What other programs can load as the model: its folder or hub id; for a GGUF file an ordinary copy of it, with its tokenizer, written to `folder` once."""
+    source, gguf_file = resolve_source(config.name_or_path)
+    if gguf_file is None:
+        return source
+    mark = folder / "unpacked.json"  # written last
+    origin = Path(source, gguf_file).stat()
+    made_from = json.dumps([str(Path(source, gguf_file)), origin.st_size, origin.st_mtime])
+    if not mark.is_file() or mark.read_text() != made_from:
+        tokenizer, model = load_tokenizer(config), load_causal_lm(config, DTYPES[config.dtype])
+        try:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            mark.write_text(made_from)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"train.output_dir: {folder} could not be written: {error}") from None
+    return str(folder.resolve())
+
+
 def cast_weights(module: torch.nn.Module, dtype: torch.dtype) -> None:
     """Casts the parameters, and only them: the rotary frequencies are buffers, and in bfloat16 they would turn positions into other ones."""
     for parameter in module.parameters():
@@ -190,16 +209,16 @@ def refuse_unsupported(model_config, name: str) -> None:
         raise UserError(f"model.name_or_path: {name!r} ({model_config.model_type}) cannot be trained in strided mode: {reason}")
 
 
-def refuse_short_context(model_config, sequence_length: int, name: str) -> None:
-    """Raises UserError when a document would not fit into the model's positions or its sliding window."""
+def refuse_short_context(model_config, sequence_length: int, keys: str, name: str) -> None:
+    """Raises UserError when a sequence would not fit into the model's positions or its sliding window. keys: the settings that decide its length."""
     settings = model_config.get_text_config().to_dict()
     window = settings.get("sliding_window")
     windowed = settings.get("use_sliding_window", True) and ("sliding_attention" in (settings.get("layer_types") or ["sliding_attention"]))
     if window and windowed and window < sequence_length:
-        raise UserError(f"data.sequence_length: {sequence_length} is longer than the sliding attention window of {name!r} ({window}), which the strided mask replaces; lower it")
+        raise UserError(f"{keys}: {sequence_length} is longer than the sliding attention window of {name!r} ({window}), which the strided mask replaces; lower it")
     limit = settings.get("max_position_embeddings")
     if limit and sequence_length > limit:
-        raise UserError(f"data.sequence_length: {sequence_length} is more than the {limit} positions of {name!r}; lower it")
+        raise UserError(f"{keys}: {sequence_length} is more than the {limit} positions of {name!r}; lower it")
 
 
 @torch.no_grad()
@@ -248,12 +267,19 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: torch.nn.Module,
         raise UserError(f"model.tokenizer: it has {len(tokenizer)} tokens and {name!r} only {vocabulary} embeddings: it belongs to another model")
 
 
+def stop_token_ids(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """All tokens that end a completion: the tokenizer's end-of-text token, and those of the model's generation config."""
+    of_model = base_causal_lm(model).generation_config.eos_token_id
+    of_model = of_model if isinstance(of_model, list) else [] if of_model is None else [of_model]
+    return sorted({tokenizer.eos_token_id, *of_model})
+
+
 def load_policy(config: Config) -> PreTrainedModel | PeftModel:
     """The policy. Trained weights are float32 whatever model.dtype says: in bfloat16 an update of 1e-6 rounds away."""
     name = config.model.name_or_path
     frozen_dtype = DTYPES[config.model.dtype]
     model = load_causal_lm(config.model, torch.float32 if config.lora is None else frozen_dtype)
-    refuse_short_context(model.config, config.data.sequence_length, name)
+    refuse_short_context(model.config, *config.longest_sequence, name)
     prove_strided_mask(model, name)
     if config.model.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -315,7 +341,7 @@ def model_card(config: Config, results: dict[int, dict[str, float]]) -> str:
         "---",
         f"# {config.model.name_or_path}, energy-based fine-tuning ({kind})",
         "",
-        f"Trained for {config.train.max_steps} steps on `{config.data.dataset}` (`{config.data.split}`) with strided EBFT",
+        f"Trained for {config.train.max_steps} steps on `{config.data.dataset}` (`{config.data.split}`) with {config.mode} EBFT",
         f"(arXiv 2603.12248): rl_coef {config.ebft.rl_coef}, ce_coef {config.ebft.ce_coef}, learning rate {config.train.learning_rate}.",
         "The whole configuration is in `training_config.yaml`.",
     ]

@@ -88,7 +88,6 @@ class Layout:
     rollout_ids: Tensor
     steps: Tensor
     position_ids: Tensor
-    num_samples: int
     rollout_width: int
 
 
@@ -120,7 +119,6 @@ def pack_layout(segment_ids: Tensor, anchors: Tensor, valid: Tensor, num_samples
         rollout_ids=torch.cat([none, rollout_ids]),
         steps=torch.cat([torch.zeros_like(none), steps]),
         position_ids=torch.cat([positions, anchor_position[:, anchor_index] + steps], dim=1),
-        num_samples=num_samples,
         rollout_width=1 if step_major else num_generated,
     )
 
@@ -162,8 +160,8 @@ def strided_blocks(layout: Layout, *, document_queries: bool, num_steps: int = 1
         document_mask = mask_on_grid(layout, index, index)
     # the prefix of a block: what its last anchor sees, in the row where that is longest
     num_rollout_tokens = (layout.segment_ids.shape[1] - length) // num_steps
-    tokens_per_anchor = max(1, layout.num_samples * layout.rollout_width)
-    width = max(1, QUERIES_PER_BLOCK // tokens_per_anchor) * tokens_per_anchor
+    rollout_width = max(1, layout.rollout_width)
+    width = max(1, QUERIES_PER_BLOCK // rollout_width) * rollout_width
     blocks = []
     for start in range(0, num_rollout_tokens, width):
         end = min(start + width, num_rollout_tokens)
@@ -286,12 +284,15 @@ def evaluation_mode(module: torch.nn.Module):
 
 @torch.no_grad()
 def generate_rollouts(
-    model: PreTrainedModel, document_ids: Tensor, segment_ids: Tensor, anchors: Tensor, valid: Tensor, temperature: float, uniforms: Tensor
+    model: PreTrainedModel, document_ids: Tensor, segment_ids: Tensor, anchors: Tensor, valid: Tensor, temperature: float, uniforms: Tensor,
+    stop_ids: Tensor | None = None,
 ) -> Tensor:
     """N rollouts of G tokens at every anchor, block-parallel: the document is prefilled once, then each step feeds only the newest A*N tokens.
 
-    Args: document_ids, segment_ids (B, S); anchors, valid (B, A); uniforms (B, A, N, G) in [0, 1), one number for each sampled token.
-    Returns: (B, A, N, G) token ids. Runs in eval mode (in train mode, gradient checkpointing empties the cache) and restores the mode.
+    Args:
+        document_ids, segment_ids (B, S); anchors, valid (B, A); uniforms (B, A, N, G) in [0, 1), one number for each sampled token.
+        stop_ids: tokens that end a rollout. What stands behind one means nothing, and generation ends when each rollout has one.
+    Returns: (B, A, N, G) token ids, or fewer than G when all rollouts have ended before. Runs in eval mode (in train mode, gradient checkpointing empties the cache) and restores the mode.
     """
     decoder, head = model.get_decoder(), model.get_output_embeddings()
     batch, length = document_ids.shape
@@ -306,7 +307,12 @@ def generate_rollouts(
             raise RuntimeError(f"the KV cache holds {cache.get_seq_length()} tokens after a prefill of {length}: the model does not cache")
         hidden = hidden.gather(1, (anchors - 1).unsqueeze(-1).expand(-1, -1, hidden.shape[-1])).flatten(0, 1)  # (B*A, H)
         tokens = [sample_tokens(hidden, head.weight, head.bias, temperature, uniforms[..., 0].flatten(0, 1)).view(batch, -1)]  # (B, A*N)
+        running = torch.ones_like(tokens[0], dtype=torch.bool)
         for step in range(1, num_generated):
+            if stop_ids is not None:
+                running &= ~torch.isin(tokens[-1], stop_ids)
+                if not running.any():
+                    break
             layout = pack_layout(segment_ids, anchors, valid, num_samples, step, step_major=True)
             newest = slice(-num_anchors * num_samples, None)
             hidden = decoder(
@@ -317,7 +323,7 @@ def generate_rollouts(
                 **decode_attention_arguments(decoder, layout, step),
             ).last_hidden_state.flatten(0, 1)
             tokens.append(sample_tokens(hidden, head.weight, head.bias, temperature, uniforms[..., step].reshape(-1, 1)).view(batch, -1))
-    return torch.stack(tokens, dim=-1).view(batch, num_anchors, num_samples, num_generated)
+    return torch.stack(tokens, dim=-1).view(batch, num_anchors, num_samples, -1)
 
 
 def decode_attention_arguments(decoder: PreTrainedModel, layout: Layout, num_steps: int) -> dict:

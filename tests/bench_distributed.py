@@ -36,6 +36,7 @@ def peak_memory(reset: bool) -> float:
 def worker(report: str, arguments: list[str]) -> None:
     """The training script with its steps, saves and loads measured; one JSON line a process."""
     import train_strided
+    from ebft_utils import loop
 
     measured = {"peak_gb": 0.0, "save_s": 0.0, "resume_s": 0.0}
 
@@ -54,7 +55,7 @@ def worker(report: str, arguments: list[str]) -> None:
         return run
 
     train_strided.train_step = timed("peak_gb", train_strided.train_step)
-    train_strided.save_checkpoint = timed("save_s", train_strided.save_checkpoint)
+    loop.save_checkpoint = timed("save_s", loop.save_checkpoint)
     train_strided.find_checkpoint = timed("resume_s", train_strided.find_checkpoint)  # checks the sums
     train_strided.load_checkpoint = timed("resume_s", train_strided.load_checkpoint)
     train_strided.main(arguments)

@@ -20,7 +20,7 @@ import torch.distributed.checkpoint as dcp
 from conftest import ROOT, assert_holds, saved_tensors, tiny_model, tiny_tokenizer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ebft_utils.config import Config, DataConfig, EBFTConfig, ModelConfig, TrainConfig, UserError
+from ebft_utils.config import StridedConfig, TextDataConfig, StridedEBFTConfig, ModelConfig, TrainConfig, UserError
 from ebft_utils.models import load_feature_network, load_policy
 
 
@@ -230,7 +230,7 @@ def test_model_that_cannot_take_the_strided_mask(refused, write_config, model_co
 def test_features_are_the_raw_hidden_states_or_the_model_is_refused(tmp_path, architecture):
     """Guards against decoders whose final norm is not called `norm`: a cut copy would pass its deepest feature layer through that norm."""
     tiny_model(architecture).save_pretrained(tmp_path)
-    config = Config(model=ModelConfig(str(tmp_path)), data=DataConfig("unused", sequence_length=16), train=TrainConfig("unused"), ebft=EBFTConfig(feature_layers=[0.0, 0.5, 0.75]))
+    config = StridedConfig(model=ModelConfig(str(tmp_path)), data=TextDataConfig("unused", sequence_length=16), train=TrainConfig("unused"), ebft=StridedEBFTConfig(feature_layers=[0.0, 0.5, 0.75]))
     try:
         policy = load_policy(config)
         network = load_feature_network(policy, config, torch.device("cpu"))

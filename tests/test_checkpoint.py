@@ -20,8 +20,8 @@ from accelerate.state import AcceleratorState
 from conftest import WAIT, assert_equal_weights, assert_holds, config_tree, evaluations, logged, steps_of, training, wait_for, weights
 
 import train_strided
-from ebft_utils import checkpoint, distributed, losses
-from ebft_utils.config import Config, UserError
+from ebft_utils import checkpoint, distributed, loop, losses
+from ebft_utils.config import StridedConfig, UserError
 from ebft_utils.distributed import Stopped
 
 FILES = ["state/.metadata", "state/__0_0.distcp", "run.json", "config.yaml", "SHA256SUMS"]
@@ -152,7 +152,7 @@ def killed_in_rotation(path: Path, remove=shutil.rmtree, **options) -> None:
     [
         (checkpoint, "_write_state", half_a_state),
         (json, "dumps", killed),
-        (Config, "to_yaml", killed),
+        (StridedConfig, "to_yaml", killed),
         (checkpoint, "_sha256", killed),
         (os, "replace", killed),
         (shutil, "rmtree", killed_in_rotation),
@@ -161,7 +161,7 @@ def killed_in_rotation(path: Path, remove=shutil.rmtree, **options) -> None:
 )
 def test_killed_while_saving(train, unbroken, monkeypatch, tmp_path, module, name, killed):
     """Guards against a save that removes the old checkpoint before the new one is whole, and against leftovers that nobody removes."""
-    save, run, changes = train_strided.save_checkpoint, tmp_path / "run", {**BASE, "train__save_total_limit": 2}
+    save, run, changes = loop.save_checkpoint, tmp_path / "run", {**BASE, "train__save_total_limit": 2}
 
     def save_and_die(config, accelerator, policy, optimizer, state, **options):
         with monkeypatch.context() as patch:
@@ -170,7 +170,7 @@ def test_killed_while_saving(train, unbroken, monkeypatch, tmp_path, module, nam
             return save(config, accelerator, policy, optimizer, state, **options)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(train_strided, "save_checkpoint", save_and_die)
+        patch.setattr(loop, "save_checkpoint", save_and_die)
         train("run", **changes)
     published = name == "rmtree"
     assert [path.name for path in checkpoint.list_checkpoints(run)] == (["checkpoint-2", "checkpoint-3"] if published else ["checkpoint-1", "checkpoint-2"])
@@ -195,7 +195,7 @@ def full_disk():
 @pytest.mark.parametrize("size", [100_000, 1_000])
 def test_disk_full_while_saving(train, unbroken, monkeypatch, full_disk, tmp_path, size):
     """Guards against a traceback out of the serialisation, a half-written checkpoint that is left, and one that is removed to make room."""
-    save = train_strided.save_checkpoint
+    save = loop.save_checkpoint
 
     def save_on_full_disk(config, accelerator, policy, optimizer, run, **options):
         full_disk(size if run.step == 3 else -1)
@@ -205,7 +205,7 @@ def test_disk_full_while_saving(train, unbroken, monkeypatch, full_disk, tmp_pat
             full_disk(-1)
 
     with monkeypatch.context() as patch, pytest.raises(UserError) as caught:
-        patch.setattr(train_strided, "save_checkpoint", save_on_full_disk)
+        patch.setattr(loop, "save_checkpoint", save_on_full_disk)
         train("run", **BASE)
     assert_holds(str(caught.value), tmp_path / "run" / "checkpoint-3", "could not be written", "checkpoint-2 is whole", "train.resume=latest")
     assert sorted(path.name for path in (tmp_path / "run").glob("*checkpoint*")) == ["checkpoint-1", "checkpoint-2"]

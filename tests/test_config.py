@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import yaml
 
-from ebft_utils.config import Config, UserError, load_config, parse_command_line
+from ebft_utils.config import StridedConfig, UserError, load_config, parse_command_line
 
 EBFT_DEFAULTS = {  # the keys and defaults that users of EBFT know
     "feature_layers": [0.25, 0.5, 0.75],
@@ -140,7 +140,7 @@ def test_overrides_may_stand_on_either_side_of_cfg(minimal, argv):
 
 def test_every_option_is_described():
     """Guards against an option that only its author understands."""
-    sections = [field.default_factory for field in dataclasses.fields(Config) if field.default_factory is not dataclasses.MISSING]
+    sections = [field.default_factory for field in dataclasses.fields(StridedConfig) if field.default_factory is not dataclasses.MISSING]
     undescribed = [field.name for section in sections for field in dataclasses.fields(section) if len(field.metadata.get("description", "")) < 10]
     assert len(sections) == 6 and undescribed == []
 

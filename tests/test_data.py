@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from ebft_utils.config import Config, DataConfig, EBFTConfig, EvalConfig, ModelConfig, TrainConfig, UserError
+from ebft_utils.config import StridedConfig, TextDataConfig, StridedEBFTConfig, EvalConfig, ModelConfig, TrainConfig, UserError
 from ebft_utils.data import Rows, load_rows, load_texts, make_batch, one_document_a_row, pack_documents, rollout_uniforms, rows_of_step, tokenize_documents
 
 EOS, PAD = 0, 1
@@ -36,7 +36,7 @@ def write_jsonl(path, values, column="text"):
 
 
 def texts_of(source, split="train", text_column="text", file_pattern="*.py") -> list:
-    return load_texts(str(source), name=None, revision=None, split=split, text_column=text_column, file_pattern=file_pattern)[text_column][:]
+    return load_texts(config_of(source, data={"text_column": text_column, "file_pattern": file_pattern}), str(source), split)[text_column][:]
 
 
 def refusal(function, *arguments, **options) -> str:
@@ -45,12 +45,12 @@ def refusal(function, *arguments, **options) -> str:
     return str(caught.value)
 
 
-def config_of(source, *, data=None, evaluation=None, ebft=None, train=None) -> Config:
+def config_of(source, *, data=None, evaluation=None, ebft=None, train=None) -> StridedConfig:
     """Anchors from token 2 on, every 2, rollouts of 2 tokens: a document needs 4 tokens. Nothing held out."""
-    return Config(
+    return StridedConfig(
         model=ModelConfig("unused"),
-        data=DataConfig(**{"dataset": str(source), "sequence_length": 8, **(data or {})}),
-        ebft=EBFTConfig(**{"context_length": 2, "stride": 2, "generate_max_len": 2, **(ebft or {})}),
+        data=TextDataConfig(**{"dataset": str(source), "sequence_length": 8, **(data or {})}),
+        ebft=StridedEBFTConfig(**{"context_length": 2, "stride": 2, "generate_max_len": 2, **(ebft or {})}),
         train=TrainConfig(output_dir="unused", **(train or {})),
         eval=EvalConfig(**{"num_documents": 0, **(evaluation or {})}),
     )
@@ -112,7 +112,7 @@ def test_standard_library():
     """Guards against tests or installed packages being taken for the standard library, and against an order that varies."""
     first = texts_of("python_stdlib", "train[:5]")
     assert len(first) == 5 and first == texts_of("python_stdlib", "train")[:5]
-    whole = load_texts("python_stdlib", name=None, revision=None, split="train", text_column="code", file_pattern="*.py")["code"][:]
+    whole = load_texts(config_of("python_stdlib", data={"text_column": "code"}), "python_stdlib", "train")["code"][:]
     assert 300 < len(whole) < 3000
     assert any("class JSONDecoder" in text for text in whole)
     assert not any("import pytest" in text for text in whole)
@@ -182,7 +182,7 @@ def test_source_file_that_is_not_text(tmp_path):
 
 def documents_of(path, tokenizer, **data) -> list[list[int]]:
     config = config_of(path, data=data)
-    texts = load_texts(str(path), name=None, revision=None, split=config.data.split, text_column=config.data.text_column, file_pattern="*.py")
+    texts = load_texts(config, str(path), config.data.split)
     return tokenize_documents(texts, tokenizer, config, str(path))["input_ids"][:]
 
 

@@ -169,9 +169,9 @@ def test_supported_models_are_accepted(model_type):
 def test_longest_document(model_type, settings, longest):
     """The strided mask replaces the model's own, window included; beyond max_position_embeddings positions mean nothing."""
     config = tiny_config(model_type, **settings)
-    assert refuse_short_context(config, longest, "some/name") is None
+    assert refuse_short_context(config, longest, "data.sequence_length", "some/name") is None
     with pytest.raises(UserError, match=f"data.sequence_length: {longest + 1} is .*'some/name'.*lower it" if longest == 32 else f"{longest + 1} is more than the 256 positions"):
-        refuse_short_context(config, longest + 1, "some/name")
+        refuse_short_context(config, longest + 1, "data.sequence_length", "some/name")
 
 
 def nested_config(**changes):
@@ -183,9 +183,9 @@ def nested_config(**changes):
 def test_context_of_a_nested_text_config_is_seen():
     """Its window and positions, or documents longer than the window train on attention that the model does not have."""
     with pytest.raises(UserError, match="data.sequence_length: 33 .* window"):
-        refuse_short_context(nested_config(sliding_window=32), 33, "some/name")
+        refuse_short_context(nested_config(sliding_window=32), 33, "data.sequence_length", "some/name")
     with pytest.raises(UserError, match="257 is more than the 256 positions"):
-        refuse_short_context(nested_config(sliding_window=1024), 257, "some/name")
+        refuse_short_context(nested_config(sliding_window=1024), 257, "data.sequence_length", "some/name")
 
 
 def test_softcapping_of_a_nested_text_config_is_seen():

@@ -193,7 +193,7 @@ def test_training_blocks_equal_the_dense_mask(monkeypatch, case, queries_per_blo
     blocks = strided_blocks(layout, document_queries=True)
     assert torch.equal(reassembled(blocks, len(case[0]), 1), dense_mask(layout)[:, 0])
     num_anchors = case[1].shape[1]
-    assert len(blocks.blocks) == {1: num_anchors, 12: -(-num_anchors // 2), 256: 1}[queries_per_block]
+    assert len(blocks.blocks) == {1: num_anchors * NUM_SAMPLES, 12: -(-num_anchors // 2), 256: 1}[queries_per_block]
     assert (blocks.document_mask is None) == (case is SINGLE)
     if queries_per_block == 1:  # what a block leaves out is the speed: no document token behind its longest prefix
         assert [block.prefix for block in blocks.blocks] == ([3, 6, 12, 15] if case is SINGLE else [3, 11, 12])
@@ -209,7 +209,7 @@ def test_decoding_blocks_equal_the_dense_mask(monkeypatch, case, queries_per_blo
         layout = pack_layout(*case, NUM_SAMPLES, step, step_major=True)
         blocks = strided_blocks(layout, document_queries=False, num_steps=step)
         assert torch.equal(reassembled(blocks, len(case[0]), step), dense_mask(layout)[:, 0, -num_newest:])
-    assert len(blocks.blocks) == {1: num_newest // 2, 4: -(-num_newest // 4), 256: 1}[queries_per_block]
+    assert len(blocks.blocks) == {1: num_newest, 4: -(-num_newest // 4), 256: 1}[queries_per_block]
 
 
 def test_blocks_of_a_document_alone():

@@ -23,6 +23,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import train_strided
 from ebft_utils.config import UserError, load_config
 from ebft_utils.data import load_rows, rows_of_step
+from ebft_utils.loop import learning_rate
+from ebft_utils.metrics import evaluation_metrics
 from ebft_utils.models import load_tokenizer
 
 METRIC_NAMES = {
@@ -446,18 +448,18 @@ def test_evaluation_runs_in_the_chosen_precision(evaluation, mode):
 def test_evaluation_metrics_by_hand():
     """Guards against the error of a change being that of its levels. Two documents of one token: 2 and 5 now, 1 and 3 before."""
     after, before = ({name: torch.tensor([totals, [1.0, 1.0]]) for name in train_strided.EVALUATED} for totals in ([2.0, 5.0], [1.0, 3.0]))
-    found = train_strided.evaluation_metrics(after, before)
+    found = evaluation_metrics(after, before)
     for name in train_strided.EVALUATED:
         assert found[f"eval/{name}"] == pytest.approx(3.5) and found[f"eval/{name}_se"] == pytest.approx(1.5)
         assert found[f"eval/{name}_change"] == pytest.approx(1.5) and found[f"eval/{name}_change_se"] == pytest.approx(0.5)
     assert found["eval/perplexity"] == pytest.approx(math.exp(3.5)) and found["eval/perplexity_se"] == pytest.approx(1.5 * math.exp(3.5))
-    assert not [name for name in train_strided.evaluation_metrics(after, None) if "change" in name]
+    assert not [name for name in evaluation_metrics(after, None) if "change" in name]
 
 
 def test_perplexity_of_a_diverged_model():
     """Guards against an OverflowError, at the very end of a run, for a cross-entropy above 709."""
     table = {name: torch.tensor([[2000.0, 3000.0], [2.0, 3.0]]) for name in train_strided.EVALUATED}
-    assert train_strided.evaluation_metrics(table, None)["eval/perplexity"] == math.inf
+    assert evaluation_metrics(table, None)["eval/perplexity"] == math.inf
 
 
 def test_one_held_out_document(train):
@@ -586,7 +588,7 @@ def test_logging_and_table_steps(train):
 def test_learning_rate_by_hand(write_config, scheduler, warmup, expected):
     """Guards against a first or last step at learning rate 0 (wasted), and a peak that is never reached."""
     config = load_config(str(write_config(train__max_steps=8, train__lr_scheduler=scheduler, train__warmup_ratio=warmup)))
-    assert [train_strided.learning_rate(config, step) / 1e-3 for step in range(8)] == pytest.approx(expected, abs=1e-6)
+    assert [learning_rate(config, step) / 1e-3 for step in range(8)] == pytest.approx(expected, abs=1e-6)
 
 
 def test_logged_learning_rate_is_the_one_of_the_step(train):

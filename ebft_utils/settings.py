@@ -1,0 +1,184 @@
+"""Reading settings: YAML and dotted overrides into nested dataclasses, strictly. Knows nothing of what the settings mean (config.py does)."""
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import yaml
+
+
+class UserError(Exception):
+    """Something that the user can mend: shown as one message, without a traceback."""
+
+
+class ConfigError(UserError):
+    """A wrong configuration value. key: the dotted key; reason: what is wrong and what would be right; related: other keys that take part in it."""
+
+    def __init__(self, key: str, reason: str, related: tuple[str, ...] = ()):
+        super().__init__(f"{key}: {reason}")
+        self.keys = (key, *related)
+
+
+def option(default, description: str, minimum=None, maximum=None, above=None):
+    """A dataclass field with its description (and unit), and the bounds that its value (or each value of a list) must keep."""
+    metadata = {"description": description, "minimum": minimum, "maximum": maximum, "above": above}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+class Section:
+    """Base of all (nested) settings dataclasses. MISPLACED: keys that people look for here, and what to say then."""
+
+    MISPLACED: ClassVar[dict[str, str]] = {}
+
+
+def read_settings(kind: type, file: str, overrides: typing.Sequence[str] = ()):
+    """An instance of a dataclass `kind` from a YAML file and `section.key=value` overrides, every key and value checked.
+
+    Raises UserError with file (or override), key, value and what is allowed.
+    """
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--cfg {file}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"--cfg {file}: is not UTF-8 text: {error.reason} at byte {error.start}") from None
+    tree = _parse_yaml(text, f"--cfg {file}")
+    if not isinstance(tree, dict):
+        raise UserError(f"--cfg {file}: holds no sections; allowed: {', '.join(_fields(kind))}")
+    overridden_keys = []
+    for override in overrides:
+        dotted, equals, text = override.partition("=")
+        path = dotted.split(".")
+        if not equals or not all(path):
+            raise UserError(f"command line: {override!r} is not of the form section.key=value")
+        node = tree
+        for name in path[:-1]:
+            if not isinstance(node.get(name), dict):
+                node[name] = {}
+            node = node[name]
+        node[path[-1]] = _parse_yaml(text, f"command line: {override!r}")
+        overridden_keys.append(dotted)
+    try:
+        return _build(kind, tree, "")
+    except ConfigError as error:
+        pairs = [(f"{culprit}.", key) for culprit in error.keys for key in overridden_keys]
+        overridden = any(culprit.startswith((f"{key}.", f"{key}[")) or f"{key}.".startswith(culprit) for culprit, key in pairs)
+        raise UserError(f"{'command line' if overridden else file}: {error}") from None
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Refuses a key that is given twice, where YAML would silently keep the last one."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = [key for key in keys if keys.count(key) > 1]
+        if twice:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+EMPTY = object()  # `key:` with nothing behind it; a written null is None
+_StrictLoader.add_constructor("tag:yaml.org,2002:null", lambda loader, node: None if node.value else EMPTY)
+
+
+def _parse_yaml(text: str, source: str):
+    try:
+        return yaml.load(text, _StrictLoader)
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist
+        raise UserError(f"{source}: is not valid YAML: {error}") from None
+
+
+def _fields(cls) -> dict[str, dataclasses.Field]:
+    return {field.name: field for field in dataclasses.fields(cls)}
+
+
+def _build(cls, tree: dict, prefix: str):
+    """An instance of a (nested) config dataclass from a dict, every key and value checked."""
+    fields, hints = _fields(cls), typing.get_type_hints(cls)
+    values = {}
+    for key, value in tree.items():
+        dotted = f"{prefix}{key}"
+        if key not in fields:
+            if key in cls.MISPLACED:
+                raise ConfigError(dotted, f"unknown key; {cls.MISPLACED[key]}")
+            close = difflib.get_close_matches(str(key), fields, n=1)
+            hint = f"did you mean {prefix}{close[0]}?" if close else f"allowed: {', '.join(fields)}"
+            raise ConfigError(dotted, f"unknown key; {hint}")
+        section = next((kind for kind in _alternatives(hints[key]) if dataclasses.is_dataclass(kind)), None)
+        if section is not None and value is EMPTY:
+            if type(None) in _alternatives(hints[key]):
+                raise ConfigError(dotted, f"is an empty section; write {dotted}: null to leave it out, {dotted}: {{}} for its defaults, or its keys: {', '.join(_fields(section))}")
+            value = {}
+        value = None if value is EMPTY else value
+        if section is None:
+            values[key] = _convert(value, hints[key], fields[key].metadata, dotted)
+        elif value is None and type(None) in _alternatives(hints[key]):
+            values[key] = None
+        elif isinstance(value, dict):
+            values[key] = _build(section, value, f"{dotted}.")
+        else:
+            raise ConfigError(dotted, f"{value!r} is not a section; allowed: a mapping with {', '.join(_fields(section))}")
+    return cls(**values)
+
+
+def _alternatives(hint) -> tuple:
+    return typing.get_args(hint) if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union else (hint,)
+
+
+def _convert(value, hint, bounds, key: str):
+    """Checks a value against its type hint; numbers also against their bounds. YAML reads 1e-5 (no point) as text: taken as the number it is."""
+    for kind in _alternatives(hint):
+        if kind is type(None) and value is None:
+            return None
+        if typing.get_origin(kind) is Literal and value in typing.get_args(kind):
+            return value
+        if kind in (str, bool) and isinstance(value, kind):
+            return value
+        if kind is int and isinstance(value, int) and not isinstance(value, bool):
+            return _within(value, bounds, key)
+        if kind is float:
+            number = _as_float(value)
+            if number is not None:
+                return _within(number, bounds, key)
+        if typing.get_origin(kind) is list and isinstance(value, list):
+            return [_convert(item, typing.get_args(kind)[0], bounds, f"{key}[{index}]") for index, item in enumerate(value)]
+    allowed = " or ".join(_describe(kind) for kind in _alternatives(hint))
+    close = difflib.get_close_matches(str(value), [str(choice) for choice in typing.get_args(hint)], n=1) if typing.get_origin(hint) is Literal else []
+    raise ConfigError(key, f"{value!r} is not allowed; allowed: {allowed}" + (f"; did you mean {close[0]}?" if close else ""))
+
+
+def _as_float(value) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _within(number, bounds, key: str):
+    for bound, broken, words in (
+        (bounds["minimum"], lambda limit: number < limit, "at least"),
+        (bounds["maximum"], lambda limit: number > limit, "at most"),
+        (bounds["above"], lambda limit: number <= limit, "above"),
+    ):
+        if bound is not None and broken(bound):
+            raise ConfigError(key, f"{number} is out of range; it must be {words} {bound}")
+    return number
+
+
+def _describe(kind) -> str:
+    if kind is type(None):
+        return "null"
+    if typing.get_origin(kind) is Literal:
+        return " | ".join(map(str, typing.get_args(kind)))
+    if typing.get_origin(kind) is list:
+        return f"a list of {_describe(typing.get_args(kind)[0])}"
+    return {str: "text", bool: "true | false", int: "a whole number", float: "a finite number"}[kind]

@@ -1,0 +1,86 @@
+"""Starts the rollout server of train_structured.py: vLLM's own OpenAI server, with the arguments that the same configuration asks for.
+
+    python serve_vllm.py --cfg examples/structured.yaml
+
+It prints the command and becomes it; nothing of ours runs in the server. What it adds to a plain `vllm serve`:
+    log-probs at the sampling temperature       --logprobs-mode processed_logprobs
+    no sampling defaults from the model         --generation-config vllm
+    with a lora section, adapters               --enable-lora --max-lora-rank, VLLM_ALLOW_RUNTIME_LORA_UPDATING=1
+    weights that can be replaced                VLLM_SERVER_DEV_MODE=1; --weight-transfer-config with vllm.weight_sync: nccl
+A GGUF file is first unpacked into an ordinary model, in <train.output_dir>/served_model, so that server and trainer have the same weights.
+
+Who reaches the server's address can load other weights into it, with no key. So it listens on 127.0.0.1 unless vllm.host says otherwise.
+"""
+
+import importlib.util
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+
+from ebft_utils.config import StructuredConfig, UserError, parse_command_line
+from ebft_utils.models import unpacked_model
+
+ADAPTER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM can be built for
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def server_arguments(config: StructuredConfig, model: str) -> list[str]:
+    """Arguments of vLLM's server. Raises UserError for an adapter that it cannot serve."""
+    vllm = config.vllm
+    arguments = {
+        "--model": model,
+        "--served-model-name": config.model.name_or_path,
+        "--host": vllm.host,
+        "--port": vllm.port,
+        "--dtype": vllm.dtype or config.model.dtype,
+        "--max-model-len": vllm.max_model_len or config.longest_sequence[0],
+        "--gpu-memory-utilization": vllm.gpu_memory_utilization,
+        "--tensor-parallel-size": vllm.tensor_parallel_size,
+        "--data-parallel-size": vllm.data_parallel_size,
+        "--logprobs-mode": "processed_logprobs",
+        "--generation-config": "vllm",
+    }
+    if config.model.revision is not None:
+        arguments["--revision"] = config.model.revision
+    if config.model.tokenizer is not None:
+        arguments["--tokenizer"] = config.model.tokenizer
+    if vllm.weight_sync == "nccl":
+        arguments["--weight-transfer-config"] = json.dumps({"backend": "nccl"})
+    flags = ["--enforce-eager"] if vllm.enforce_eager else []
+    if config.lora is not None:
+        ranks = [rank for rank in ADAPTER_RANKS if rank >= config.lora.r]
+        if not ranks:
+            raise UserError(f"lora.r: {config.lora.r} is more than vLLM serves; allowed: up to {ADAPTER_RANKS[-1]}")
+        arguments |= {"--max-lora-rank": ranks[0], "--max-loras": 1}
+        flags.append("--enable-lora")
+    return [str(part) for pair in arguments.items() for part in pair] + flags + vllm.extra_args
+
+
+def main(argv: list[str]) -> None:
+    config = parse_command_line(argv, __doc__, StructuredConfig)
+    if config is None:
+        return
+    if importlib.util.find_spec("vllm") is None:
+        raise UserError("vllm is not installed here: pip install vllm==0.32.0 (on a machine without a GPU: see README.md, 'Structured mode')")
+    model = unpacked_model(config.model, Path(config.train.output_dir).expanduser() / "served_model")
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *server_arguments(config, model)]
+    environment = {"VLLM_SERVER_DEV_MODE": "1"} | ({"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"} if config.lora is not None else {})
+    secret = {"VLLM_API_KEY": config.vllm.api_key} if config.vllm.api_key else {}  # not an argument: those can be read by everybody on the machine
+    print(" ".join([*(f"{name}={value}" for name, value in environment.items()), *(f"{name}=..." for name in secret), shlex.join(command)]), flush=True)
+    if config.vllm.host not in LOOPBACK:
+        print(
+            f"WARNING: vllm.host {config.vllm.host} is not this machine alone. Everybody who reaches port {config.vllm.port} can replace the model's weights, load files as adapters and "
+            f"call the workers' methods{'; vllm.api_key guards only the endpoints under /v1' if secret or 'VLLM_API_KEY' in os.environ else ', and use the model: no vllm.api_key is set'}. "
+            "Let only the trainer through the firewall.",
+            flush=True,
+        )
+    os.execve(command[0], command, {**os.environ, **environment, **secret})
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        sys.exit(f"error: {error}")
