@@ -36,12 +36,13 @@ def server_arguments(config: StructuredConfig, model: str) -> list[str]:
         "--port": vllm.port,
         "--dtype": vllm.dtype or config.model.dtype,
         "--max-model-len": vllm.max_model_len or config.longest_sequence[0],
-        "--gpu-memory-utilization": vllm.gpu_memory_utilization,
         "--tensor-parallel-size": vllm.tensor_parallel_size,
         "--data-parallel-size": vllm.data_parallel_size,
         "--logprobs-mode": "processed_logprobs",
         "--generation-config": "vllm",
     }
+    if vllm.gpu_memory_utilization is not None:
+        arguments["--gpu-memory-utilization"] = vllm.gpu_memory_utilization
     if config.model.revision is not None:
         arguments["--revision"] = config.model.revision
     if config.model.tokenizer is not None:

@@ -178,7 +178,9 @@ class VLLMConfig(Section):
     api_key: str | None = option(None, "key of the server's OpenAI endpoints; null: the environment variable VLLM_API_KEY, where it is set. Never saved with the run")
     dtype: Literal["float32", "bfloat16", "float16"] | None = option(None, "precision of the server's weights; null: model.dtype")
     max_model_len: int | None = option(None, "tokens of prompt and completion together; null: what the data section and max_completion_length need")
-    gpu_memory_utilization: float = option(0.9, "share of the GPU's memory that the server takes", above=0, maximum=1)
+    gpu_memory_utilization: float | None = option(
+        None, "share of the GPU's memory that the server takes (of main memory in the CPU build); null: vLLM's own default", above=0, maximum=1
+    )
     tensor_parallel_size: int = option(1, "GPUs that share each layer", minimum=1)
     data_parallel_size: int = option(1, "copies of the server's model", minimum=1)
     enforce_eager: bool = option(False, "no compilation and no CUDA graphs: starts faster, runs slower")

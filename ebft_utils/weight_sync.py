@@ -14,6 +14,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import requests
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -24,7 +25,7 @@ from torch.distributed.tensor import DTensor
 
 from .checkpoint import whole_state
 from .config import StructuredConfig, UserError
-from .distributed import AgreedError, whole_weights
+from .distributed import AgreedError, agree, whole_weights
 from .vllm_client import START_IT, ForgottenWeights, VLLMServer
 
 PROBE_TOKENS, PROBE_SAMPLED = 64, 4
@@ -111,16 +112,25 @@ class ServedPolicy:
             self.name = name
 
     def _send_by_nccl(self) -> None:
-        if self.transfer is None:
-            try:
-                from .nccl_transfer import open_transfer
-            except ImportError as error:
-                raise UserError(f"vllm.weight_sync: nccl needs vllm beside the trainer: pip install vllm==0.32.0 ({error})") from None
-            num_gpus = self._on_main(lambda: self.server.call("/get_world_size")["world_size"])
-            causal_lm = self.accelerator.unwrap_model(self.policy).causal_lm
-            vllm = self.config.vllm
-            self.transfer = open_transfer(self.accelerator, causal_lm, vllm.url, num_gpus, SERVER_DTYPES[self.server.dtype], vllm.request_timeout)
-        self.transfer.send_weights()
+        error = None
+        try:
+            if self.transfer is None:
+                self.transfer = self._open_transfer()
+            self.transfer.send_weights()
+        except (requests.RequestException, RuntimeError) as problem:
+            error = f"vllm.weight_sync: nccl: the weights did not get to the vLLM server at {self.server.url}: {problem}"
+        agree(self.accelerator, error)
+
+    def _open_transfer(self):
+        if self.accelerator.device.type != "cuda":
+            raise UserError("vllm.weight_sync: nccl goes from GPU to GPU, and this process runs on the CPU; set it to files")
+        try:
+            from .nccl_transfer import open_transfer
+        except ImportError as error:
+            raise UserError(f"vllm.weight_sync: nccl needs vllm beside the trainer: pip install vllm==0.32.0 ({error})") from None
+        num_gpus = self._on_main(lambda: self.server.call("/get_world_size")["world_size"])
+        causal_lm = self.accelerator.unwrap_model(self.policy).causal_lm
+        return open_transfer(self.accelerator, causal_lm, self.server.url, num_gpus, SERVER_DTYPES[self.server.dtype], self.config.vllm.request_timeout)
 
     def _clean_folder(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
