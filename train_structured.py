@@ -23,6 +23,7 @@ other kernels and precision, and for older weights. Without a server (`ebft.use_
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -73,7 +74,9 @@ class Run:
     policy: torch.nn.Module
     network: FeatureNetwork
     tokenizer: PreTrainedTokenizerBase
+    rows: PromptRows
     rollouts: Rollouts
+    served: ServedPolicy | None
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -145,6 +148,23 @@ def advantages_of(config: StructuredConfig, rewards: FeatureRewards) -> Tensor:
     if ebft.advantage_estimator == "group_norm":
         return rewards.reward - rewards.reward.mean(-1, keepdim=True) if ebft.scale_rewards is False else group_norm_advantages(rewards.reward)
     return rewards.reward
+
+
+def take_step(run: Run, step: int, update: Update):
+    """A whole step (counted from 0), with its metrics. (Point 6 is at the beginning of `of_step`: the server gets new weights when it is asked to use them.)"""
+    started, synced, written = time.perf_counter(), run.served.seconds if run.served is not None else 0.0, None
+    if run.config.ebft.rl_coef > 0:
+        written = run.rollouts.of_step(step)
+    waited = time.perf_counter() - started
+    batches = step_batches(run.config, run.accelerator, run.rows, step, run.tokenizer.pad_token_id)
+    sums, groups = train_step(run, batches, None if written is None else written.completions, update)
+    metrics = step_metrics(run.accelerator, sums, len(batches))
+    if written is not None:
+        metrics |= {"time/generate": written.seconds, "time/wait": waited}
+        if run.served is not None:
+            metrics |= {"vllm/staleness": float(step - written.version), "time/sync": run.served.seconds - synced, "vllm/ratio_min": -metrics.pop("vllm/ratio_least")}
+    metrics["time/step"] = time.perf_counter() - started
+    return metrics, None if groups is None else lambda: sample_table(run.tokenizer, batches[-1], groups)
 
 
 def train_step(run: Run, batches: list[PromptBatch], completions: list[list[list[Completion]]] | None, update: Update):
@@ -350,47 +370,29 @@ def train_or_evaluate(config: StructuredConfig, accelerator: Accelerator, output
             check_continuation(config, accelerator, state, rows.fingerprint())
 
     # --- the server --------------------------------------------------------------------------------------------------------------------
-    served = None
-    if config.ebft.use_vllm and (config.ebft.rl_coef > 0 or held_out is not None):
-        served = ServedPolicy(config, accelerator, policy, VLLMServer(config), rows[0].prompt + rows[0].truth[0])
-        accelerator.print(f"rollouts: {served.start(state.step)}")
-    rollouts = Rollouts(config, accelerator, policy, tokenizer, stop_ids, served, lambda step: step_batches(config, accelerator, rows, step, tokenizer.pad_token_id))
-    run = Run(config, accelerator, policy, network, tokenizer, rollouts)
+    with ExitStack() as stack:
+        served = None
+        if config.ebft.use_vllm and (config.ebft.rl_coef > 0 or held_out is not None):
+            served = ServedPolicy(config, accelerator, policy, VLLMServer(config), rows[0].prompt + rows[0].truth[0])
+            stack.callback(served.close)
+            accelerator.print(f"rollouts: {served.start(state.step)}")
+        rollouts = Rollouts(config, accelerator, policy, tokenizer, stop_ids, served, lambda step: step_batches(config, accelerator, rows, step, tokenizer.pad_token_id))
+        stack.callback(rollouts.close)
+        signals = stack.enter_context(StopSignals())
+        if served is not None:
+            served.server.gives_up = lambda: signals.received > 0  # what was trained is saved, instead of waiting for a server that may not come back
+        run = Run(config, accelerator, policy, network, tokenizer, rows, rollouts, served)
 
-    # --- evaluate only, or train -------------------------------------------------------------------------------------------------------
-    with StopSignals() as signals:
-
-        def evaluation() -> dict[str, Tensor] | None:
-            return evaluate(run, held_out, state.step, signals)
-
-        def take_step(step: int, update: Update):
-            started, written, synced = time.perf_counter(), None, served.seconds if served is not None else 0.0
-            if config.ebft.rl_coef > 0:
-                written = rollouts.of_step(step)
-            waited = time.perf_counter() - started
-            batches = step_batches(config, accelerator, rows, step, tokenizer.pad_token_id)
-            sums, groups = train_step(run, batches, None if written is None else written.completions, update)
-            metrics = step_metrics(accelerator, sums, len(batches))
-            if written is not None:
-                metrics |= {"time/generate": written.seconds, "time/wait": waited}
-                if served is not None:
-                    metrics |= {"vllm/staleness": float(step - written.version), "time/sync": served.seconds - synced, "vllm/ratio_min": -metrics.pop("vllm/ratio_least")}
-            metrics["time/step"] = time.perf_counter() - started
-            return metrics, None if groups is None else lambda: sample_table(tokenizer, batches[-1], groups)
-
+        # --- evaluate only, or train ---------------------------------------------------------------------------------------------------
+        evaluation = None if held_out is None else lambda: evaluate(run, held_out, state.step, signals)
         if config.eval.only:
-            evaluate_only(accelerator, output_dir, state.step, None if held_out is None else evaluation, signals)
+            evaluate_only(accelerator, output_dir, state.step, evaluation, signals)
             return
         results = logged_evaluations(output_dir, state.step) if checkpoint is not None else {}
         accelerator.wait_for_everyone()  # all have read it
         logger = MetricLogger(output_dir, None if checkpoint is None else state.step) if accelerator.is_main_process else None
-        loop = TrainingLoop(
-            config, accelerator, policy, optimizer, state, results, logger, take_step=take_step, evaluate=None if held_out is None else evaluation, shown=SHOWN
-        )
-        try:
-            loop.train(signals)
-        finally:
-            rollouts.close()
+        step = partial(take_step, run)
+        TrainingLoop(config, accelerator, policy, optimizer, state, results, logger, take_step=step, evaluate=evaluation, shown=SHOWN).train(signals)
 
     # --- the final model ---------------------------------------------------------------------------------------------------------------
     target = export_final(config, accelerator, policy, tokenizer, model_card(config, results))

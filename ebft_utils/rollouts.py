@@ -74,10 +74,8 @@ class Rollouts:
             self.served.sync(step)
 
     def close(self) -> None:
-        """Ends what runs ahead, and removes what lies around."""
+        """Gives up what is being written ahead."""
         self.thread.shutdown(wait=False, cancel_futures=True)
-        if self.served is not None:
-            self.served.close()
 
     # --- from the server ---------------------------------------------------------------------------------------------------------------
 

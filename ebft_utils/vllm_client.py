@@ -5,6 +5,7 @@ No text goes to the server or comes from it: a round trip through text can chang
 """
 
 import os
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -31,6 +32,8 @@ class VLLMServer:
     def __init__(self, config: StructuredConfig):
         self.vllm, self.model_name = config.vllm, config.model.name_or_path
         self.url = config.vllm.url
+        self.closed = threading.Event()  # the run has ended: what still waits in a thread gives up
+        self.gives_up = lambda: False  # asked between two attempts
         self.session = requests.Session()
         self.session.trust_env = False  # neither a proxy for 127.0.0.1, nor another key from ~/.netrc
         self.session.mount("http://", requests.adapters.HTTPAdapter(pool_maxsize=PARALLEL_REQUESTS))
@@ -58,9 +61,11 @@ class VLLMServer:
                 if line is not None:
                     line.n = min(round(waited), line.total)
                     line.refresh()
-                time.sleep(min(pause, max(0.0, self.vllm.timeout - waited)))
-                pause = min(2 * pause, 10.0)
-        raise UserError(f"no answer from the vLLM server at {self.url} for {self.vllm.timeout:g} s (vllm.timeout): {problem}; {START_IT}")
+                if self.gives_up() or self.closed.wait(min(pause, max(0.0, self.vllm.timeout - waited))):
+                    break
+                pause = min(1.5 * pause, 5.0)
+        limit = f"{waited:.0f} s (vllm.timeout: {self.vllm.timeout:g})"
+        raise UserError(f"no answer from the vLLM server at {self.url} for {limit}: {problem}; {START_IT}")
 
     def _content_of(self, answer: requests.Response, path: str) -> dict:
         if answer.status_code == 401:

@@ -74,7 +74,8 @@ class ServedPolicy:
             raise ForgottenWeights(f"its weights are of version {found!r}, not {self.weights_name!r}")
 
     def close(self) -> None:
-        """Removes what passed through the folder."""
+        """Ends waiting for the server, and removes what passed through the folder."""
+        self.server.closed.set()
         if self.accelerator.is_main_process:
             shutil.rmtree(self.folder, ignore_errors=True)
 
