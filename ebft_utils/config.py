@@ -174,7 +174,7 @@ class TrainConfig(Section):
 @dataclass
 class VLLMConfig(Section):
     host: str = option("127.0.0.1", "address that the server listens on and the trainer connects to; any other than 127.0.0.1 lets others load weights into it")
-    port: int = option(8000, "its port", minimum=1, maximum=65535)
+    port: int = option(8000, "port that it listens on", minimum=1, maximum=65535)
     api_key: str | None = option(None, "key of the server's OpenAI endpoints; null: the environment variable VLLM_API_KEY, where it is set. Never saved with the run")
     dtype: Literal["float32", "bfloat16", "float16"] | None = option(None, "precision of the server's weights; null: model.dtype")
     max_model_len: int | None = option(None, "tokens of prompt and completion together; null: what the data section and max_completion_length need")

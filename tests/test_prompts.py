@@ -1,0 +1,200 @@
+"""Prompt + completion data: what becomes of a row as tokens, which rows are refused and how, conversations turn by turn, thinking parts."""
+
+import ast
+import json
+
+import pytest
+import torch
+from conftest import assert_holds, tiny_tokenizer
+
+from ebft_utils.config import EvalConfig, ModelConfig, PromptDataConfig, StructuredConfig, StructuredEBFTConfig, TrainConfig, UserError
+from ebft_utils.prompts import Conversation, PromptRows, converse, load_prompts, make_prompt_batch, most_new_tokens, seed_of, stdlib_functions, thinking_opened, tokenize_row, without_thinking
+
+TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<eos>\n{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def config_of(source="unused", *, data=None, ebft=None, evaluation=None) -> StructuredConfig:
+    return StructuredConfig(
+        model=ModelConfig("unused"),
+        data=PromptDataConfig(dataset=str(source), **(data or {})),
+        ebft=StructuredEBFTConfig(**{"max_completion_length": 40, **(ebft or {})}),
+        train=TrainConfig("unused"),
+        eval=EvalConfig(**{"num_documents": 0, **(evaluation or {})}),
+    )
+
+
+def write(path, rows: list[dict]):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def tokenizer():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def test_text_as_tokens(tokenizer):
+    """Guards against an end-of-text token inside of the prompt, or none behind the truth."""
+    found = tokenize_row({"prompt": "def f(x):", "completion": " return x"}, tokenizer, config_of())
+    assert tokenizer.decode(found.prompt) == "def f(x):" and tokenizer.eos_token_id not in found.prompt
+    (truth,) = found.truths
+    assert tokenizer.decode(truth) == " return x<eos>" and found.truth == (truth, [True] * len(truth)) and found.between == []
+
+
+def test_messages_as_tokens(tokenizer):
+    """Prompt and answers together are the whole conversation in the chat template, and only the answers with their end-of-text tokens are written."""
+    row = {
+        "prompt": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}],
+        "completion": [{"role": "assistant", "content": "Hello!"}],
+        "remaining_turns": [{"prompt": "How?", "completion": "Well."}, {"prompt": "Bye", "completion": "See you."}],
+    }
+    found = tokenize_row(row, tokenizer, config_of(data={"turns_column": "remaining_turns"}))
+    tokens, written = found.truth
+    whole = [*row["prompt"], *row["completion"]]
+    for turn in row["remaining_turns"]:
+        whole += [{"role": "user", "content": turn["prompt"]}, {"role": "assistant", "content": turn["completion"]}]
+    assert tokenizer.decode(found.prompt + tokens) == tokenizer.apply_chat_template(whole, tokenize=False).removesuffix("\n")
+    assert tokenizer.decode([token for token, own in zip(tokens, written, strict=True) if own]) == "Hello!<eos>Well.<eos>See you.<eos>"
+    assert tokenizer.decode(found.between[0]) == "\n<|user|>How?<eos>\n<|assistant|>"
+
+
+def test_turns_of_plain_text(tokenizer):
+    """Without a template the turns stand side by side as they are."""
+    row = {"prompt": "a", "completion": "b", "more": [{"prompt": "c", "completion": "d"}]}
+    tokens, written = tokenize_row(row, tokenizer, config_of(data={"turns_column": "more"})).truth
+    assert tokenizer.decode(tokens) == "b<eos>cd<eos>" and written == [True, True, False, True, True]
+
+
+@pytest.mark.parametrize(
+    "row, words",
+    [
+        ({"prompt": "  ", "completion": "x"}, ["'prompt'", "is empty"]),
+        ({"prompt": "x", "completion": ""}, ["'completion'", "is empty"]),
+        ({"prompt": None, "completion": "x"}, ["'prompt'", "None is not text"]),
+        ({"prompt": "x", "completion": None}, ["'completion'", "None is not text"]),
+        ({"prompt": "word " * 50, "completion": "x"}, ["'prompt'", "data.max_prompt_length 30", "never cut"]),
+        ({"prompt": "x", "completion": "word " * 50}, ["'completion'", "ebft.max_completion_length 40"]),
+        ({"prompt": "x", "completion": "y", "more": [{"prompt": "z", "completion": " "}]}, ["more[0].completion", "is empty"]),
+    ],
+)
+def test_bad_rows_are_named_or_left_out(tmp_path, tokenizer, row, words):
+    """Guards against a prompt that is cut, a missing truth that becomes an empty one, and a message without the place."""
+    good = {"prompt": "one", "completion": "two", "more": []}
+    path = write(tmp_path / "rows.jsonl", [good, good, {"more": None, **row}])
+    data = {"max_prompt_length": 30, "turns_column": "more"}
+    with pytest.raises(UserError) as caught:
+        load_prompts(config_of(path, data=data), tokenizer)
+    assert_holds(str(caught.value), "row 2", "data.on_bad_row: skip", *words)
+    rows, held_out = load_prompts(config_of(path, data={**data, "on_bad_row": "skip"}), tokenizer)
+    assert len(rows) == 2 and held_out is None
+
+
+def test_a_missing_column_is_named(tmp_path, tokenizer):
+    """Guards against a KeyError, and against a missing truth that silently is none."""
+    path = write(tmp_path / "rows.jsonl", [{"question": "a", "completion": "b"}])
+    with pytest.raises(UserError) as caught:
+        load_prompts(config_of(path), tokenizer)
+    assert_holds(str(caught.value), "no column 'prompt'", "question, completion", "data.prompt_column")
+
+
+def test_held_out_rows_are_not_trained_on(tmp_path, tokenizer):
+    """Copies of held-out rows neither; and other data has another fingerprint."""
+    rows = [{"prompt": f"p{index % 6}", "completion": f"c{index % 6}"} for index in range(12)]
+    config = config_of(write(tmp_path / "rows.jsonl", rows), evaluation={"num_documents": 2})
+    train, held_out = load_prompts(config, tokenizer)
+    assert len(held_out) == 2
+    kept = {(tuple(row.prompt), tuple(row.truths[0])) for row in (held_out[0], held_out[1])}
+    assert not kept & {(tuple(train[row].prompt), tuple(train[row].truths[0])) for row in range(len(train))}
+    assert len(train) == 12 - 2 * len(kept)
+    assert train.fingerprint() != held_out.fingerprint() and train.fingerprint() == load_prompts(config, tokenizer)[0].fingerprint()
+
+
+def test_functions_of_the_standard_library():
+    """Signature and docstring, and a body that belongs to them: together they are Python."""
+    functions = stdlib_functions("prompt", "completion")
+    assert len(functions) > 3000
+    for row in functions.select(range(0, len(functions), 97)):
+        (function,) = ast.parse(row["prompt"] + row["completion"]).body
+        assert ast.get_docstring(function) and ast.parse(row["prompt"]).body[0].name == function.name and len(function.body) > 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# Batches and completions
+
+TWO = [Conversation([5, 6, 7], [[8, 9, 0]], []), Conversation([10], [[11, 0], [12, 13, 0]], [[20, 21]])]
+
+
+class Documents(list):
+    """What PromptRows reads."""
+
+
+def test_a_batch_by_hand():
+    """Right padding, lengths, and what of the truth the assistant says."""
+    rows = PromptRows(Documents({"prompt_ids": row.prompt, "truths": row.truths, "between": row.between} for row in TWO))
+    batch = make_prompt_batch(rows, [1, 0], [70, 80], 1, torch.device("cpu"))
+    assert batch.document_ids.tolist() == [[10, 11, 0, 20, 21, 12, 13, 0], [5, 6, 7, 8, 9, 0, 1, 1]]
+    assert batch.segment_ids.tolist() == [[0] * 8, [0] * 6 + [-1] * 2]
+    assert batch.written.int().tolist() == [[0, 1, 1, 0, 0, 1, 1, 1], [0, 0, 0, 1, 1, 1, 0, 0]]
+    assert batch.prompt_lengths.tolist() == [1, 3] and batch.truth_lengths.tolist() == [7, 3] and batch.keys == [70, 80]
+
+
+def test_a_conversation_turn_by_turn():
+    """Each sample goes on from its own answers; one that was cut short is ended before the next turn; keys never repeat."""
+    asked = []
+
+    def complete(contexts, limits, keys, n):
+        asked.append((contexts, limits, keys, n))
+        return [[([100 + 10 * row + sample], [-0.5], sample == 1) for sample in range(n)] for row in range(len(contexts))]
+
+    found = converse(config_of(ebft={"num_generations": 2}), TWO, [7, 8], complete, eos_token_id=0)
+    assert asked[0] == ([[5, 6, 7], [10]], [40, 40], [(7, 0, 0), (8, 0, 0)], 2)
+    assert asked[1] == ([[10, 110, 20, 21], [10, 111, 0, 20, 21]], [40, 40], [(8, 1, 0), (8, 1, 1)], 1)
+    assert [completion.tokens for completion in found[0]] == [[100], [101]] and [completion.truncated for completion in found[0]] == [False, True]
+    first, second = found[1]
+    assert first.tokens == [110, 20, 21, 100] and first.written == [True, False, False, True] and first.logprobs == [-0.5, 0.0, 0.0, -0.5] and not first.truncated
+    assert second.tokens == [111, 0, 20, 21, 110] and second.written == [True, False, False, False, True] and not second.truncated
+
+
+def test_seeds_differ():
+    """Guards against identical samples in other rows, turns, samples or runs."""
+    assert len({seed_of(seed, key, turn, sample) for seed in range(3) for key in range(20) for turn in range(3) for sample in range(4)}) == 720
+    assert 0 <= seed_of(1, 2, 3) < 2**62 and seed_of(1, 2, 3) == seed_of(1, 2, 3)
+
+
+@pytest.mark.parametrize("length, multiplier, expected", [(10, 1.5, 64), (100, 1.5, 150), (100, 3.0, 200), (100, 0.1, 64)])
+def test_adaptive_length(length, multiplier, expected):
+    """At least 64, at most the limit; the limit itself when it is not asked for, or below 64."""
+    conversation = Conversation([1], [[2] * length], [])
+    assert most_new_tokens(config_of(ebft={"adaptive_max_tokens": True, "gt_length_multiplier": multiplier, "max_completion_length": 200}), conversation, 0) == expected
+    assert most_new_tokens(config_of(ebft={"max_completion_length": 200}), conversation, 0) == 200
+    assert most_new_tokens(config_of(ebft={"adaptive_max_tokens": True, "max_completion_length": 32}), conversation, 0) == 32
+
+
+@pytest.mark.parametrize(
+    "text, opened, answer",
+    [
+        ("<think>so so</think>Yes.<eos>", False, "Yes.<eos>"),
+        ("so so</think>Yes.<eos>", True, "Yes.<eos>"),
+        ("Yes.<eos>", False, "Yes.<eos>"),
+        ("<think>so so<eos>", False, "<eos>"),
+        ("so so<eos>", True, "<eos>"),
+        ("<think>so</think><eos>", False, "<eos>"),
+    ],
+)
+def test_without_thinking(tokenizer, text, opened, answer):
+    """Only the answer stays; of thinking that does not end, the end-of-text token."""
+    tokens = tokenizer(text)["input_ids"]
+    assert tokenizer.decode(without_thinking(tokens, [True] * len(tokens), opened, tokenizer)) == answer
+
+
+def test_without_thinking_in_each_turn(tokenizer):
+    """What stands between two turns is kept, whatever it says."""
+    parts = [("<think>a</think>b<eos>", True), ("<think>c</think>d", False), ("<think>e</think>f<eos>", True)]
+    tokens = [(token, written) for text, written in parts for token in tokenizer(text)["input_ids"]]
+    found = without_thinking([token for token, _ in tokens], [written for _, written in tokens], False, tokenizer)
+    assert tokenizer.decode(found) == "b<eos><think>c</think>df<eos>"
+    assert thinking_opened(tokenizer("a</think>b<think>")["input_ids"], tokenizer) and not thinking_opened(tokenizer("<think>a</think>")["input_ids"], tokenizer)

@@ -1,0 +1,249 @@
+"""train_structured.py end to end without a server: against the slow and obvious version of a step, however the work is split, and after a resume."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState
+from conftest import ROOT, assert_equal_weights, assert_same_weights, evaluations, logged, weights
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from vllm_servers import prompts_file
+
+import train_structured
+from ebft_utils.rewards import feature_matching_rewards, rloo_advantages
+
+TIMES = {"time/generate", "time/wait", "time/features", "time/train", "time/step"}
+LENGTH, SAMPLES, TEMPERATURE = 24, 3, 0.8
+MODES = pytest.mark.parametrize("mode", [{}, {"lora": {"r": 4, "alpha": 8.0}}], ids=["full", "LoRA"])
+
+
+@pytest.fixture(scope="session")
+def prompts(tmp_path_factory) -> Path:
+    return prompts_file(tmp_path_factory.mktemp("prompts") / "rows.jsonl")
+
+
+@pytest.fixture
+def descent(monkeypatch):
+    """SGD: updates in proportion to gradients, so that a factor shows in the weights."""
+    monkeypatch.setattr(torch.optim, "AdamW", lambda parameters, lr, betas, weight_decay: torch.optim.SGD(parameters, lr=lr))
+
+
+@pytest.fixture
+def run(tmp_path, model_folder, prompts):
+    """run(NAME, override, .., section__key=value): runs the script in this process, returns its output folder."""
+
+    def file(name: str, **changes) -> Path:
+        tree = {
+            "model": {"name_or_path": str(model_folder)},
+            "data": {"dataset": str(prompts), "max_prompt_length": 64},
+            "ebft": {"num_generations": SAMPLES, "max_completion_length": LENGTH, "temperature": TEMPERATURE, "use_vllm": False},
+            "train": {"output_dir": str(tmp_path / name), "max_steps": 2, "batch_size": 4, "per_device_batch_size": 2, "learning_rate": 1e-2, "save_steps": 0, "max_grad_norm": 1e6},
+            "eval": {"num_documents": 0},
+        }
+        for dotted, value in changes.items():
+            section, _, key = dotted.partition("__")
+            if key:
+                tree[section][key] = value
+            else:
+                tree[section] = value
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(tree))
+        return path
+
+    def start(name: str, *overrides: str, **changes) -> Path:
+        AcceleratorState._reset_state(True)
+        train_structured.main(["--cfg", str(file(name, **changes)), *overrides])
+        return tmp_path / name
+
+    start.file = file
+    return start
+
+
+def numbers(folder: Path, *without: str) -> list[dict]:
+    dropped = TIMES | {"train/tokens_per_second", *without}
+    return [{name: value for name, value in entry.items() if name not in dropped} for entry in logged(folder)]
+
+
+def assert_close_numbers(first: Path, second: Path, *without: str) -> None:
+    for left, right in zip(numbers(first, *without), numbers(second, *without), strict=True):
+        assert left == pytest.approx(right, rel=1e-5, abs=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# One step
+
+
+def naive_step(model_folder, completions, conversations, options: dict) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradients, each sequence alone, with full logits; completions[row][sample]."""
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
+    estimates, ce, num_targets = [], 0.0, sum(len(row.truths[0]) for row in conversations)
+    masked = options.get("mask_truncated", False)
+    counted = [[not (masked and sample.truncated) for sample in group] for group in completions]
+    num_tokens = sum(len(sample.tokens) for group, keep in zip(completions, counted, strict=True) for sample, counts in zip(group, keep, strict=True) if counts)
+    num_completions = sum(map(sum, counted))
+
+    def states(tokens):
+        with torch.no_grad():
+            hidden = model(torch.tensor([tokens]), output_hidden_states=True).hidden_states
+        return torch.cat([torch.nn.functional.normalize(hidden[layer][0, -1], dim=0) for layer in (1, 2, 3)])
+
+    for row, group, keep in zip(conversations, completions, counted, strict=True):
+        features = torch.stack([states(row.prompt + sample.tokens) for sample in group])
+        rewards = feature_matching_rewards(features, states(row.prompt + row.truths[0]), whitening="feature", alignment_coef=1.0, diversity_coef=1.0)
+        advantages = rloo_advantages(rewards.alignment, rewards.diversity, 1.0, 1.0)
+        for sample, advantage, counts in zip(group, advantages, keep, strict=True):
+            ids = torch.tensor([row.prompt + sample.tokens])
+            logps = (model(ids).logits[0, len(row.prompt) - 1 : -1] / TEMPERATURE).log_softmax(-1).gather(-1, ids[0, len(row.prompt) :, None])[:, 0]
+            weight = {"bnpo": 1 / num_tokens, "grpo": 1 / (len(sample.tokens) * num_completions), "dr_grpo": 1 / (num_completions * LENGTH)}[options.get("loss_type", "bnpo")]
+            estimates.append(-counts * weight * advantage * (logps - logps.detach()).exp().sum())  # the ratio to the old policy: 1, with the gradient of logps
+        ids = torch.tensor([row.prompt + row.truths[0]])
+        ce = ce - model(ids).logits[0, len(row.prompt) - 1 : -1].log_softmax(-1).gather(-1, ids[0, len(row.prompt) :, None]).sum() / num_targets
+    loss = sum(estimates) + 0.3 * ce
+    loss.backward()
+    return loss.item(), {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("options", [{}, {"loss_type": "grpo"}, {"loss_type": "dr_grpo"}, {"mask_truncated": True}], ids=str)
+def test_a_step_equals_the_obvious_one(run, descent, monkeypatch, model_folder, options):
+    """Loss and update of the packed, padded, micro-batched step against each sequence alone with full logits."""
+    seen, step_of = [], train_structured.train_step
+
+    def keep(context, batches, completions, update):
+        seen.append(([sample for batch in completions for sample in batch], [row for batch in batches for row in batch.conversations]))
+        return step_of(context, batches, completions, update)
+
+    monkeypatch.setattr(train_structured, "train_step", keep)
+    folder = run("step", "train.max_steps=1", "train.warmup_ratio=0", "ebft.ce_coef=0.3", *(f"ebft.{name}={value}" for name, value in options.items()))
+    ((completions, conversations),) = seen
+    assert {sample.truncated for group in completions for sample in group} == {True, False}
+    for group in completions:
+        for sample in group:
+            assert sample.truncated == (sample.tokens[-1] != 0) and 0 not in sample.tokens[:-1] and (len(sample.tokens) == LENGTH or not sample.truncated)
+    loss, gradients = naive_step(model_folder, completions, conversations, options)
+    (entry,) = logged(folder)
+    assert entry["train/loss"] == pytest.approx(loss, abs=1e-5)
+    before, after = AutoModelForCausalLM.from_pretrained(model_folder).state_dict(), weights(folder)
+    for name, gradient in gradients.items():
+        assert torch.allclose(before[name] - after[name], 1e-2 * gradient, atol=2e-7), name
+    assert max(gradient.abs().max() for gradient in gradients.values()) > 1e-3
+
+
+def test_second_iteration_starts_from_the_first(run, descent, monkeypatch):
+    """num_iterations 2: two updates with one batch of completions, the second against the policy before the first."""
+    ratios, loss_of = [], train_structured.clipped_policy_loss
+
+    def keep(logprobs, old_logprobs, advantages, weights, epsilon):
+        ratios.append(torch.where(weights != 0, logprobs - old_logprobs, 0.0).abs().max().item())
+        return loss_of(logprobs, old_logprobs, advantages, weights, epsilon)
+
+    monkeypatch.setattr(train_structured, "clipped_policy_loss", keep)
+    folder = run("twice", "ebft.num_iterations=2", "train.max_steps=1", "train.learning_rate=1.0")
+    assert ratios[:2] == [0.0, 0.0] and min(ratios[2:]) > 1e-3
+    assert 0 < logged(folder)[0]["ebft/clipped"] < 1
+    once = run("once", "train.max_steps=1", "train.learning_rate=1.0")
+    assert max((tensor - weights(once)[name]).abs().max() for name, tensor in weights(folder).items()) > 1e-3
+
+
+def test_supervised_fine_tuning(run, monkeypatch):
+    """rl_coef 0 asks for no completions, and no server either."""
+    folder = run("sft", "ebft.rl_coef=0", "ebft.ce_coef=1", "ebft.use_vllm=true", "train.max_steps=8")
+    entries = logged(folder)
+    assert "ebft/mean_reward" not in entries[0] and entries[-1]["ebft/ce_loss"] < entries[0]["ebft/ce_loss"] - 0.3
+
+
+@pytest.mark.parametrize("options", [["ebft.advantage_estimator=group_norm"], ["ebft.advantage_estimator=group_norm", "ebft.scale_rewards=false"], ["ebft.advantage_estimator=reinforce"]])
+def test_advantages(run, options):
+    """Each estimator is what it says: their spread in the log."""
+    spread = logged(run("run", "train.max_steps=1", *options))[0]["ebft/advantages_std"]
+    scaled = options == ["ebft.advantage_estimator=group_norm"]
+    assert (abs(spread - 1) < 0.01) == scaled and spread > 0.05
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# However it is split
+
+
+@MODES
+def test_micro_batches_change_nothing(run, descent, mode):
+    """4 rows at a time, 2 and 1: the same completions, numbers and weights."""
+    whole = run("4", "train.per_device_batch_size=4", "ebft.ce_coef=0.1", **mode)
+    for size in (2, 1):
+        part = run(str(size), f"train.per_device_batch_size={size}", "ebft.ce_coef=0.1", **mode)
+        assert_close_numbers(whole, part)
+        assert_same_weights(weights(whole), weights(part), 1e-6)
+
+
+@pytest.mark.parametrize("launch, mode", [("ddp", {"lora": {"r": 4}}), ("fsdp2", {})], ids=["DDP, LoRA", "FSDP2, full"])
+def test_two_processes_equal_one(run, tmp_path, launch, mode):
+    """Real processes, several turns of different numbers."""
+    alone = run("alone", "train.per_device_batch_size=1", **mode)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "accelerate_configs" / f"{launch}.yaml"), "--num_processes", "2"]
+    command += [str(ROOT / "tests" / "fsdp2_on_cpu.py")] * (launch == "fsdp2")
+    command += [str(ROOT / "train_structured.py"), "--cfg", str(run.file("pair", train__per_device_batch_size=1, **mode))]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert_close_numbers(alone, tmp_path / "pair")
+    assert_same_weights(weights(alone), weights(tmp_path / "pair"), 1e-5, share=0.002)
+
+
+@MODES
+def test_resumed_is_unbroken(run, tmp_path, mode):
+    """Bit for bit, in numbers and weights."""
+    whole = run("whole", "train.max_steps=4", **mode)
+    run("parts", "train.max_steps=2", **mode)
+    AcceleratorState._reset_state(True)
+    train_structured.main(["--cfg", str(tmp_path / "parts.yaml"), "train.max_steps=4", "train.resume=latest"])
+    assert numbers(whole) == numbers(tmp_path / "parts")
+    assert_equal_weights(whole, tmp_path / "parts")
+
+
+def test_evaluation_does_not_depend_on_its_batches(run):
+    """1, 2 and 3 rows at a time."""
+    found = [evaluations(run(f"eval {size}", "eval.num_documents=5", "train.max_steps=1", f"eval.per_device_batch_size={size}"))[0] for size in (1, 2, 3)]
+    assert found[0] == pytest.approx(found[1], rel=1e-5, abs=1e-5) and found[0] == pytest.approx(found[2], rel=1e-5, abs=1e-5)
+    assert found[0]["eval/reward_best_of_n"] > found[0]["eval/reward_pass@1"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# Several turns, thinking
+
+
+def test_several_turns(run, tmp_path, monkeypatch):
+    """The policy answers each turn, rows have different numbers of them, and the user's tokens are not trained."""
+    rows = [{"prompt": f"p{row} ", "completion": "yes", "more": [{"prompt": f" and{turn} ", "completion": "no"} for turn in range(row % 3)]} for row in range(8)]
+    path = tmp_path / "turns.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    seen, step_of = [], train_structured.train_step
+
+    def keep(context, batches, completions, update):
+        seen.extend((row, sample) for batch, groups in zip(batches, completions, strict=True) for row, group in zip(batch.conversations, groups, strict=True) for sample in group)
+        return step_of(context, batches, completions, update)
+
+    monkeypatch.setattr(train_structured, "train_step", keep)
+    folder = run("turns", data__dataset=str(path), data__turns_column="more")
+    assert {len(row.truths) for row, _ in seen} == {1, 2, 3}
+    for row, sample in seen:
+        foreign = [token for token, written in zip(sample.tokens, sample.written, strict=True) if not written]
+        given = [token for gap in row.between for token in gap]
+        assert [token for token in foreign if token != 0] == given and sum(sample.written) <= LENGTH * len(row.truths)
+    assert logged(folder)[0]["rollout/length"] == pytest.approx(sum(sum(sample.written) for _, sample in seen[: 4 * SAMPLES]) / (4 * SAMPLES))
+
+
+def test_features_of_the_answer_alone(run, tmp_path, model_folder):
+    """With feature_span answer a truth's thinking makes no difference to the reward, and with all it does."""
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    rewards = {}
+    for span in ("answer", "all"):
+        for thought in ("", "<think>a b</think>"):
+            path = tmp_path / "thinking.jsonl"
+            path.write_text("".join(json.dumps({"prompt": f"p{row} ", "completion": f"{thought}yes {row}"}) + "\n" for row in range(6)))
+            assert len(tokenizer(thought + "yes 1")["input_ids"]) < LENGTH
+            rewards[span, thought] = logged(run(f"{span} {len(thought)}", "train.max_steps=1", data__dataset=str(path), ebft__feature_span=span))[0]["ebft/mean_reward"]
+    first, second = (rewards["answer", thought] for thought in ("", "<think>a b</think>"))
+    assert first == pytest.approx(second, abs=1e-5)
+    assert abs(rewards["all", ""] - rewards["all", "<think>a b</think>"]) > 1e-4
