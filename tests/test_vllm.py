@@ -92,23 +92,21 @@ def test_completions_are_the_tokens_and_logprobs_of_the_model(servers):
     """Guards against log-probs at another temperature, of other tokens, and against a lost end-of-text token."""
     served = served_policy(servers["LoRA"])
     prompts, model = [[5, 6, 7, 8], [9, 10, 11, 12, 13, 14]], str(servers["LoRA"].model)
-    found = served.server.complete(model, prompts, [40, 12], [1, 2], 6, 0.7, [0])
+    stops = [0, *range(10, 300, 20)]  # several, as models have them that end a turn and a text with different tokens
+    found = served.server.complete(model, prompts, [40, 12], [1, 2], 6, 0.7, stops)
     assert [len(group) for group in found] == [6, 6]
     ended = 0
     for prompt, limit, group in zip(prompts, (40, 12), found, strict=True):
         for tokens, logprobs, truncated in group:
             assert (torch.tensor(logprobs) - naive_logprobs(servers["LoRA"].model, prompt, tokens, 0.7)).abs().max() < 1e-4
-            assert truncated == (tokens[-1] != 0) and 0 not in tokens[:-1] and (len(tokens) == limit if truncated else len(tokens) <= limit)
+            assert truncated == (tokens[-1] not in stops) and not set(stops) & set(tokens[:-1]) and (len(tokens) == limit if truncated else len(tokens) <= limit)
             ended += not truncated
         assert len({tuple(tokens) for tokens, _, _ in group}) > 1
-    assert ended  # or the test has not seen an end
-    again = served.server.complete(model, prompts, [40, 12], [1, 2], 6, 0.7, [0])
+    assert 0 < ended < 12
+    again = served.server.complete(model, prompts, [40, 12], [1, 2], 6, 0.7, stops)
     assert [[tokens for tokens, _, _ in group] for group in again] == [[tokens for tokens, _, _ in group] for group in found]
-    (first,), (second,) = (served.server.complete(model, prompts[:1], [40], [seed], 6, 0.7, [0]) for seed in (3, 4))
+    (first,), (second,) = (served.server.complete(model, prompts[:1], [40], [seed], 6, 0.7, stops) for seed in (3, 4))
     assert [tokens for tokens, _, _ in first] != [tokens for tokens, _, _ in second]
-    stop = found[0][0][0][2]
-    (group,) = served.server.complete(model, prompts[:1], [40], [1], 6, 0.7, [0, stop])
-    assert group[0][0] == found[0][0][0][: found[0][0][0].index(stop) + 1] and not group[0][2]
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -282,7 +280,8 @@ def test_no_server(servers, capsys):
     with pytest.raises(UserError) as caught:
         trained(servers["LoRA"], "refused", vllm__port=9, vllm__timeout=2.0)
     assert time.monotonic() - started < 20
-    assert_holds(str(caught.value), "http://127.0.0.1:9", "vllm.timeout", "serve_vllm.py")
+    assert "http://127.0.0.1:9 " in str(caught.value)
+    assert_holds(str(caught.value), "vllm.timeout", "serve_vllm.py")
     assert "waiting for the vLLM server at http://127.0.0.1:9" in capsys.readouterr().err
 
 
@@ -338,7 +337,8 @@ def test_a_server_that_dies_in_the_middle(servers, tmp_path):
     assert time.monotonic() - killed < 40
     steps = len(logged(server.folder / "dies"))
     message = error_of(output.read_text())
-    assert_holds(message, server.url, f"step {steps} is saved", "train.resume=latest")
+    assert f"{server.url} " in message
+    assert_holds(message, f"step {steps} is saved", "train.resume=latest")
     assert (server.folder / "dies" / f"checkpoint-{steps}" / "SHA256SUMS").is_file()
     server.kill()
     server.start().wait()
