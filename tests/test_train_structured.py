@@ -12,7 +12,7 @@ import yaml
 from accelerate.state import AcceleratorState
 from conftest import ROOT, assert_equal_weights, assert_same_weights, evaluations, logged, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from vllm_servers import prompts_file
+from real_vllm import prompts_file
 
 import train_structured
 from ebft_utils.rewards import feature_matching_rewards, rloo_advantages

@@ -17,7 +17,7 @@ from accelerate.state import AcceleratorState
 from conftest import ROOT, assert_holds, assert_same_weights, error_of, logged, training, weights
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM
-from vllm_servers import KEY, Server, naive_logprobs, vllm_python
+from real_vllm import KEY, Server, naive_logprobs, vllm_python
 
 import train_structured
 from ebft_utils import weight_sync
