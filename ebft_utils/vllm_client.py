@@ -54,7 +54,7 @@ class VLLMServer:
                     if answer.status_code < 500:
                         return self._content_of(answer, path)
                     problem = f"it answers {path} with {answer.status_code}: {_message_of(answer)}"
-                except (requests.ConnectionError, requests.Timeout) as error:
+                except requests.RequestException as error:  # an answer that breaks off is neither a ConnectionError nor a Timeout
                     problem = f"{path}: {_reason_of(error)}"
                 if line is None and waiting_line:
                     line = stack.enter_context(tqdm(total=round(self.vllm.timeout), desc=f"waiting for the vLLM server at {self.url}", unit="s", leave=False))

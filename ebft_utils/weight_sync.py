@@ -11,7 +11,7 @@ head is among the weights that arrive. A checkpoint of a model with tied embeddi
 import hashlib
 import shutil
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import requests
@@ -74,10 +74,14 @@ class ServedPolicy:
             raise ForgottenWeights(f"its weights are of version {found!r}, not {self.weights_name!r}")
 
     def close(self) -> None:
-        """Ends waiting for the server, and removes what passed through the folder."""
+        """Ends waiting for the server, and takes back what is left of this run: the adapter on the server, the files in the folder."""
         self.server.closed.set()
-        if self.accelerator.is_main_process:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        if not self.accelerator.is_main_process:
+            return
+        if self.name != self.config.model.name_or_path:
+            with suppress(UserError):  # a server that is gone has none
+                self.server.unload_adapter(self.name)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     # --- sending -----------------------------------------------------------------------------------------------------------------------
 

@@ -71,3 +71,22 @@ def test_what_does_not_count_may_be_rubbish(rubbish):
     loss = clipped_policy_loss(logprobs, torch.tensor([[-1.0, 0.0]]), torch.tensor([3.0]), torch.tensor([[0.5, 0.0]]), 0.2)
     loss.backward()
     assert loss.item() == -1.5 and logprobs.grad.tolist() == [[-1.5, 0.0]]
+
+
+def test_extreme_quotients():
+    """Guards against inf * 0 and NaN in weights: a server that held a token for impossible, and a trainer that does."""
+    found = importance_weights(torch.tensor([-1.0, -1.0, -1e4, -math.inf]), torch.tensor([-1e4, -math.inf, -1.0, -1.0]), torch.ones(4, dtype=torch.bool), 2.0)
+    assert found.tolist() == [2.0, 2.0, 0.0, 0.0]
+    logprobs = torch.tensor([[-1e4, -1.0]], requires_grad=True)
+    loss = clipped_policy_loss(logprobs, torch.tensor([[-1e4, -1.0]]), torch.tensor([2.0]), found[None, 2:] + torch.tensor([[0.0, 0.25]]), 0.2)
+    loss.backward()
+    assert loss.item() == -0.5 and logprobs.grad.tolist() == [[0.0, -0.5]]
+
+
+@pytest.mark.parametrize("rubbish", [math.inf, -math.inf, math.nan])
+def test_a_completion_that_does_not_count_may_have_any_advantage(rubbish):
+    """Guards against 0 * NaN through the advantage: the second completion was left out."""
+    logprobs = torch.tensor([[-1.0], [-2.0]], requires_grad=True)
+    loss = clipped_policy_loss(logprobs, torch.tensor([[-1.0], [-2.0]]), torch.tensor([3.0, rubbish]), torch.tensor([[0.5], [0.0]]), 0.2)
+    loss.backward()
+    assert loss.item() == -1.5 and logprobs.grad.tolist() == [[-1.5], [0.0]]

@@ -8,7 +8,7 @@ import torch
 from conftest import assert_holds, tiny_tokenizer
 
 from ebft_utils.config import EvalConfig, ModelConfig, PromptDataConfig, StructuredConfig, StructuredEBFTConfig, TrainConfig, UserError
-from ebft_utils.prompts import Conversation, PromptRows, converse, load_prompts, make_prompt_batch, most_new_tokens, seed_of, stdlib_functions, thinking_opened, tokenize_row, without_thinking
+from ebft_utils.prompts import BadRow, Conversation, PromptRows, converse, load_prompts, make_prompt_batch, most_new_tokens, seed_of, stdlib_functions, thinking_opened, tokenize_row, without_thinking
 
 TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<eos>\n{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -198,3 +198,89 @@ def test_without_thinking_in_each_turn(tokenizer):
     found = without_thinking([token for token, _ in tokens], [written for _, written in tokens], False, tokenizer)
     assert tokenizer.decode(found) == "b<eos><think>c</think>df<eos>"
     assert thinking_opened(tokenizer("a</think>b<think>")["input_ids"], tokenizer) and not thinking_opened(tokenizer("<think>a</think>")["input_ids"], tokenizer)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# More rows as they come
+
+
+SMOL = (  # SmolLM2's, with this tokenizer's end-of-text token
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<eos>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+USER = [{"role": "user", "content": "Hi"}]
+
+
+@pytest.mark.parametrize(
+    "row, words",
+    [
+        ({"prompt": 3, "completion": "x"}, "'prompt': 3 is not text"),
+        ({"prompt": "x", "completion": 2.5}, "'completion': 2.5 is not text"),
+        ({"prompt": [], "completion": "x"}, "'prompt': [] is not a list of messages"),
+        ({"prompt": [{"role": "user", "content": None}], "completion": "x"}, "is not a list of messages"),
+        ({"prompt": [{"role": None, "content": "x"}], "completion": "x"}, "is not a list of messages"),
+        ({"prompt": USER, "completion": [*USER, *USER]}, "'completion': [{'role': 'user'"),
+        ({"prompt": USER, "completion": {"role": "assistant", "text": "x"}}, "'completion': {'role': 'assistant', 'text': 'x'} is not text"),
+        ({"prompt": "x", "completion": "y", "more": "z"}, "'more': 'z' is not a list of turns"),
+        ({"prompt": "x", "completion": "y", "more": [{"prompt": "z"}]}, "'more'[0]: {'prompt': 'z'} is not of the form {prompt, completion}"),
+        ({"prompt": "x", "completion": "y", "more": [{"prompt": 7, "completion": "z"}]}, "more[0].prompt': 7 is not text"),
+        ({"prompt": USER, "completion": "y", "more": [{"prompt": " ", "completion": "z"}]}, "more[0].prompt': ' ' is empty"),
+        ({"prompt": "x", "completion": "y", "more": [{"prompt": "z", "completion": "word " * 50}]}, "more[0].completion': the ground truth has"),
+    ],
+    ids=str,
+)
+def test_rows_of_the_wrong_form(tokenizer, row, words):
+    """Guards against a traceback in place of the row's number, which on_bad_row: skip could not leave out either."""
+    tokenizer.chat_template = SMOL
+    with pytest.raises(BadRow) as caught:
+        tokenize_row({"more": None, **row}, tokenizer, config_of(data={"turns_column": "more"}))
+    assert words in str(caught.value)
+
+
+def test_smollm_template_piece_by_piece(tokenizer):
+    """Guards against tokens that go over the border of two turns, and a line break that the template writes behind an answer and the policy does not."""
+    tokenizer.chat_template = SMOL
+    row = {"prompt": USER, "completion": "Hello", "more": [{"prompt": "How?", "completion": "Well"}]}
+    found = tokenize_row(row, tokenizer, config_of(data={"turns_column": "more"}))
+
+    def ids(text):
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    assert found.prompt == ids("<|im_start|>user\nHi<eos>\n<|im_start|>assistant\n")
+    first, gap, second = [*ids("Hello"), 0], ids("\n<|im_start|>user\nHow?<eos>\n<|im_start|>assistant\n"), [*ids("Well"), 0]
+    assert (found.truths, found.between) == ([first, second], [gap])
+    assert found.truth == (first + gap + second, [True] * len(first) + [False] * len(gap) + [True] * len(second))
+
+
+def test_keys_never_repeat():
+    """Guards against equal random numbers in two rows, turns or samples: rows of 3, 1, 2 and 3 turns."""
+    conversations = [Conversation([5], [[0]] * turns, [[9]] * (turns - 1)) for turns in (3, 1, 2, 3)]
+    seen = []
+
+    def complete(contexts, limits, keys, n):
+        assert len(contexts) == len(limits) == len(keys)
+        seen.extend(keys)
+        return [[([7, 0], None, False)] * n for _ in contexts]
+
+    found = converse(config_of(ebft={"num_generations": 3}), conversations, [10, 11, 12, 13], complete, eos_token_id=0)
+    assert len(seen) == len(set(seen)) == len({seed_of(0, *key) for key in seen}) == 4 + 3 * (2 + 0 + 1 + 2)
+    assert [completion.tokens for completion in found[2]] == [[7, 0, 9, 7, 0]] * 3 and [completion.tokens for completion in found[1]] == [[7, 0]] * 3
+    assert found[0][1].logprobs == [0.0] * 8
+
+
+def test_other_data_has_another_fingerprint(tmp_path, tokenizer):
+    """Guards against a run that is continued on data of the same size with one word changed, in a prompt, a truth or a later turn."""
+    row, found = {"prompt": "one", "completion": "two", "more": [{"prompt": "three", "completion": "four"}]}, []
+    changes = ({}, {"prompt": "One"}, {"completion": "Two"}, {"more": [{"prompt": "Three", "completion": "four"}]}, {"more": [{"prompt": "three", "completion": "Four"}]})
+    for number, change in enumerate((*changes, {})):
+        path = write(tmp_path / f"rows{number}.jsonl", [row, {**row, **change}])
+        found.append(load_prompts(config_of(path, data={"turns_column": "more"}), tokenizer)[0].fingerprint())
+    assert len(set(found[:-1])) == 5 and found[0] == found[-1]
+
+
+def test_a_token_over_the_border_of_the_thinking(tokenizer):
+    """Guards against half of '</think>' staying in the answer, or thinking with it, where one token ends the mark and begins what follows."""
+    tokenizer.add_tokens([">\n"])
+    tokens = tokenizer("<think>so</think>\nYes.<eos>")["input_ids"]
+    assert ">\n" in tokenizer.convert_ids_to_tokens(tokens)
+    assert tokenizer.decode(without_thinking(tokens, [True] * len(tokens), False, tokenizer)) == "Yes.<eos>"

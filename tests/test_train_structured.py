@@ -1,6 +1,7 @@
 """train_structured.py end to end without a server: against the slow and obvious version of a step, however the work is split, and after a resume."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -179,8 +180,9 @@ def test_micro_batches_change_nothing(run, descent, mode):
 
 
 @pytest.mark.parametrize("launch, mode", [("ddp", {"lora": {"r": 4}}), ("fsdp2", {})], ids=["DDP, LoRA", "FSDP2, full"])
-def test_two_processes_equal_one(run, tmp_path, launch, mode):
+def test_two_processes_equal_one(run, tmp_path, turns, launch, mode):
     """Real processes, several turns of different numbers."""
+    mode = dict(mode, data__dataset=str(turns), data__turns_column="more")
     alone = run("alone", "train.per_device_batch_size=1", **mode)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "accelerate_configs" / f"{launch}.yaml"), "--num_processes", "2"]
     command += [str(ROOT / "tests" / "fsdp2_on_cpu.py")] * (launch == "fsdp2")
@@ -247,3 +249,84 @@ def test_features_of_the_answer_alone(run, tmp_path, model_folder):
     first, second = (rewards["answer", thought] for thought in ("", "<think>a b</think>"))
     assert first == pytest.approx(second, abs=1e-5)
     assert abs(rewards["all", ""] - rewards["all", "<think>a b</think>"]) > 1e-4
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# Several turns in numbers, lengths that differ from row to row
+
+
+METRICS = {
+    "step", "train/loss", "train/learning_rate", "train/grad_norm", "train/tokens_per_second", "ebft/rl_loss", "ebft/ce_loss", "ebft/alignment", "ebft/diversity",
+    "ebft/mean_reward", "ebft/cfm_loss", "ebft/advantages_std", "ebft/duplicate_rollouts", "ebft/clipped", "rollout/length", "rollout/truncated", "rollout/entropy",
+} | TIMES
+
+
+def test_numbers_of_a_step(run):
+    """Guards against a metric that disappears, is not finite, or is summed where a mean is meant."""
+    for entry in logged(run("names", "ebft.ce_coef=0.2", "ebft.rl_coef=0.7", "ebft.alignment_coef=0.5", "ebft.diversity_coef=0.25", "ebft.use_whitening=false")):
+        assert entry.keys() == METRICS and all(math.isfinite(value) for value in entry.values())
+        assert entry["train/loss"] == pytest.approx(0.7 * entry["ebft/rl_loss"] + 0.2 * entry["ebft/ce_loss"], abs=1e-5)
+        assert entry["ebft/mean_reward"] == pytest.approx(0.5 * entry["ebft/alignment"] - 0.25 * entry["ebft/diversity"], abs=1e-5)
+        assert 1 <= entry["rollout/length"] <= LENGTH and 0 <= entry["rollout/truncated"] <= 1 and entry["rollout/entropy"] > 0
+        assert entry["ebft/clipped"] == 0 and 0 <= entry["ebft/duplicate_rollouts"] < 1 and -2 <= entry["ebft/alignment"] <= 2
+
+
+@pytest.fixture
+def turns(tmp_path) -> Path:
+    """8 rows of 1 to 3 turns."""
+    rows = [{"prompt": f"p{row} ", "completion": "yes", "more": [{"prompt": f" and{turn} ", "completion": "no" * (turn + 1)} for turn in range(row % 3)]} for row in range(8)]
+    path = tmp_path / "rows_of_turns.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_a_step_of_several_turns_equals_the_obvious_one(run, monkeypatch, model_folder, turns):
+    """Guards against the user's turns, or an end-of-text token that was put there, in the policy gradient, its denominator or the cross-entropy."""
+    seen, step_of = [], train_structured.train_step
+
+    def keep(context, batches, completions, update):
+        groups = [train_structured.score(context, batch, group) for batch, group in zip(batches, completions, strict=True)]
+        seen.extend((row, group[index], advantages) for batch, group, scored in zip(batches, completions, groups, strict=True)
+                    for index, (row, advantages) in enumerate(zip(batch.conversations, train_structured.advantages_of(context.config, scored.rewards), strict=True)))
+        return step_of(context, batches, completions, update)
+
+    monkeypatch.setattr(train_structured, "train_step", keep)
+    (entry,) = logged(run("turns", "train.max_steps=1", "ebft.ce_coef=0.3", "ebft.max_completion_length=6", data__dataset=str(turns), data__turns_column="more"))
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
+    rl, num_tokens, ce, num_targets = 0.0, 0, 0.0, 0
+
+    def logps(prompt, tokens, temperature):
+        ids = torch.tensor([prompt + tokens])
+        return (model(ids).logits[0, len(prompt) - 1 : -1] / temperature).log_softmax(-1).gather(-1, ids[0, len(prompt) :, None])[:, 0]
+
+    inserted = 0
+    for row, samples, advantages in seen:
+        for sample, advantage in zip(samples, advantages, strict=True):
+            own = torch.tensor(sample.written)
+            inserted += len(sample.tokens) - int(own.sum()) - sum(map(len, row.between))
+            values = logps(row.prompt, sample.tokens, TEMPERATURE)[own]
+            rl, num_tokens = rl - advantage * (values - values.detach()).exp().sum(), num_tokens + len(values)
+        tokens = [token for turn, gap in zip(row.truths, [*row.between, []], strict=True) for token in turn + gap]
+        own = torch.tensor([own for turn, gap in zip(row.truths, [*row.between, []], strict=True) for own in [True] * len(turn) + [False] * len(gap)])
+        values = logps(row.prompt, tokens, 1.0)[own]
+        ce, num_targets = ce - values.sum(), num_targets + len(values)
+    loss = rl / num_tokens + 0.3 * ce / num_targets
+    loss.backward()
+    norm = torch.stack([parameter.grad.norm() for parameter in model.parameters()]).norm().item()
+    assert len({len(row.truths) for row, _, _ in seen}) > 1 and inserted > 0
+    assert entry["train/loss"] == pytest.approx(loss.item(), abs=1e-5) and entry["train/grad_norm"] == pytest.approx(norm, rel=1e-4)
+    assert entry["rollout/length"] == pytest.approx(num_tokens / (4 * SAMPLES)) and entry["ebft/ce_loss"] == pytest.approx(ce.item() / num_targets, abs=1e-5)
+
+
+@pytest.mark.parametrize("case", ["turns", "adaptive lengths"])
+def test_micro_batches_of_unlike_rows_change_nothing(run, descent, tmp_path, turns, case):
+    """Guards against completions that depend on the rows beside them: on how many turns those have, or on how long they may become."""
+    lengths = tmp_path / "lengths.jsonl"
+    lengths.write_text("".join(json.dumps({"prompt": f"row {row}: ", "completion": "abcdefghij" * (4 + 2 * (row % 4))}) + "\n" for row in range(8)))
+    changes = {
+        "turns": dict(data__dataset=str(turns), data__turns_column="more"),
+        "adaptive lengths": dict(data__dataset=str(lengths), ebft__max_completion_length=110, ebft__adaptive_max_tokens=True, ebft__gt_length_multiplier=1.0),
+    }[case]
+    whole, part = (run(f"{size} rows", f"train.per_device_batch_size={size}", "train.max_steps=1", "ebft.ce_coef=0.1", **changes) for size in (4, 1))
+    assert_close_numbers(whole, part)
+    assert_same_weights(weights(whole), weights(part), 1e-6)
