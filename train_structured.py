@@ -51,7 +51,7 @@ from ebft_utils.features import FeatureNetwork, completion_features
 from ebft_utils.losses import clipped_policy_loss, completion_token_weights, cross_entropy_loss, importance_weights
 from ebft_utils.loop import TrainingLoop, Update, evaluate_only
 from ebft_utils.metrics import MetricLogger, MetricSums, logged_evaluations, rollout_table, step_metrics
-from ebft_utils.models import StridedPolicy, check_vocabulary, load_feature_network, load_policy, load_tokenizer, model_card, stop_token_ids
+from ebft_utils.models import StridedPolicy, check_vocabulary, load_feature_network, load_policy, load_tokenizer, model_card, refuse_short_context, stop_token_ids
 from ebft_utils.prompts import Completion, PromptBatch, PromptRows, load_prompts, make_prompt_batch, padded, thinking_opened, without_thinking
 from ebft_utils.rewards import FeatureRewards, feature_matching_rewards, first_equal_rollout, group_norm_advantages, rloo_advantages, share_equal_rollouts, unbiased_cfm
 from ebft_utils.rollouts import Rollouts
@@ -349,6 +349,8 @@ def train_or_evaluate(config: StructuredConfig, accelerator: Accelerator, output
     rows, held_out = main_process_first(accelerator, lambda: load_prompts(config, tokenizer))  # the others then read its cache
     causal_lm = load_policy(config)
     check_vocabulary(tokenizer, causal_lm, config.model.name_or_path)
+    if config.data.turns_column is not None:
+        refuse_short_context(causal_lm.config, rows.longest(config.ebft.max_completion_length), "data.turns_column: a conversation's possible length", config.model.name_or_path)
 
     # --- optimizer ---------------------------------------------------------------------------------------------------------------------
     policy = StridedPolicy(causal_lm)

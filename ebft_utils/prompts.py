@@ -100,6 +100,11 @@ class PromptRows:
         document = self.documents[row]
         return Conversation(document["prompt_ids"], document["truths"], document["between"])
 
+    def longest(self, max_completion_length: int) -> int:
+        """Most tokens that a conversation can come to, with the policy's answers in place of the truths."""
+        rows = zip(self.documents["prompt_ids"], self.documents["truths"], self.documents["between"], strict=True)
+        return max(len(prompt) + sum(map(len, between)) + len(truths) * (1 + max_completion_length) - 1 for prompt, truths, between in rows)  # 1: an end for a turn that was cut short
+
     def fingerprint(self) -> str:
         """Tells other data from the same: the number of rows, and a digest of up to 64 of them."""
         digest = hashlib.sha256()
@@ -184,7 +189,7 @@ def _listed(value, column: str) -> list:
 def _text_of(value, column: str) -> str:
     if isinstance(value, list) and len(value) == 1:
         (value,) = value
-    if isinstance(value, dict) and value.get("role") in ("assistant", "user"):
+    if isinstance(value, dict) and value.get("role") in ("assistant", "user") and "content" in value:
         value = value["content"]
     if not isinstance(value, str):
         raise BadRow(f"column {column!r}: {shorten(value)} is not text")
@@ -196,7 +201,7 @@ def _text_of(value, column: str) -> str:
 def _chat_texts(turns: list[dict], columns: list[tuple[str, str]], tokenizer) -> tuple[str, list[str]]:
     """The prompt in the tokenizer's chat template, and what the template puts between one answer of the assistant and the next."""
     messages = list(turns[0]["prompt"])
-    if not messages or not all(isinstance(message, dict) and isinstance(message.get("content"), str) for message in messages):
+    if not messages or not all(isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str) for message in messages):
         raise BadRow(f"column {columns[0][0]!r}: {shorten(messages)} is not a list of messages (role, content)")
     try:
         opening = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)

@@ -128,7 +128,8 @@ class Rollouts:
         def complete(contexts: list[list[int]], limits: list[int], keys: list[tuple[int, int, int]], n: int):
             document_ids = padded(contexts, self.tokenizer.pad_token_id, device)
             lengths = torch.tensor([len(context) for context in contexts], device=device)
-            uniforms = torch.cat([rollout_uniforms(seed_of(seed, *key), [0], 1, n, max(limits)) for key in keys])
+            width = self.config.ebft.max_completion_length  # of all draws, whatever the limits of the rows beside it
+            uniforms = torch.cat([rollout_uniforms(seed_of(seed, *key), [0], 1, n, width) for key in keys])[..., : max(limits)]
             tokens = policy.generate(
                 document_ids=document_ids,
                 segment_ids=torch.where(torch.arange(document_ids.shape[1], device=device) < lengths.unsqueeze(-1), 0, -1),

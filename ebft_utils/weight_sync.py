@@ -53,6 +53,7 @@ class ServedPolicy:
         words = self._on_main(lambda: self.server.check(self.config))
         self._on_main(self._clean_folder)
         (self.server.max_model_len, self.server.dtype) = self._on_main(lambda: (self.server.max_model_len, self.server.dtype))
+        self.probe = self.probe[: self.server.max_model_len - PROBE_SAMPLED]
         plain = self._own_scores([])[0]
         with self._changed_weights(plain) as changed:
             self._send("canary")
