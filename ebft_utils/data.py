@@ -1,172 +1,63 @@
-"""Raw text -> tokenised documents -> rows -> batches.
+"""Documents -> rows -> batches.
 
-A document is a list of token ids. A row is what the model sees in one line of a batch: one document, or several with `data.packing`. Which rows
-make up an optimizer step is a function of (seed, step) alone, so a run resumes where it stopped and does not depend on the number of processes.
+A row is what the model sees in one line of a batch: one document, or several with `data.packing`. Rows form an endless series; which of them make up an
+optimizer step is a function of (seed, step) alone, so a run resumes where it stopped and does not depend on the number of processes.
+
+    Rows          of documents that are all there: epoch after epoch, each in an order of its own
+    StreamedRows  of a stream, in blocks of data.shuffle_buffer rows, each in an order of its own
+    MixedRows     of several of these, by weight
 
 Axis legend: B rows, S tokens of a row (right-padded), A anchors, N rollouts at an anchor, G tokens of a rollout.
 """
 
 import hashlib
-import sysconfig
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
+from itertools import islice
 
 import datasets
 import numpy as np
 import torch
 from accelerate import PartialState
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
-from .config import Config, StridedConfig, UserError
+from .config import MIX_BLOCK, Config, UserError
+from .documents import Document, Tokenizing, documents_from, left_out, load_documents, table_of
+from .sources import LOADING_ERRORS, Source, evaluation_source, load_table, training_sources
 from .strided import find_anchors
 
-LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
+STREAM_EVALUATION = 64  # held-out documents of a stream, of which a tenth is not known
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
-# Sources
+# Rows
 
 
-def load_table(config: Config, source: str, split: str, columns: dict[str, str], built_in: dict) -> datasets.Dataset:
-    """The rows of a dataset, the first data.max_documents of them. Raises UserError naming the dataset when they cannot be had.
-
-    columns: setting -> the column that it names, which must be there. built_in: names of sources that are no files -> a function from split to dataset.
-    """
-    data = config.data
-    try:
-        path = Path(source).expanduser()
-        if source in built_in:
-            table = built_in[source](split)
-        elif path.is_dir():
-            files = sorted(file for file in path.rglob(data.file_pattern) if file.is_file())
-            if not files:
-                raise UserError(f"data: the folder {source} holds no file that matches data.file_pattern {data.file_pattern!r}")
-            suffix, kinds = files[0].suffix, {file.suffix for file in files}
-            if len(kinds) > 1 and kinds & LOADERS.keys():
-                raise UserError(f"data: data.file_pattern {data.file_pattern!r} matches files of several kinds in {source} ({', '.join(sorted(kinds))}); narrow it to one")
-            if suffix not in LOADERS and config.mode != "strided":
-                raise UserError(f"data: data.file_pattern {data.file_pattern!r} matches files of the kind {suffix!r} in {source}; rows can be read from {', '.join(LOADERS)}")
-            table = _load_rows([str(file) for file in files], suffix, split) if suffix in LOADERS else read_files(files, source, split, data.text_column)
-        elif path.suffix in LOADERS:
-            if not path.is_file():
-                raise UserError(f"data: the file {source} does not exist")
-            table = _load_rows([str(path)], path.suffix, split)
-        elif path.exists() or source.startswith((".", "/", "~")):
-            raise UserError(f"data: {source} is neither a folder nor a file of a known kind ({', '.join(LOADERS)})")
-        else:
-            table = datasets.load_dataset(source, data.name, revision=data.revision, split=split)
-    except (OSError, ValueError, RuntimeError, NotImplementedError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(f"data: {source!r} (split {split!r}) cannot be loaded: {_root_cause(error)}") from None
-    for key, column in columns.items():
-        if column not in table.column_names:
-            raise UserError(f"data: {source!r} has no column {column!r}; it has {', '.join(table.column_names)}: set {key}")
-    if len(table) == 0:
-        raise UserError(f"data: {source!r} (split {split!r}) is empty")
-    return table if data.max_documents is None else table.select(range(min(data.max_documents, len(table))))
-
-
-def load_texts(config: StridedConfig, source: str, split: str) -> datasets.Dataset:
-    """The rows of a raw-text dataset, with the column data.text_column."""
-    column = config.data.text_column
-    return load_table(config, source, split, {"data.text_column": column}, {"python_stdlib": lambda split: read_files(stdlib_files(), source, split, column)})
-
-
-def _root_cause(error: BaseException) -> str:
-    """First line of the error that started it: `datasets` wraps the reason in a general one."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return str(error).strip().partition("\n")[0]
-
-
-def _load_rows(files: list[str], suffix: str, split: str) -> datasets.Dataset:
-    _check_local_split(split)
-    if not any(Path(file).stat().st_size for file in files):
-        raise UserError(f"data: {', '.join(files)} (split {split!r}) is empty")
-    return datasets.load_dataset(LOADERS[suffix], data_files={"train": files}, split=split)
-
-
-def _check_local_split(split: str) -> None:
-    if split.partition("[")[0] != "train":
-        raise UserError(f"data: local data has one split, train, of which {split!r} is no part; write for example train or train[:10%] (data.split, eval.split)")
-
-
-def stdlib_files() -> list[Path]:
-    """The standard library's modules, without its tests and without installed packages: nearly the same on every machine."""
-    root = Path(sysconfig.get_path("stdlib"))
-    left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-    return sorted(file for file in root.rglob("*.py") if not left_out & set(file.relative_to(root).parts))
-
-
-def read_files(files: list[Path], source: str, split: str, text_column: str) -> datasets.Dataset:
-    """One document a file; `split` may cut a part out, as in train[:10%]."""
-    texts = []
-    for file in files:
-        try:
-            texts.append(file.read_text(encoding="utf-8"))
-        except UnicodeDecodeError:
-            raise UserError(f"data: {file} in {source!r} is not UTF-8 text; narrow data.file_pattern") from None
-    return take_split(datasets.Dataset.from_dict({text_column: [text for text in texts if text.strip()]}), split)
-
-
-def take_split(whole: datasets.Dataset, split: str) -> datasets.Dataset:
-    """The rows that `split` names, of a dataset that is all train."""
-    _check_local_split(split)
-    parts = datasets.ReadInstruction.from_spec(split).to_absolute({"train": len(whole)})
-    return whole.select([row for part in parts for row in range(len(whole))[part.from_ : part.to]])
-
-
-# ---------------------------------------------------------------------------------------------------------------------------------------
-# Documents and rows
-
-
-def tokenize_documents(texts: datasets.Dataset, tokenizer, config: StridedConfig, source: str) -> datasets.Dataset:
-    """Token ids of each document, cut to data.sequence_length; the column input_ids. Bad rows stop with their number, or are left out and counted."""
-    data, column = config.data, config.data.text_column
-    shortest = config.first_anchor + config.ebft.generate_max_len
-
-    def tokenize(batch: dict, rows: list[int]) -> dict:
-        for row, text in zip(rows, batch[column], strict=True):
-            if not isinstance(text, str) and (data.on_bad_row == "error" or text is not None):
-                raise UserError(f"data: {source!r}, row {row}, column {column!r}: {shorten(text)} is not text")
-        ids = tokenizer([text or "" for text in batch[column]], truncation=True, max_length=data.sequence_length)["input_ids"]
-        if data.append_eos:
-            ids = [tokens + [tokenizer.eos_token_id] if len(tokens) < data.sequence_length else tokens for tokens in ids]
-        for row, text, tokens in zip(rows, batch[column], ids, strict=True):
-            if data.on_bad_row == "error" and len(tokens) < shortest:
-                raise UserError(
-                    f"data: {source!r}, row {row}, column {column!r}: {len(tokens)} tokens have no room for one anchor, which needs {shortest} "
-                    f"(ebft.context_length or min_completion_prefix + ebft.generate_max_len); text {shorten(text)}; data.on_bad_row: skip leaves such rows out"
-                )
-        return {"input_ids": ids}
-
-    documents = texts.map(tokenize, batched=True, with_indices=True, remove_columns=texts.column_names, desc="tokenising")
-    lengths = np.array([len(tokens) for tokens in documents["input_ids"]])
-    kept = np.flatnonzero(lengths >= shortest)
-    if len(kept) == 0:
-        raise UserError(f"data: {source!r} has no document with the {shortest} tokens that one anchor needs (the longest of {len(lengths)} has {lengths.max()})")
-    if len(kept) < len(lengths):
-        PartialState().print(f"data: {len(lengths) - len(kept)} of {len(lengths)} rows of {source!r} left out (no text, or fewer than {shortest} tokens)")
-    return documents.select(kept)
-
-
-def shorten(value) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-@dataclass(frozen=True)
 class Rows:
-    """Rows of documents: rows[i] is the list of the documents' token ids in row i."""
+    """Rows of documents that are all there.
 
-    documents: datasets.Dataset
-    members: list[list[int]]
+    Args:
+        documents: a tokenised table; members: the documents of each row; seed: of the order (several numbers, for the sources of a mixture).
+        form: what rows[i] gives of the row's documents.
+    """
+
+    def __init__(self, documents: datasets.Dataset, members: list[list[int]], seed: tuple[int, ...] = (0,), form: Callable = list):
+        self.documents, self.members, self.seed, self.form = documents, members, seed, form
+        self.places: list = []  # see StreamedRows
 
     def __len__(self) -> int:
         return len(self.members)
 
-    def __getitem__(self, row: int) -> list[list[int]]:
-        return self.documents[self.members[row]]["input_ids"]
+    def __getitem__(self, row: int):
+        return self.form(documents_from(self.documents[self.members[row]]))
+
+    def row_at(self, position: int) -> int:
+        """The row at a place of the endless series: every row once in each epoch, in a new order."""
+        epoch, index = divmod(position, len(self))
+        return int(_epoch_order(len(self), self.seed, epoch)[index])
 
     def fingerprint(self) -> str:
         """Tells other data from the same: the number of rows, and a digest of up to 64 of them."""
@@ -175,10 +66,132 @@ class Rows:
             digest.update(repr(self[row]).encode())
         return f"{len(self)} rows, {digest.hexdigest()[:12]}"
 
+    def go_on_from(self, places: list, position: int) -> None:
+        """Nothing to look for: all rows are there."""
 
-def pack_documents(documents: datasets.Dataset, sequence_length: int, seed: int) -> Rows:
-    """Fills rows of sequence_length with whole documents, in a shuffled order, a new row when the next document does not fit."""
-    lengths = [len(tokens) for tokens in documents["input_ids"]]
+
+@lru_cache(maxsize=16)  # a step reads one epoch of a source, or two at its end; shuffling millions of rows at every step would cost more than the step
+def _epoch_order(num_rows: int, seed: tuple[int, ...], epoch: int) -> np.ndarray:
+    return np.random.default_rng([*seed, epoch]).permutation(num_rows)
+
+
+class StreamedRows:
+    """Rows of a stream, read when they are asked for. rows[position] is the row at a place of the endless series.
+
+    The stream is cut into blocks of block_size rows as they come; the usable documents of a block are packed and shuffled. When it ends it begins
+    again, its blocks in other orders.
+
+    Args:
+        name: for messages. open_at(number): the stream's rows from that one on, as an iterator of dicts. make(rows, number of the first): their usable documents.
+        pack(documents, seed): the documents of each row. keep: how far back of the newest position rows are still asked for.
+    """
+
+    def __init__(self, name: str, open_at: Callable, make: Callable, pack: Callable, block_size: int, seed: tuple[int, ...], keep: int, form: Callable = list):
+        self.name, self.open_at, self.make, self.pack = name, open_at, make, pack
+        self.block_size, self.seed, self.keep, self.form = block_size, seed, keep, form
+        self.places: list[list[int]] = []  # [epoch, block, position of its first row] of the blocks in memory: a checkpoint holds them
+        self.blocks: deque[list[list[Document]]] = deque()
+        self._restart(0, 0, 0)
+
+    def _restart(self, epoch: int, block: int, position: int) -> None:
+        self.epoch, self.block, self.end = epoch, block, position
+        self.epoch_begin = position if block == 0 else -1
+        self.places.clear()
+        self.blocks.clear()
+        self.stream = self.open_at(block * self.block_size)
+
+    def row_at(self, position: int) -> int:
+        """The position itself."""
+        return position
+
+    def __getitem__(self, position: int):
+        while position >= self.end:
+            self._read_block(position)
+        index = max(index for index, (_, _, first) in enumerate(self.places) if first <= position)
+        return self.form(self.blocks[index][position - self.places[index][2]])
+
+    def _read_block(self, position: int) -> None:
+        rows, first = list(islice(self.stream, self.block_size)), self.block * self.block_size
+        if not rows:
+            if self.end == self.epoch_begin:
+                raise UserError(f"{self.name} has no row that can be used")
+            self.epoch, self.block, self.epoch_begin, self.stream = self.epoch + 1, 0, self.end, self.open_at(0)
+            return
+        packed = self.pack(self.make(rows, first), [*self.seed, self.epoch, self.block])
+        while self.places and self.places[0][2] + len(self.blocks[0]) <= position - self.keep:
+            self.places.pop(0)
+            self.blocks.popleft()
+        self.places.append([self.epoch, self.block, self.end])
+        self.blocks.append(packed)
+        self.block, self.end = self.block + 1, self.end + len(packed)
+
+    def fingerprint(self) -> str:
+        """Tells another stream from the same, by its first rows."""
+        digest = hashlib.sha256()
+        self[0]
+        for index in range(min(64, len(self.blocks[0]))):
+            digest.update(repr(self[index]).encode())
+        return f"a stream, {digest.hexdigest()[:12]}"
+
+    def go_on_from(self, places: list, position: int) -> None:
+        """Goes to the block of a position, without reading what comes before it. places: as a checkpoint holds them."""
+        self._restart(*max((place for place in places if place[2] <= position), key=lambda place: place[2]))
+
+
+class MixedRows:
+    """Rows of several sources, each with its exact share in every MIX_BLOCK rows. A row is (source, its row)."""
+
+    def __init__(self, sources: list[Rows | StreamedRows], weights: list[float], seed: int):
+        self.sources, self.seed = sources, seed
+        shares = np.array(weights) / sum(weights) * MIX_BLOCK
+        self.counts = np.floor(shares).astype(int)
+        largest_remainders = np.argsort(self.counts - shares, kind="stable")[: MIX_BLOCK - self.counts.sum()]
+        self.counts[largest_remainders] += 1
+
+    def row_at(self, position: int) -> tuple[int, int]:
+        """The source whose turn it is, and its next row."""
+        block, index = divmod(position, MIX_BLOCK)
+        turns = _mixed_turns(tuple(self.counts), self.seed, block)
+        source = int(turns[index])
+        before = block * int(self.counts[source]) + int((turns[:index] == source).sum())
+        return source, self.sources[source].row_at(before)
+
+    def __getitem__(self, row: tuple[int, int]):
+        source, index = row
+        return self.sources[source][index]
+
+    @property
+    def places(self) -> list:
+        """Those of the sources."""
+        return [source.places for source in self.sources]
+
+    def fingerprint(self) -> str:
+        """Those of the sources."""
+        return " + ".join(source.fingerprint() for source in self.sources)
+
+    def go_on_from(self, places: list, position: int) -> None:
+        """Each source where it is at that position."""
+        block, index = divmod(position, MIX_BLOCK)
+        turns = _mixed_turns(tuple(self.counts), self.seed, block)[:index]
+        for number, (source, own) in enumerate(zip(self.sources, places, strict=True)):
+            source.go_on_from(own, block * int(self.counts[number]) + int((turns == number).sum()))
+
+
+@lru_cache(maxsize=4)
+def _mixed_turns(counts: tuple[int, ...], seed: int, block: int) -> np.ndarray:
+    return np.random.default_rng([seed, block]).permutation(np.repeat(np.arange(len(counts)), counts))
+
+
+def rows_of_step(rows: Rows | StreamedRows | MixedRows, step: int, rows_per_step: int) -> list:
+    """The rows of the whole global batch of an optimizer step (counted from 0): the next ones of the endless series.
+
+    No row is dropped at an epoch's end: a batch may hold the last rows of one epoch and the first of the next.
+    """
+    return [rows.row_at(position) for position in range(step * rows_per_step, (step + 1) * rows_per_step)]
+
+
+def pack_documents(lengths: list[int], sequence_length: int, seed) -> list[list[int]]:
+    """Fills rows of sequence_length with whole documents, in a shuffled order, a new row when the next document does not fit. The documents of each row."""
     members, room = [], 0
     for document in np.random.default_rng(seed).permutation(len(lengths)).tolist():
         if lengths[document] > room:
@@ -186,112 +199,205 @@ def pack_documents(documents: datasets.Dataset, sequence_length: int, seed: int)
             room = sequence_length
         members[-1].append(document)
         room -= lengths[document]
-    return Rows(documents, members)
-
-
-def load_rows(config: StridedConfig, tokenizer) -> tuple[Rows, Rows | None]:
-    """Training rows and held-out rows (always one document a row; None when eval.num_documents is 0)."""
-
-    def documents_of(source: str, split: str) -> datasets.Dataset:
-        return tokenize_documents(load_texts(config, source, split), tokenizer, config, source)
-
-    documents, held_out = hold_out(config, documents_of)
-    train = pack_documents(documents, config.data.sequence_length, config.train.seed) if config.data.packing else one_document_a_row(documents)
-    return train, None if held_out is None else one_document_a_row(held_out)
-
-
-def hold_out(config: Config, documents_of) -> tuple[datasets.Dataset, datasets.Dataset | None]:
-    """Documents to train on, and those for evaluation (None when eval.num_documents is 0), of which no copy is trained on.
-
-    documents_of(source, split): the usable documents of a dataset.
-    """
-    data, evaluation = config.data, config.eval
-    documents = documents_of(data.dataset, data.split)
-    pool = documents if evaluation.dataset is None else documents_of(evaluation.dataset, evaluation.split)
-    spare = evaluation.dataset is None and not evaluation.only  # something must be left to train on
-    num_documents = evaluation.num_documents
-    if num_documents is None:
-        num_documents = min(64, len(pool) // 10 if evaluation.dataset is None else len(pool))
-        PartialState().print(f"data: {num_documents} of {len(pool)} documents are for evaluation (eval.num_documents)")
-    if num_documents > len(pool) - spare:
-        raise UserError(
-            f"eval.num_documents: {num_documents} cannot be taken out of the {len(pool)} usable documents of {evaluation.dataset or data.dataset!r}"
-            f"{' and leave any to train on' if spare else ''}; lower it{', or set eval.dataset' if spare else ''}"
-        )
-    order = np.random.default_rng(evaluation.seed).permutation(len(pool))
-    held_out = pool.select(np.sort(order[:num_documents])) if num_documents else None
-    if held_out is not None and not evaluation.only:
-        documents = _without_copies(pool.select(np.sort(order[num_documents:])) if spare else documents, held_out, data.dataset)
-    return documents, held_out
-
-
-def _without_copies(documents: datasets.Dataset, held_out: datasets.Dataset, source: str) -> datasets.Dataset:
-    """The documents that are not token for token one of the held-out ones. Data sets often hold a text twice."""
-    seen = {tuple(tokens) for tokens in held_out["input_ids"]}
-    kept = [row for row, tokens in enumerate(documents["input_ids"]) if tuple(tokens) not in seen]
-    if not kept:
-        raise UserError(f"eval.num_documents: every other document of {source!r} is a copy of a held-out one: nothing is left to train on")
-    if len(kept) < len(documents):
-        PartialState().print(f"data: {len(documents) - len(kept)} documents of {source!r} left out of training: copies of held-out ones")
-    return documents.select(kept)
-
-
-def one_document_a_row(documents: datasets.Dataset) -> Rows:
-    """Unpacked rows."""
-    return Rows(documents, [[document] for document in range(len(documents))])
+    return members
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
-# Batches
+# What a run trains and evaluates on
+
+
+def load_rows(config: Config, tokenizer: PreTrainedTokenizerBase, form: Callable = list) -> tuple[Rows | StreamedRows | MixedRows, Rows | None]:
+    """Rows to train on, and held-out rows (always one document a row; None when eval.num_documents is 0), of which no copy is trained on."""
+    sources = training_sources(config)
+    load = _streams if config.data.streaming else _tables
+    train, held_out = load(config, tokenizer, sources, form)
+    held_out = None if held_out is None else Rows(held_out, [[row] for row in range(len(held_out))], form=form)
+    return (train[0] if config.data.mix is None else MixedRows(train, [source.weight for source in sources], config.train.seed)), held_out
+
+
+def _order_seed(config: Config, number: int) -> tuple[int, ...]:
+    return (config.train.seed,) if config.data.mix is None else (config.train.seed, number)
+
+
+def _packs(config: Config) -> bool:
+    return config.mode == "strided" and config.data.packing
+
+
+def _tables(config: Config, tokenizer, sources: list[Source], form: Callable) -> tuple[list[Rows], datasets.Dataset | None]:
+    """Rows of each source, and the documents for evaluation."""
+    train = [load_documents(config, tokenizer, source) for source in sources]
+    train, held_out = hold_out(config, tokenizer, sources, train)
+    rows = []
+    for number, documents in enumerate(train):
+        lengths = documents["num_tokens"][:]
+        members = pack_documents(lengths, config.data.sequence_length, config.train.seed) if _packs(config) else [[document] for document in range(len(lengths))]
+        rows.append(Rows(documents, members, _order_seed(config, number), form))
+    return rows, held_out
+
+
+def hold_out(config: Config, tokenizer, sources: list[Source], train: list[datasets.Dataset]) -> tuple[list[datasets.Dataset], datasets.Dataset | None]:
+    """Documents of each source to train on, and those for evaluation: of eval.dataset, or taken out of the sources by their weights."""
+    evaluation = config.eval
+    own = None if evaluation.dataset is None else evaluation_source(config)
+    pools = train if own is None else [load_documents(config, tokenizer, own)]
+    spare = own is None and not evaluation.only  # something must be left to train on
+    total, where = sum(map(len, pools)), " + ".join(map(str, sources if own is None else [own]))
+    wanted = evaluation.num_documents
+    if wanted is None:
+        wanted = min(64, total // 10 if own is None else total)
+        PartialState().print(f"data: {wanted} of {total} documents are for evaluation (eval.num_documents)")
+    weights = np.array([source.weight for source in sources] if own is None else [1.0])
+    numbers = np.diff(np.floor(np.cumsum([0.0, *weights]) / weights.sum() * wanted + 0.5).astype(int))
+    for pool, number in zip(pools, numbers, strict=True):
+        if number > len(pool) - spare:
+            raise UserError(
+                f"eval.num_documents: {wanted} cannot be taken out of the {total} usable documents of {where}"
+                f"{' and leave any to train on' if spare else ''}; lower it{', or set eval.dataset' if spare else ''}"
+            )
+    if wanted == 0:
+        return train, None
+    orders = [np.random.default_rng(evaluation.seed).permutation(len(pool)) for pool in pools]
+    held_out = datasets.concatenate_datasets([pool.select(np.sort(order[:number])) for pool, order, number in zip(pools, orders, numbers, strict=True)])
+    if not evaluation.only and train:
+        if own is None:
+            train = [pool.select(np.sort(order[number:])) for pool, order, number in zip(pools, orders, numbers, strict=True)]
+        train = [_without_copies(documents, held_out, source) for documents, source in zip(train, sources, strict=True)]
+    return train, held_out
+
+
+def _without_copies(documents: datasets.Dataset, held_out: datasets.Dataset, source: Source) -> datasets.Dataset:
+    """The documents that are not token for token one of the held-out ones. Data sets often hold a text twice."""
+    kept = np.flatnonzero(~np.isin(documents["digest"][:], held_out["digest"][:]))
+    if not len(kept):
+        raise UserError(f"eval.num_documents: every other document of {source} is a copy of a held-out one: nothing is left to train on")
+    if len(kept) < len(documents):
+        PartialState().print(f"data: {len(documents) - len(kept)} documents of {source} left out of training: copies of held-out ones")
+    return documents.select(kept)
+
+
+def _streams(config: Config, tokenizer, sources: list[Source], form: Callable) -> tuple[list[StreamedRows], datasets.Dataset | None]:
+    """The same of streams, whose first usable documents are for evaluation when eval.dataset is null."""
+    evaluation, data = config.eval, config.data
+    held_out, taken = None, [0] * len(sources)
+    streams = [_Stream(config, tokenizer, source) for source in sources]
+    if evaluation.dataset is not None:
+        _, held_out = hold_out(config, tokenizer, sources, [])
+    elif evaluation.num_documents != 0:
+        wanted = STREAM_EVALUATION if evaluation.num_documents is None else evaluation.num_documents
+        shares = np.diff(np.floor(np.cumsum([0.0, *(source.weight for source in sources)]) / sum(source.weight for source in sources) * wanted + 0.5).astype(int))
+        found = [stream.first(int(share)) for stream, share in zip(streams, shares, strict=True)]
+        held_out, taken = table_of([document for documents, _ in found for document in documents]), [number for _, number in found]
+    copies = set() if held_out is None else set(held_out["digest"][:])
+    keep = 2 * config.train.batch_size  # completions are written a step ahead (ebft.async_prefetch)
+    rows = []
+    for number, stream in enumerate(streams):
+        stream.begin, stream.copies = taken[number], copies
+        name = f"{stream.source.key}: {stream.source}"
+        rows.append(StreamedRows(name, stream.open_at, stream.documents, _pack_block(config), data.shuffle_buffer, _order_seed(config, number), keep, form))
+        rows[-1][0]  # or it says what is wrong, before a model is loaded
+    return rows, held_out
+
+
+def _pack_block(config: Config) -> Callable:
+    def pack(documents: list[Document], seed: list[int]) -> list[list[Document]]:
+        if _packs(config):
+            members = pack_documents([len(document.tokens) for document in documents], config.data.sequence_length, seed)
+        else:
+            members = [[document] for document in np.random.default_rng(seed).permutation(len(documents)).tolist()]
+        return [[documents[document] for document in row] for row in members]
+
+    return pack
+
+
+class _Stream:
+    """A source that is read row after row. begin: rows at its beginning that are for evaluation; copies: digests of documents that are not trained on."""
+
+    def __init__(self, config: Config, tokenizer, source: Source):
+        self.table, self.source, self.tokenizing = load_table(source, streaming=True), source, Tokenizing(config, tokenizer, source)
+        self.begin, self.copies, self.num_left_out, self.said = 0, set(), 0, 1
+
+    def open_at(self, number: int):
+        """The rows for training from that one on."""
+        return self._reading(iter(self.table.skip(self.begin + number)))
+
+    def documents(self, rows: list[dict], first: int) -> list[Document]:
+        """The usable documents of some rows. first: number of the first of them."""
+        numbers = [self.begin + first + index for index in range(len(rows))]
+        found = self.tokenizing.documents(rows, numbers)
+        problems = [problem for problem in found if isinstance(problem, str)]
+        self.num_left_out += len(problems)
+        if self.num_left_out >= self.said:  # each time twice as many
+            self.said = 2 * self.num_left_out
+            PartialState().print(left_out(self.source, self.num_left_out, [problem for problem in problems if problem], f"of the first {numbers[-1] + 1}"))
+        documents = [document for document in found if isinstance(document, Document)]
+        if not self.copies or not documents:
+            return documents
+        digests = table_of(documents)["digest"][:]
+        return [document for document, digest in zip(documents, digests, strict=True) if digest not in self.copies]
+
+    def first(self, number: int) -> tuple[list[Document], int]:
+        """The first usable documents, and how many rows they took."""
+        stream, documents, taken = self._reading(iter(self.table)), [], 0
+        for row in stream if number else ():
+            documents += [document for document in self.tokenizing.documents([row], [taken]) if isinstance(document, Document)]
+            taken += 1
+            if len(documents) == number:
+                return documents, taken
+        if number:
+            raise UserError(f"eval.num_documents: {number} cannot be taken out of the {len(documents)} usable documents of {self.source}; lower it, or set eval.dataset")
+        return documents, taken
+
+    def _reading(self, stream):
+        try:
+            yield from stream
+        except LOADING_ERRORS as error:
+            raise UserError(f"{self.source.key}: {self.source} cannot be read on: {str(error).strip().partition(chr(10))[0]}") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# Batches of strided mode
 
 
 @dataclass(frozen=True)
 class Batch:
     """One forward's worth of rows.
 
-    row_ids: which rows; keys: what each row's random numbers are keyed by (see `rollout_uniforms`); document_ids, segment_ids (B, S): token ids and the number of the document in its row, -1 for padding;
-    anchors, valid (B, A).
+    row_ids: which rows; keys: what each row's random numbers are keyed by (see `rollout_uniforms`); document_ids, segment_ids, completion_ids (B, S): token ids; the number of the
+    document in its row, -1 for padding; the number of the part to be learnt in its row, -1 for what is only read; anchors, valid (B, A).
     """
 
-    row_ids: list[int]
+    row_ids: list
     keys: list[int]
     document_ids: Tensor
     segment_ids: Tensor
+    completion_ids: Tensor
     anchors: Tensor
     valid: Tensor
 
     def to(self, device: torch.device) -> "Batch":
         """The batch with its tensors on a device."""
-        return Batch(self.row_ids, self.keys, *(tensor.to(device) for tensor in (self.document_ids, self.segment_ids, self.anchors, self.valid)))
+        return Batch(self.row_ids, self.keys, *(tensor.to(device) for tensor in (self.document_ids, self.segment_ids, self.completion_ids, self.anchors, self.valid)))
 
 
-def make_batch(rows: Rows, row_ids: list[int], keys: list[int], pad_token_id: int, *, first_anchor: int, stride: int, num_generated: int) -> Batch:
-    """Collates rows: right padding up to the longest, anchors of each row."""
+def make_batch(rows, row_ids: list, keys: list[int], pad_token_id: int, *, context_length: int, min_completion_prefix: int, stride: int, num_generated: int) -> Batch:
+    """Collates rows: right padding up to the longest, anchors of each row (`strided.find_anchors`)."""
     contents = [rows[row] for row in row_ids]
-    length = max(sum(map(len, documents)) for documents in contents)
+    length = max(sum(len(document.tokens) for document in documents) for documents in contents)
     document_ids = torch.full((len(contents), length), pad_token_id)
-    segment_ids = torch.full((len(contents), length), -1)
+    segment_ids, completion_ids = torch.full((len(contents), length), -1), torch.full((len(contents), length), -1)
     for index, documents in enumerate(contents):
-        tokens = [token for document in documents for token in document]
-        segments = [segment for segment, document in enumerate(documents) for _ in document]
-        document_ids[index, : len(tokens)] = torch.tensor(tokens)
-        segment_ids[index, : len(tokens)] = torch.tensor(segments)
-    anchors, valid = find_anchors(segment_ids, first_anchor=first_anchor, stride=stride, num_generated=num_generated)
-    return Batch(row_ids, keys, document_ids, segment_ids, anchors, valid)
-
-
-def rows_of_step(num_rows: int, step: int, rows_per_step: int, seed: int) -> list[int]:
-    """The rows of the whole global batch of an optimizer step (counted from 0): the next ones in an endless series of shuffled epochs.
-
-    No row is dropped at an epoch's end: a batch may hold the last rows of one epoch and the first of the next.
-    """
-    places = [divmod(position, num_rows) for position in range(step * rows_per_step, (step + 1) * rows_per_step)]
-    return [int(_epoch_order(num_rows, seed, epoch)[index]) for epoch, index in places]
-
-
-@lru_cache(maxsize=2)  # a step reads one epoch, or two at its end; shuffling millions of rows at every step would cost more than the step
-def _epoch_order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(num_rows)
+        start, completion = 0, 0
+        for segment, document in enumerate(documents):
+            own = slice(start, start + len(document.tokens))
+            document_ids[index, own], segment_ids[index, own] = torch.tensor(document.tokens), segment
+            for first, end in document.spans:
+                completion_ids[index, start + first : start + end] = completion
+                completion += 1
+            start = own.stop
+    anchors, valid = find_anchors(
+        segment_ids, completion_ids, context_length=context_length, min_completion_prefix=min_completion_prefix, stride=stride, num_generated=num_generated
+    )
+    return Batch(row_ids, keys, document_ids, segment_ids, completion_ids, anchors, valid)
 
 
 def rollout_uniforms(seed: int, keys: list[int], num_anchors: int, num_samples: int, num_generated: int) -> Tensor:

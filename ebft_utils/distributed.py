@@ -165,6 +165,17 @@ def agree(accelerator: Accelerator, error: str | None) -> None:
         raise AgreedError(message)
 
 
+def together(accelerator: Accelerator, action):
+    """action() on all processes; a UserError of one of them is raised on all."""
+    result, error = None, None
+    try:
+        result = action()
+    except UserError as problem:
+        error = str(problem)
+    agree(accelerator, error)
+    return result
+
+
 # ---------------------------------------------------------------------------------------------------------------------------------------
 # The prepared policy
 

@@ -333,6 +333,7 @@ def feature_device(choice: str, policy_device: torch.device) -> torch.device:
 def model_card(config: Config, results: dict[int, dict[str, float]]) -> str:
     """README.md of the exported model: what it is, how it was trained, what was measured on held-out documents. results: metrics by step."""
     kind = "LoRA adapter" if config.lora else "full fine-tuning"
+    split = f" (`{config.data.split}`)" if config.data.mix is None else ""
     lines = [
         "---",
         f"base_model: {json.dumps(config.model.name_or_path)}",
@@ -341,7 +342,7 @@ def model_card(config: Config, results: dict[int, dict[str, float]]) -> str:
         "---",
         f"# {config.model.name_or_path}, energy-based fine-tuning ({kind})",
         "",
-        f"Trained for {config.train.max_steps} steps on `{config.data.dataset}` (`{config.data.split}`) with {config.mode} EBFT",
+        f"Trained for {config.train.max_steps} steps on `{config.data.described}`{split} with {config.mode} EBFT",
         f"(arXiv 2603.12248): rl_coef {config.ebft.rl_coef}, ce_coef {config.ebft.ce_coef}, learning rate {config.train.learning_rate}.",
         "The whole configuration is in `training_config.yaml`.",
     ]

@@ -1,4 +1,4 @@
-"""Prompt + completion data -> tokenised conversations -> batches, and the completions that were sampled for them.
+"""Conversations -> batches of structured mode, and the completions that were sampled for them.
 
 A conversation is a prompt, the ground truth of the assistant's turns, and the tokens between one turn and the next. Most have one turn.
 
@@ -6,66 +6,22 @@ Axis legend: B rows, S tokens of prompt + truth (right-padded), N completions of
 is all that follows the prompt: with several turns also the tokens between them, which the policy did not write (`written` is False there).
 """
 
-import ast
-import hashlib
 import itertools
-import textwrap
 from dataclasses import dataclass, field
 
-import datasets
-import jinja2
 import numpy as np
 import torch
-from accelerate import PartialState
 from torch import Tensor
 
-from .config import StructuredConfig, UserError
-from .data import hold_out, load_table, shorten, stdlib_files, take_split
+from .config import StructuredConfig
+from .documents import Document
+from .transforms import END_OF_THINKING, START_OF_THINKING
 
 ADAPTIVE_MINIMUM = 64  # tokens that a completion may always have with ebft.adaptive_max_tokens
-START_OF_THINKING, END_OF_THINKING = "<think>", "</think>"
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
-# Sources
-
-
-def load_prompts(config: StructuredConfig, tokenizer) -> tuple["PromptRows", "PromptRows | None"]:
-    """Training rows and held-out rows (None when eval.num_documents is 0)."""
-
-    def documents_of(source: str, split: str) -> datasets.Dataset:
-        data = config.data
-        columns = {"data.prompt_column": data.prompt_column, "data.completion_column": data.completion_column}
-        if data.turns_column is not None:
-            columns["data.turns_column"] = data.turns_column
-        built_in = {"python_stdlib_functions": lambda split: take_split(stdlib_functions(data.prompt_column, data.completion_column), split)}
-        return tokenize_conversations(load_table(config, source, split, columns, built_in), tokenizer, config, source)
-
-    documents, held_out = hold_out(config, documents_of)
-    return PromptRows(documents), None if held_out is None else PromptRows(held_out)
-
-
-def stdlib_functions(prompt_column: str, completion_column: str) -> datasets.Dataset:
-    """The functions and methods of the standard library that have a docstring: signature and docstring -> body."""
-    prompts, completions = [], []
-    for file in stdlib_files():
-        text = file.read_text(encoding="utf-8")
-        lines = text.splitlines(keepends=True)
-        for node in ast.walk(ast.parse(text)):
-            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or ast.get_docstring(node) is None or len(node.body) < 2:
-                continue
-            docstring_end = node.body[0].end_lineno
-            if node.body[1].lineno <= docstring_end:  # on the docstring's own line
-                continue
-            source = textwrap.dedent("".join(lines[node.lineno - 1 : node.end_lineno])).splitlines(keepends=True)
-            signature_end = docstring_end - node.lineno + 1
-            prompts.append("".join(source[:signature_end]))
-            completions.append("".join(source[signature_end:]).rstrip("\n") + "\n")
-    return datasets.Dataset.from_dict({prompt_column: prompts, completion_column: completions})
-
-
-# ---------------------------------------------------------------------------------------------------------------------------------------
-# Conversations as tokens
+# Conversations
 
 
 @dataclass(frozen=True)
@@ -87,135 +43,12 @@ class Conversation:
         return tokens, written
 
 
-class PromptRows:
-    """Rows of conversations."""
-
-    def __init__(self, documents: datasets.Dataset):
-        self.documents = documents
-
-    def __len__(self) -> int:
-        return len(self.documents)
-
-    def __getitem__(self, row: int) -> Conversation:
-        document = self.documents[row]
-        return Conversation(document["prompt_ids"], document["truths"], document["between"])
-
-    def longest(self, max_completion_length: int) -> int:
-        """Most tokens that a conversation can come to, with the policy's answers in place of the truths."""
-        rows = zip(self.documents["prompt_ids"], self.documents["truths"], self.documents["between"], strict=True)
-        return max(len(prompt) + sum(map(len, between)) + len(truths) * (1 + max_completion_length) - 1 for prompt, truths, between in rows)  # 1: an end for a turn that was cut short
-
-    def fingerprint(self) -> str:
-        """Tells other data from the same: the number of rows, and a digest of up to 64 of them."""
-        digest = hashlib.sha256()
-        for row in range(0, len(self), -(-len(self) // 64)):
-            digest.update(repr(self[row]).encode())
-        return f"{len(self)} rows, {digest.hexdigest()[:12]}"
-
-
-def tokenize_conversations(table: datasets.Dataset, tokenizer, config: StructuredConfig, source: str) -> datasets.Dataset:
-    """Token ids of each row: prompt_ids, truths, between, and all of them as input_ids. Bad rows stop with their number, or are left out and counted."""
-    data = config.data
-
-    def tokenize(row: dict, index: int) -> dict:
-        try:
-            conversation = tokenize_row(row, tokenizer, config)
-        except BadRow as reason:
-            if data.on_bad_row == "error":
-                raise UserError(f"data: {source!r}, row {index}, {reason}; data.on_bad_row: skip leaves such rows out") from None
-            return {"prompt_ids": [], "truths": [], "between": [], "input_ids": []}
-        return {**vars(conversation), "prompt_ids": conversation.prompt, "input_ids": conversation.prompt + conversation.truth[0]}
-
-    columns = datasets.Features({"prompt_ids": INTEGERS, "truths": datasets.List(INTEGERS), "between": datasets.List(INTEGERS), "input_ids": INTEGERS})
-    documents = table.map(
-        lambda row, index: {name: tokens for name, tokens in tokenize(row, index).items() if name in columns},
-        with_indices=True,
-        remove_columns=table.column_names,
-        features=columns,
-        desc="tokenising",
-    )
-    kept = [row for row, tokens in enumerate(documents["prompt_ids"]) if tokens]
-    if not kept:
-        raise UserError(f"data: {source!r} has no row that can be used: each of the {len(table)} is empty, or longer than data.max_prompt_length or ebft.max_completion_length")
-    if len(kept) < len(table):
-        PartialState().print(f"data: {len(table) - len(kept)} of {len(table)} rows of {source!r} left out (empty, or prompt or completion too long)")
-    return documents.select(kept)
-
-
-INTEGERS = datasets.List(datasets.Value("int64"))
-
-
-class BadRow(Exception):
-    """Why a row cannot be used: column, what is wrong, what would be right."""
-
-
-def tokenize_row(row: dict, tokenizer, config: StructuredConfig) -> Conversation:
-    """A row of the dataset as tokens. Raises BadRow."""
-    data, limit = config.data, config.ebft.max_completion_length
-    turns = [{"prompt": row[data.prompt_column], "completion": row[data.completion_column]}]
-    columns = [(data.prompt_column, data.completion_column)]
-    if data.turns_column is not None:
-        for number, turn in enumerate(_listed(row[data.turns_column], data.turns_column)):
-            if not isinstance(turn, dict) or not {"prompt", "completion"} <= turn.keys():
-                raise BadRow(f"column {data.turns_column!r}[{number}]: {shorten(turn)} is not of the form {{prompt, completion}}")
-            turns.append(turn)
-            columns.append((f"{data.turns_column}[{number}].prompt", f"{data.turns_column}[{number}].completion"))
-    chat = isinstance(turns[0]["prompt"], list)
-    completions = [_text_of(turn["completion"], completion) for turn, (_, completion) in zip(turns, columns, strict=True)]
-    if chat:
-        opening, gaps = _chat_texts(turns, columns, tokenizer)
-        prompt = tokenizer(opening, add_special_tokens=False)["input_ids"]
-    else:
-        gaps = [_text_of(turn["prompt"], column) for turn, (column, _) in zip(turns, columns, strict=True)]
-        prompt, gaps = tokenizer(gaps[0])["input_ids"], gaps[1:]
-    between = [tokenizer(gap, add_special_tokens=False)["input_ids"] for gap in gaps]
-    truths = [tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] for text in completions]
-    if len(prompt) > data.max_prompt_length:
-        raise BadRow(f"column {data.prompt_column!r}: the prompt has {len(prompt)} tokens, more than data.max_prompt_length {data.max_prompt_length}, and prompts are never cut")
-    for tokens, (_, column) in zip(truths, columns, strict=True):
-        if len(tokens) > limit:
-            raise BadRow(f"column {column!r}: the ground truth has {len(tokens)} tokens (end-of-text token included), more than ebft.max_completion_length {limit}")
-    return Conversation(prompt, truths, between)
-
-
-def _listed(value, column: str) -> list:
-    if value is None:
-        return []
-    if not isinstance(value, list):
-        raise BadRow(f"column {column!r}: {shorten(value)} is not a list of turns")
-    return value
-
-
-def _text_of(value, column: str) -> str:
-    if isinstance(value, list) and len(value) == 1:
-        (value,) = value
-    if isinstance(value, dict) and value.get("role") in ("assistant", "user") and "content" in value:
-        value = value["content"]
-    if not isinstance(value, str):
-        raise BadRow(f"column {column!r}: {shorten(value)} is not text")
-    if not value.strip():
-        raise BadRow(f"column {column!r}: {shorten(value)} is empty")
-    return value
-
-
-def _chat_texts(turns: list[dict], columns: list[tuple[str, str]], tokenizer) -> tuple[str, list[str]]:
-    """The prompt in the tokenizer's chat template, and what the template puts between one answer of the assistant and the next."""
-    messages = list(turns[0]["prompt"])
-    if not messages or not all(isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str) for message in messages):
-        raise BadRow(f"column {columns[0][0]!r}: {shorten(messages)} is not a list of messages (role, content)")
-    try:
-        opening = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        gaps, mark = [], "\u2063answer\u2063"  # found again in the rendered text
-        for turn, (column, _) in zip(turns[1:], columns[1:], strict=True):
-            messages += [{"role": "assistant", "content": mark}, {"role": "user", "content": _text_of(turn["prompt"], column)}]
-            rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            gap = rendered.rpartition(mark)[2]
-            if not gap.startswith(tokenizer.eos_token):
-                raise UserError(f"model.eos_token: the chat template does not end an answer with {tokenizer.eos_token!r} but with {shorten(gap[:20])}; name the token that ends an answer")
-            gaps.append(gap.removeprefix(tokenizer.eos_token))
-    except (ValueError, jinja2.TemplateError) as error:
-        raise UserError(f"data: column {columns[0][0]!r} holds messages, and the tokenizer's chat template cannot render them: {error}") from None
-    return opening, gaps
+def conversation_of(documents: list[Document]) -> Conversation:
+    """The one document of a row as a conversation."""
+    (document,) = documents
+    ends = [end for _, end in document.spans]
+    gaps = [document.tokens[end:start] for end, (start, _) in zip([0, *ends], document.spans, strict=False)]
+    return Conversation(gaps[0], [document.tokens[start:end] for start, end in document.spans], gaps[1:])
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -227,7 +60,7 @@ class PromptBatch:
     """One forward's worth of rows. row_ids: which; keys: what each row's random numbers are keyed by; document_ids, segment_ids (B, S): prompt +
     truth, segment 0, padding -1; written (B, S): the truth's tokens that the assistant says; prompt_lengths, truth_lengths (B)."""
 
-    row_ids: list[int]
+    row_ids: list
     keys: list[int]
     conversations: list[Conversation]
     document_ids: Tensor
@@ -237,8 +70,8 @@ class PromptBatch:
     truth_lengths: Tensor
 
 
-def make_prompt_batch(rows: PromptRows, row_ids: list[int], keys: list[int], pad_token_id: int, device: torch.device) -> PromptBatch:
-    """Collates rows."""
+def make_prompt_batch(rows, row_ids: list, keys: list[int], pad_token_id: int, device: torch.device) -> PromptBatch:
+    """Collates rows of conversations."""
     conversations = [rows[row] for row in row_ids]
     prompts, truths = [conversation.prompt for conversation in conversations], [conversation.truth for conversation in conversations]
     document_ids = padded([prompt + truth for prompt, (truth, _) in zip(prompts, truths, strict=True)], pad_token_id, device)

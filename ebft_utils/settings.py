@@ -31,6 +31,11 @@ def option(default, description: str, minimum=None, maximum=None, above=None):
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def section(kind: type, description: str):
+    """A field for a section inside of another one, with its defaults."""
+    return dataclasses.field(default_factory=kind, metadata={"description": description})
+
+
 class Section:
     """Base of all (nested) settings dataclasses. MISPLACED: keys that people look for here, and what to say then."""
 
@@ -110,21 +115,30 @@ def _build(cls, tree: dict, prefix: str):
             close = difflib.get_close_matches(str(key), fields, n=1)
             hint = f"did you mean {prefix}{close[0]}?" if close else f"allowed: {', '.join(fields)}"
             raise ConfigError(dotted, f"unknown key; {hint}")
-        section = next((kind for kind in _alternatives(hints[key]) if dataclasses.is_dataclass(kind)), None)
-        if section is not None and value is EMPTY:
+        inner = next((kind for kind in _alternatives(hints[key]) if dataclasses.is_dataclass(kind)), None)
+        if inner is not None and value is EMPTY:
             if type(None) in _alternatives(hints[key]):
-                raise ConfigError(dotted, f"is an empty section; write {dotted}: null to leave it out, {dotted}: {{}} for its defaults, or its keys: {', '.join(_fields(section))}")
+                raise ConfigError(dotted, f"is an empty section; write {dotted}: null to leave it out, {dotted}: {{}} for its defaults, or its keys: {', '.join(_fields(inner))}")
             value = {}
         value = None if value is EMPTY else value
-        if section is None:
+        listed = next((item for kind in _alternatives(hints[key]) for item in typing.get_args(kind) if typing.get_origin(kind) is list and dataclasses.is_dataclass(item)), None)
+        if listed is not None and isinstance(value, list):
+            values[key] = [_build_item(listed, item, f"{dotted}[{index}]") for index, item in enumerate(value)]
+        elif inner is None:
             values[key] = _convert(value, hints[key], fields[key].metadata, dotted)
         elif value is None and type(None) in _alternatives(hints[key]):
             values[key] = None
         elif isinstance(value, dict):
-            values[key] = _build(section, value, f"{dotted}.")
+            values[key] = _build(inner, value, f"{dotted}.")
         else:
-            raise ConfigError(dotted, f"{value!r} is not a section; allowed: a mapping with {', '.join(_fields(section))}")
+            raise ConfigError(dotted, f"{value!r} is not a section; allowed: a mapping with {', '.join(_fields(inner))}")
     return cls(**values)
+
+
+def _build_item(cls, item, dotted: str):
+    if not isinstance(item, dict):
+        raise ConfigError(dotted, f"{item!r} is not a section; allowed: a mapping with {', '.join(_fields(cls))}")
+    return _build(cls, item, f"{dotted}.")
 
 
 def _alternatives(hint) -> tuple:
@@ -181,4 +195,6 @@ def _describe(kind) -> str:
         return " | ".join(map(str, typing.get_args(kind)))
     if typing.get_origin(kind) is list:
         return f"a list of {_describe(typing.get_args(kind)[0])}"
+    if dataclasses.is_dataclass(kind):
+        return f"mappings with {', '.join(_fields(kind))}"
     return {str: "text", bool: "true | false", int: "a whole number", float: "a finite number"}[kind]

@@ -41,18 +41,24 @@ def segment_positions(segment_ids: Tensor) -> Tensor:
     return index - torch.where(starts, index, 0).cummax(dim=1).values
 
 
-def find_anchors(segment_ids: Tensor, *, first_anchor: int, stride: int, num_generated: int) -> tuple[Tensor, Tensor]:
-    """Where rollouts start: in each document at first_anchor, first_anchor + stride, .. as long as the window of G tokens fits into it.
+def find_anchors(
+    segment_ids: Tensor, completion_ids: Tensor, *, context_length: int, min_completion_prefix: int, stride: int, num_generated: int
+) -> tuple[Tensor, Tensor]:
+    """Where rollouts start: in each completion at the first place with context_length tokens of the document and min_completion_prefix of the completion
+    before it, and from there every stride tokens, as long as the window of G tokens fits into the completion.
 
-    A window that reaches into padding or over a document's end is no group, so packing documents changes nothing about their groups.
+    Raw text is one completion. A window that reaches into padding, into what is only read, or over a document's end is no group, so packing documents
+    changes nothing about their groups.
 
-    Args: segment_ids (B, S). Returns anchors (B, A) and validity (B, A); A is the largest number in a row, invalid slots hold anchor 1.
+    Args: segment_ids, completion_ids (B, S): the document that a token belongs to, and the completion; -1 for padding, and for what is only read.
+    Returns anchors (B, A) and validity (B, A); A is the largest number in a row, invalid slots hold anchor 1.
     """
     batch, length = segment_ids.shape
-    position = segment_positions(segment_ids)
-    window_end = torch.full_like(segment_ids, -1)  # the segment of the window's last token
-    window_end[:, : length - num_generated + 1] = segment_ids[:, num_generated - 1 :]
-    is_anchor = (segment_ids >= 0) & (position >= first_anchor) & ((position - first_anchor) % stride == 0) & (window_end == segment_ids)
+    of_document, of_completion = segment_positions(segment_ids), segment_positions(completion_ids)
+    first = (context_length - (of_document - of_completion)).clamp_min(min_completion_prefix)  # as a position in the completion
+    window_end = torch.full_like(completion_ids, -1)  # the completion of the window's last token
+    window_end[:, : length - num_generated + 1] = completion_ids[:, num_generated - 1 :]
+    is_anchor = (completion_ids >= 0) & (of_completion >= first) & ((of_completion - first) % stride == 0) & (window_end == completion_ids)
     num_anchors = int(is_anchor.sum(1).max())
     order = is_anchor.int().argsort(dim=1, descending=True, stable=True)[:, :num_anchors]
     valid = is_anchor.gather(1, order)

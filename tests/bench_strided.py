@@ -160,7 +160,8 @@ def main() -> None:
     frozen.requires_grad_(False)
     network = FeatureNetwork(load_causal_lm(setting, torch.float32).requires_grad_(False).get_decoder(), layer_indices(FEATURE_LAYERS, ours.config.num_hidden_layers))
     document = torch.randint(ours.config.vocab_size, (1, arguments.sequence_length))
-    anchors, _ = find_anchors(torch.zeros_like(document), first_anchor=CONTEXT, stride=STRIDE, num_generated=GENERATED)
+    whole = torch.zeros_like(document)
+    anchors, _ = find_anchors(whole, whole, context_length=CONTEXT, min_completion_prefix=0, stride=STRIDE, num_generated=GENERATED)
     programs = {
         "ours": lambda: our_step(ours, network, document, anchors, arguments.samples),
         "copied": lambda: copied_step(plain, frozen, document, anchors, arguments.samples),

@@ -111,7 +111,7 @@ def test_file_of_an_unknown_kind(refused, write_config, tmp_path, monkeypatch):
 
 def test_missing_column(refused, write_config, text_file):
     """Guards against a KeyError in the tokeniser."""
-    assert_holds(refused("--cfg", write_config(data__text_column="body")), text_file, "'body'", "it has text", "data.text_column")
+    assert_holds(refused("--cfg", write_config(data__columns={"text": "body"})), text_file, "'body'", "it has text", "data.columns.text")
 
 
 @pytest.mark.parametrize("name", ["empty.jsonl", "empty.txt", "empty.csv"])
@@ -137,7 +137,7 @@ def test_row_without_text(refused, write_config, tmp_path):
 def test_no_usable_document(refused, write_config, tmp_path):
     """Guards against a run on no rows when all are skipped."""
     path = write_rows(tmp_path / "short.jsonl", [{"text": "a"}, {"text": "b"}])
-    assert_holds(refused("--cfg", write_config(data__dataset=str(path))), path, "no document", "8 tokens")
+    assert_holds(refused("--cfg", write_config(data__dataset=str(path))), path, "no row that can be used", "needs 8")
 
 
 def test_more_held_out_documents_than_there_are(refused, write_config, text_file):

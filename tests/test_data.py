@@ -11,8 +11,10 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from ebft_utils.config import StridedConfig, TextDataConfig, StridedEBFTConfig, EvalConfig, ModelConfig, TrainConfig, UserError
-from ebft_utils.data import Rows, load_rows, load_texts, make_batch, one_document_a_row, pack_documents, rollout_uniforms, rows_of_step, tokenize_documents
+from ebft_utils.config import ColumnsConfig, EvalConfig, ModelConfig, StridedConfig, StridedEBFTConfig, TextDataConfig, TrainConfig, UserError
+from ebft_utils.data import Rows, load_rows, make_batch, pack_documents, rollout_uniforms, rows_of_step
+from ebft_utils.documents import Document, load_documents, table_of
+from ebft_utils.sources import load_table, training_sources
 
 EOS, PAD = 0, 1
 
@@ -36,7 +38,8 @@ def write_jsonl(path, values, column="text"):
 
 
 def texts_of(source, split="train", text_column="text", file_pattern="*.py") -> list:
-    return load_texts(config_of(source, data={"text_column": text_column, "file_pattern": file_pattern}), str(source), split)[text_column][:]
+    config = config_of(source, data={"split": split, "columns": ColumnsConfig(text=text_column), "file_pattern": file_pattern})
+    return load_table(*training_sources(config))[text_column][:]
 
 
 def refusal(function, *arguments, **options) -> str:
@@ -57,7 +60,7 @@ def config_of(source, *, data=None, evaluation=None, ebft=None, train=None) -> S
 
 
 def contents(rows: Rows) -> list:
-    return [rows[row] for row in range(len(rows))]
+    return [[document.tokens for document in rows[row]] for row in range(len(rows))]
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -112,7 +115,7 @@ def test_standard_library():
     """Guards against tests or installed packages being taken for the standard library, and against an order that varies."""
     first = texts_of("python_stdlib", "train[:5]")
     assert len(first) == 5 and first == texts_of("python_stdlib", "train")[:5]
-    whole = load_texts(config_of("python_stdlib", data={"text_column": "code"}), "python_stdlib", "train")["code"][:]
+    whole = texts_of("python_stdlib")
     assert 300 < len(whole) < 3000
     assert any("class JSONDecoder" in text for text in whole)
     assert not any("import pytest" in text for text in whole)
@@ -156,7 +159,7 @@ def test_missing_things_are_named(tmp_path):
     """Guards against a missing file being looked for on the hub, and against messages that name neither source nor remedy."""
     path = write_jsonl(tmp_path / "texts.jsonl", ["a"], column="body")
     (tmp_path / "notes.md").write_text("text")
-    assert refusal(texts_of, path) == f"data: {str(path)!r} has no column 'text'; it has body: set data.text_column"
+    assert refusal(texts_of, path) == f"data: {str(path)!r} has no column 'text'; it has body: set data.columns.text"
     assert "does not exist" in refusal(texts_of, tmp_path / "none.jsonl")
     message = refusal(texts_of, tmp_path / "notes.md")
     assert "notes.md" in message and ".jsonl" in message
@@ -180,10 +183,9 @@ def test_source_file_that_is_not_text(tmp_path):
 # Documents
 
 
-def documents_of(path, tokenizer, **data) -> list[list[int]]:
-    config = config_of(path, data=data)
-    texts = load_texts(config, str(path), config.data.split)
-    return tokenize_documents(texts, tokenizer, config, str(path))["input_ids"][:]
+def documents_of(path, tokenizer, text_column="text", **data) -> list[list[int]]:
+    config = config_of(path, data={**data, "columns": ColumnsConfig(text=text_column)})
+    return load_documents(config, tokenizer, *training_sources(config))["input_ids"][:]
 
 
 def test_truncation_and_end_of_document_token(tmp_path, tokenizer):
@@ -200,7 +202,7 @@ def test_text_column(tmp_path, tokenizer):
     assert documents_of(path, tokenizer, text_column="body") == [[4, 5, 6, 7, EOS]]
 
 
-@pytest.mark.parametrize("bad, parts", [(None, ["None is not text"]), (5, ["5 is not text"]), ("", ["1 tokens", "needs 4", "data.on_bad_row: skip"]), (words(3, 4), ["3 tokens", "needs 4"])])
+@pytest.mark.parametrize("bad, parts", [(None, ["None is not text"]), (5, ["5 is not text"]), ("", ["'' is empty", "data.on_bad_row: skip"]), (words(3, 4), ["3 tokens", "needs 4"])])
 def test_bad_row_is_named(tmp_path, tokenizer, bad, parts):
     """Guards against a bad row that trains on nothing, or an error that does not say which of a million rows it is."""
     good = 5 if isinstance(bad, int) else words(10, 11, 12, 13)
@@ -222,7 +224,7 @@ def test_bad_rows_are_skipped_and_counted(tmp_path, tokenizer, capsys):
     path = write_jsonl(tmp_path / "texts.jsonl", [words(10, 11, 12, 13), None, "", words(3), words(20, 21, 22)])
     assert documents_of(path, tokenizer, on_bad_row="skip") == [[10, 11, 12, 13, EOS], [20, 21, 22, EOS]]
     said = capsys.readouterr().out
-    assert "3 of 5 rows" in said and str(path) in said and "4 tokens" in said
+    assert "3 of 5 rows" in said and str(path) in said and "needs 4" in said
 
 
 def test_skip_does_not_hide_a_column_of_numbers(tmp_path, tokenizer):
@@ -236,7 +238,7 @@ def test_no_row_long_enough(tmp_path, tokenizer):
     """Guards against training on nothing when every row was skipped."""
     path = write_jsonl(tmp_path / "texts.jsonl", [words(10), words(10, 11), None])
     message = refusal(documents_of, path, tokenizer, on_bad_row="skip")
-    assert str(path) in message and "4 tokens" in message and "the longest of 3 has 3" in message
+    assert str(path) in message and "no row that can be used" in message and "row 0" in message and "2 tokens" in message and "needs 4" in message
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -247,27 +249,40 @@ def rows_from(*documents_of_row: list[list[int]]) -> Rows:
     """Rows of literal documents."""
     documents = [document for row in documents_of_row for document in row]
     numbers = iter(range(len(documents)))
-    return Rows(datasets.Dataset.from_dict({"input_ids": documents}), [[next(numbers) for _ in row] for row in documents_of_row])
+    return Rows(raw_texts(documents), [[next(numbers) for _ in row] for row in documents_of_row])
+
+
+def raw_texts(documents: list[list[int]]) -> datasets.Dataset:
+    return table_of([Document(tokens, [(0, len(tokens))]) for tokens in documents])
+
+
+def alone(documents: datasets.Dataset) -> Rows:
+    """One document a row."""
+    return Rows(documents, [[document] for document in range(len(documents))])
+
+
+def packed(documents: datasets.Dataset, sequence_length: int, seed: int) -> Rows:
+    return Rows(documents, pack_documents(documents["num_tokens"][:], sequence_length, seed))
 
 
 def test_make_batch_by_hand():
     """Guards against left padding, padding that is no segment -1, and anchors taken from the longest row of the batch."""
     rows = rows_from([[10, 11, 12, 13, 14, 15, 16]], [[20, 21, 22, 23]], [[30, 31, 32, 33, 34]])
-    batch = make_batch(rows, [1, 0], [1, 0], PAD, first_anchor=2, stride=2, num_generated=2)
+    batch = make_batch(rows, [1, 0], [1, 0], PAD, context_length=2, min_completion_prefix=0, stride=2, num_generated=2)
     assert batch.row_ids == [1, 0]
     assert batch.document_ids.tolist() == [[20, 21, 22, 23, PAD, PAD, PAD], [10, 11, 12, 13, 14, 15, 16]]
     assert batch.segment_ids.tolist() == [[0, 0, 0, 0, -1, -1, -1], [0] * 7]
     # row 1: windows [22 23]; row 0: [12 13], [14 15]; the window at 6 would reach past the end
     assert batch.valid.tolist() == [[True, False], [True, True]]
     assert batch.anchors.tolist()[0][0] == 2 and batch.anchors.tolist()[1] == [2, 4]
-    alone = make_batch(rows, [1], [1], PAD, first_anchor=2, stride=2, num_generated=2)
-    assert alone.document_ids.tolist() == [[20, 21, 22, 23]] and alone.anchors.tolist() == [[2]] and alone.valid.all()
+    single = make_batch(rows, [1], [1], PAD, context_length=2, min_completion_prefix=0, stride=2, num_generated=2)
+    assert single.document_ids.tolist() == [[20, 21, 22, 23]] and single.anchors.tolist() == [[2]] and single.valid.all()
 
 
 def test_make_batch_of_packed_rows_by_hand():
     """Guards against windows over a document's end, and anchors that count from the row's start instead of the document's."""
     rows = rows_from([[10, 11, 12, 13, 14], [20, 21, 22, 23, 24, 25]], [[30, 31, 32, 33]])
-    batch = make_batch(rows, [0, 1], [0, 1], PAD, first_anchor=3, stride=1, num_generated=2)
+    batch = make_batch(rows, [0, 1], [0, 1], PAD, context_length=3, min_completion_prefix=0, stride=1, num_generated=2)
     assert batch.document_ids.tolist() == [[10, 11, 12, 13, 14, 20, 21, 22, 23, 24, 25], [30, 31, 32, 33] + [PAD] * 7]
     assert batch.segment_ids.tolist() == [[0] * 5 + [1] * 6, [0] * 4 + [-1] * 7]
     # document 0 (tokens 0..4): only 3 (window 3,4). document 1 (tokens 5..10): 8 and 9. Row 1 has 4 tokens: none
@@ -291,13 +306,13 @@ def groups_of(rows: Rows, row_ids: list[int], **anchors) -> list[tuple]:
 def test_packing_changes_no_group(first_anchor, stride, num_generated):
     """Guards against packing that adds, loses or shifts groups."""
     lengths = [8, 9, 20, 12, 31, 8, 15, 10, 11, 24]
-    documents = datasets.Dataset.from_dict({"input_ids": [[100 * index + step for step in range(length)] for index, length in enumerate(lengths)]})
-    anchors = dict(first_anchor=first_anchor, stride=stride, num_generated=num_generated)
-    alone, packed = one_document_a_row(documents), pack_documents(documents, 32, seed=3)
-    expected = groups_of(alone, list(range(len(alone))), **anchors)
-    assert len(packed) < len(alone)
-    assert groups_of(packed, list(range(len(packed))), **anchors) == expected
-    assert sum(len(groups_of(packed, [row], **anchors)) for row in range(len(packed))) == len(expected)
+    documents = raw_texts([[100 * index + step for step in range(length)] for index, length in enumerate(lengths)])
+    anchors = dict(context_length=first_anchor, min_completion_prefix=0, stride=stride, num_generated=num_generated)
+    single, together = alone(documents), packed(documents, 32, seed=3)
+    expected = groups_of(single, list(range(len(single))), **anchors)
+    assert len(together) < len(single)
+    assert groups_of(together, list(range(len(together))), **anchors) == expected
+    assert sum(len(groups_of(together, [row], **anchors)) for row in range(len(together))) == len(expected)
     by_hand = sum(max(0, (length - num_generated - first_anchor) // stride + 1) for length in lengths)
     assert len(expected) == by_hand
 
@@ -305,26 +320,29 @@ def test_packing_changes_no_group(first_anchor, stride, num_generated):
 def test_pack_documents():
     """Guards against lost, repeated or cut documents, rows over the limit, and an order that is not the seed's."""
     lengths = [3, 9, 1, 7, 10, 2, 2, 5, 8, 4] * 3
-    documents = datasets.Dataset.from_dict({"input_ids": [[index] * length for index, length in enumerate(lengths)]})
-    packed = pack_documents(documents, 10, seed=0)
-    found = [document for row in contents(packed) for document in row]
+    documents = raw_texts([[index] * length for index, length in enumerate(lengths)])
+    together = packed(documents, 10, seed=0)
+    found = [document for row in contents(together) for document in row]
     assert sorted(found) == sorted(documents["input_ids"][:])
-    assert max(sum(map(len, row)) for row in contents(packed)) <= 10
-    halves = datasets.Dataset.from_dict({"input_ids": [[index] * 5 for index in range(6)]})
-    assert [len(row) for row in pack_documents(halves, 10, seed=0).members] == [2, 2, 2]  # a document that just fits is put in
-    assert pack_documents(documents, 10, seed=0).members == packed.members
-    assert pack_documents(documents, 10, seed=1).members != packed.members
+    assert max(sum(map(len, row)) for row in contents(together)) <= 10
+    assert [len(row) for row in pack_documents([5] * 6, 10, seed=0)] == [2, 2, 2]  # a document that just fits is put in
+    assert pack_documents(lengths, 10, seed=0) == together.members
+    assert pack_documents(lengths, 10, seed=1) != together.members
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
 # Order
 
 
+def step_of(num_rows: int, step: int, rows_per_step: int, seed: int) -> list[int]:
+    return rows_of_step(Rows(None, [[]] * num_rows, (seed,)), step, rows_per_step)
+
+
 @pytest.mark.parametrize("num_rows, rows_per_step", [(10, 4), (7, 7), (5, 8), (12, 1)])
 def test_every_row_once_an_epoch(num_rows, rows_per_step):
     """Guards against a dropped remainder, and against epochs that begin anew in the middle of a batch."""
     num_epochs = 4
-    series = [row for step in range(-(-num_epochs * num_rows // rows_per_step)) for row in rows_of_step(num_rows, step, rows_per_step, seed=5)]
+    series = [row for step in range(-(-num_epochs * num_rows // rows_per_step)) for row in step_of(num_rows, step, rows_per_step, seed=5)]
     epochs = [series[start : start + num_rows] for start in range(0, num_epochs * num_rows, num_rows)]
     assert [sorted(epoch) for epoch in epochs] == [list(range(num_rows))] * num_epochs
     assert len({tuple(epoch) for epoch in epochs}) == num_epochs  # each epoch in another order
@@ -332,15 +350,15 @@ def test_every_row_once_an_epoch(num_rows, rows_per_step):
 
 def test_order_does_not_depend_on_how_steps_are_cut():
     """Guards against an order that changes with batch size or number of processes."""
-    halves = [rows_of_step(11, step, 2, seed=1) for step in range(20)]
-    assert [rows_of_step(11, step, 4, seed=1) for step in range(10)] == [halves[2 * step] + halves[2 * step + 1] for step in range(10)]
+    halves = [step_of(11, step, 2, seed=1) for step in range(20)]
+    assert [step_of(11, step, 4, seed=1) for step in range(10)] == [halves[2 * step] + halves[2 * step + 1] for step in range(10)]
 
 
 def test_order_changes_with_the_seed_only():
     """Guards against an unseeded shuffle, and one that ignores the seed."""
-    assert rows_of_step(50, 0, 50, seed=1) == rows_of_step(50, 0, 50, seed=1)
-    assert rows_of_step(50, 0, 50, seed=1) != rows_of_step(50, 0, 50, seed=2)
-    assert rows_of_step(50, 0, 50, seed=1) != list(range(50))
+    assert step_of(50, 0, 50, seed=1) == step_of(50, 0, 50, seed=1)
+    assert step_of(50, 0, 50, seed=1) != step_of(50, 0, 50, seed=2)
+    assert step_of(50, 0, 50, seed=1) != list(range(50))
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------

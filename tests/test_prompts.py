@@ -7,8 +7,11 @@ import pytest
 import torch
 from conftest import assert_holds, tiny_tokenizer
 
-from ebft_utils.config import EvalConfig, ModelConfig, PromptDataConfig, StructuredConfig, StructuredEBFTConfig, TrainConfig, UserError
-from ebft_utils.prompts import BadRow, Conversation, PromptRows, converse, load_prompts, make_prompt_batch, most_new_tokens, seed_of, stdlib_functions, thinking_opened, tokenize_row, without_thinking
+from ebft_utils.config import ColumnsConfig, EvalConfig, ModelConfig, PromptDataConfig, StructuredConfig, StructuredEBFTConfig, TrainConfig, UserError
+from ebft_utils.data import load_rows
+from ebft_utils.documents import Tokenizing
+from ebft_utils.prompts import Conversation, conversation_of, converse, make_prompt_batch, most_new_tokens, seed_of, thinking_opened, without_thinking
+from ebft_utils.sources import stdlib_functions, training_sources
 
 TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<eos>\n{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -23,6 +26,15 @@ def config_of(source="unused", *, data=None, ebft=None, evaluation=None) -> Stru
         train=TrainConfig("unused"),
         eval=EvalConfig(**{"num_documents": 0, **(evaluation or {})}),
     )
+
+
+def load_prompts(config, tokenizer):
+    return load_rows(config, tokenizer, conversation_of)
+
+
+def tokenize_row(row: dict, tokenizer, config) -> Conversation:
+    (found,) = Tokenizing(config, tokenizer, *training_sources(config)).documents([row], [0])
+    return conversation_of([found])
 
 
 def write(path, rows: list[dict]):
@@ -52,7 +64,7 @@ def test_messages_as_tokens(tokenizer):
         "completion": [{"role": "assistant", "content": "Hello!"}],
         "remaining_turns": [{"prompt": "How?", "completion": "Well."}, {"prompt": "Bye", "completion": "See you."}],
     }
-    found = tokenize_row(row, tokenizer, config_of(data={"turns_column": "remaining_turns"}))
+    found = tokenize_row(row, tokenizer, config_of(data={"columns": ColumnsConfig(turns="remaining_turns")}))
     tokens, written = found.truth
     whole = [*row["prompt"], *row["completion"]]
     for turn in row["remaining_turns"]:
@@ -65,7 +77,7 @@ def test_messages_as_tokens(tokenizer):
 def test_turns_of_plain_text(tokenizer):
     """Without a template the turns stand side by side as they are."""
     row = {"prompt": "a", "completion": "b", "more": [{"prompt": "c", "completion": "d"}]}
-    tokens, written = tokenize_row(row, tokenizer, config_of(data={"turns_column": "more"})).truth
+    tokens, written = tokenize_row(row, tokenizer, config_of(data={"columns": ColumnsConfig(turns="more"), "max_conversation_length": 900})).truth
     assert tokenizer.decode(tokens) == "b<eos>cd<eos>" and written == [True, True, False, True, True]
 
 
@@ -85,7 +97,7 @@ def test_bad_rows_are_named_or_left_out(tmp_path, tokenizer, row, words):
     """Guards against a prompt that is cut, a missing truth that becomes an empty one, and a message without the place."""
     good = {"prompt": "one", "completion": "two", "more": []}
     path = write(tmp_path / "rows.jsonl", [good, good, {"more": None, **row}])
-    data = {"max_prompt_length": 30, "turns_column": "more"}
+    data = {"max_prompt_length": 30, "columns": ColumnsConfig(turns="more")}
     with pytest.raises(UserError) as caught:
         load_prompts(config_of(path, data=data), tokenizer)
     assert_holds(str(caught.value), "row 2", "data.on_bad_row: skip", *words)
@@ -98,7 +110,7 @@ def test_a_missing_column_is_named(tmp_path, tokenizer):
     path = write(tmp_path / "rows.jsonl", [{"question": "a", "completion": "b"}])
     with pytest.raises(UserError) as caught:
         load_prompts(config_of(path), tokenizer)
-    assert_holds(str(caught.value), "no column 'prompt'", "question, completion", "data.prompt_column")
+    assert_holds(str(caught.value), "no column 'prompt'", "question, completion", "data.columns.prompt")
 
 
 def test_held_out_rows_are_not_trained_on(tmp_path, tokenizer):
@@ -115,7 +127,7 @@ def test_held_out_rows_are_not_trained_on(tmp_path, tokenizer):
 
 def test_functions_of_the_standard_library():
     """Signature and docstring, and a body that belongs to them: together they are Python."""
-    functions = stdlib_functions("prompt", "completion")
+    functions = stdlib_functions()
     assert len(functions) > 3000
     for row in functions.select(range(0, len(functions), 97)):
         (function,) = ast.parse(row["prompt"] + row["completion"]).body
@@ -128,14 +140,9 @@ def test_functions_of_the_standard_library():
 TWO = [Conversation([5, 6, 7], [[8, 9, 0]], []), Conversation([10], [[11, 0], [12, 13, 0]], [[20, 21]])]
 
 
-class Documents(list):
-    """What PromptRows reads."""
-
-
 def test_a_batch_by_hand():
     """Right padding, lengths, and what of the truth the assistant says."""
-    rows = PromptRows(Documents({"prompt_ids": row.prompt, "truths": row.truths, "between": row.between} for row in TWO))
-    batch = make_prompt_batch(rows, [1, 0], [70, 80], 1, torch.device("cpu"))
+    batch = make_prompt_batch(TWO, [1, 0], [70, 80], 1, torch.device("cpu"))
     assert batch.document_ids.tolist() == [[10, 11, 0, 20, 21, 12, 13, 0], [5, 6, 7, 8, 9, 0, 1, 1]]
     assert batch.segment_ids.tolist() == [[0] * 8, [0] * 6 + [-1] * 2]
     assert batch.written.int().tolist() == [[0, 1, 1, 0, 0, 1, 1, 1], [0, 0, 0, 1, 1, 1, 0, 0]]
@@ -222,7 +229,7 @@ USER = [{"role": "user", "content": "Hi"}]
         ({"prompt": USER, "completion": [*USER, *USER]}, "'completion': [{'role': 'user'"),
         ({"prompt": USER, "completion": {"role": "assistant", "text": "x"}}, "'completion': {'role': 'assistant', 'text': 'x'} is not text"),
         ({"prompt": "x", "completion": "y", "more": "z"}, "'more': 'z' is not a list of turns"),
-        ({"prompt": "x", "completion": "y", "more": [{"prompt": "z"}]}, "'more'[0]: {'prompt': 'z'} is not of the form {prompt, completion}"),
+        ({"prompt": "x", "completion": "y", "more": [{"prompt": "z"}]}, "'more[0]': {'prompt': 'z'} is not of the form {prompt, completion}"),
         ({"prompt": "x", "completion": "y", "more": [{"prompt": 7, "completion": "z"}]}, "more[0].prompt': 7 is not text"),
         ({"prompt": USER, "completion": "y", "more": [{"prompt": " ", "completion": "z"}]}, "more[0].prompt': ' ' is empty"),
         ({"prompt": "x", "completion": "y", "more": [{"prompt": "z", "completion": "word " * 50}]}, "more[0].completion': the ground truth has"),
@@ -232,8 +239,8 @@ USER = [{"role": "user", "content": "Hi"}]
 def test_rows_of_the_wrong_form(tokenizer, row, words):
     """Guards against a traceback in place of the row's number, which on_bad_row: skip could not leave out either."""
     tokenizer.chat_template = SMOL
-    with pytest.raises(BadRow) as caught:
-        tokenize_row({"more": None, **row}, tokenizer, config_of(data={"turns_column": "more"}))
+    with pytest.raises(UserError) as caught:
+        tokenize_row({"more": None, **row}, tokenizer, config_of(data={"columns": ColumnsConfig(turns="more"), "max_conversation_length": 900}))
     assert words in str(caught.value)
 
 
@@ -241,7 +248,7 @@ def test_smollm_template_piece_by_piece(tokenizer):
     """Guards against tokens that go over the border of two turns, and a line break that the template writes behind an answer and the policy does not."""
     tokenizer.chat_template = SMOL
     row = {"prompt": USER, "completion": "Hello", "more": [{"prompt": "How?", "completion": "Well"}]}
-    found = tokenize_row(row, tokenizer, config_of(data={"turns_column": "more"}))
+    found = tokenize_row(row, tokenizer, config_of(data={"columns": ColumnsConfig(turns="more"), "max_conversation_length": 900}))
 
     def ids(text):
         return tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -274,7 +281,7 @@ def test_other_data_has_another_fingerprint(tmp_path, tokenizer):
     changes = ({}, {"prompt": "One"}, {"completion": "Two"}, {"more": [{"prompt": "Three", "completion": "four"}]}, {"more": [{"prompt": "three", "completion": "Four"}]})
     for number, change in enumerate((*changes, {})):
         path = write(tmp_path / f"rows{number}.jsonl", [row, {**row, **change}])
-        found.append(load_prompts(config_of(path, data={"turns_column": "more"}), tokenizer)[0].fingerprint())
+        found.append(load_prompts(config_of(path, data={"columns": ColumnsConfig(turns="more")}), tokenizer)[0].fingerprint())
     assert len(set(found[:-1])) == 5 and found[0] == found[-1]
 
 

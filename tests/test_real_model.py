@@ -17,7 +17,7 @@ def quickstart():
     config = load_config(str(ROOT / "examples" / "quickstart.yaml"), ["data.split=train[:40]", "data.sequence_length=64", "eval.num_documents=0"])
     tokenizer = load_tokenizer(config.model)
     rows, _ = load_rows(config, tokenizer)
-    batch = make_batch(rows, [0, 1], [0, 1], tokenizer.pad_token_id, first_anchor=8, stride=8, num_generated=8)
+    batch = make_batch(rows, [0, 1], [0, 1], tokenizer.pad_token_id, context_length=8, min_completion_prefix=0, stride=8, num_generated=8)
     return config, tokenizer, load_policy(config), batch
 
 

@@ -225,24 +225,25 @@ def test_blocks_of_a_document_alone():
 
 def test_anchors_by_hand():
     """Windows of 3 in documents of 9 and 8: anchors 2, 4, 6 (window 6..8) and 2, 4 (6 would need token 8); rows of different number."""
-    anchors, valid = find_anchors(SEGMENTS, first_anchor=2, stride=2, num_generated=3)
+    anchors, valid = find_anchors(SEGMENTS, SEGMENTS, context_length=2, min_completion_prefix=0, stride=2, num_generated=3)
     assert anchors.tolist() == [[2, 4, 6, 11, 13], [2, 4, 6, 8, 10]] and valid.all()
-    anchors, valid = find_anchors(SEGMENTS, first_anchor=5, stride=4, num_generated=3)
+    anchors, valid = find_anchors(SEGMENTS, SEGMENTS, context_length=5, min_completion_prefix=0, stride=4, num_generated=3)
     assert anchors.tolist() == [[5, 14], [5, 9]] and valid.all()
-    anchors, valid = find_anchors(SEGMENTS, first_anchor=6, stride=1, num_generated=3)
+    anchors, valid = find_anchors(SEGMENTS, SEGMENTS, context_length=3, min_completion_prefix=6, stride=1, num_generated=3)
     assert anchors.tolist() == [[6, 1, 1, 1, 1, 1], [6, 7, 8, 9, 10, 11]]
     assert valid.tolist() == [[True] + [False] * 5, [True] * 6]
 
 
 def test_packing_changes_no_window():
     """Documents of all lengths, packed into one row or a row each: the same windows, none over a document's end."""
-    lengths, settings = (5, 12, 7, 3, 10, 6), dict(first_anchor=3, stride=2, num_generated=3)
+    lengths, settings = (5, 12, 7, 3, 10, 6), dict(context_length=3, min_completion_prefix=0, stride=2, num_generated=3)
     packed = torch.tensor([[segment for segment, length in enumerate(lengths) for _ in range(length)] + [-1] * 4])
-    packed_anchors, packed_valid = find_anchors(packed, **settings)
+    packed_anchors, packed_valid = find_anchors(packed, packed, **settings)
     assert packed_valid.all()
     start, expected, index = 0, [], torch.arange(packed.shape[1])[None]
     for length in lengths:
-        anchors, valid = find_anchors(torch.where(torch.arange(length + 5) < length, 0, -1)[None], **settings)
+        segments = torch.where(torch.arange(length + 5) < length, 0, -1)[None]
+        anchors, valid = find_anchors(segments, segments, **settings)
         assert valid.all() and (anchors + 3 <= length).all()
         expected += [start + anchor for anchor in anchors[0].tolist()]
         start += length

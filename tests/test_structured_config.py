@@ -48,7 +48,7 @@ def test_refused(file, overrides, words):
     assert_holds(str(caught.value), *words)
 
 
-@pytest.mark.parametrize("override", ["vllm.port=1", "ebft.num_generations=4", "data.prompt_column=p"])
+@pytest.mark.parametrize("override", ["vllm.port=1", "ebft.num_generations=4", "data.max_prompt_length=9"])
 def test_structured_settings_are_refused_in_strided_mode(file, override):
     """Guards against a setting that is taken and does nothing."""
     with pytest.raises(UserError, match="it belongs to train_structured.py"):

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train_strided
 from ebft_utils.config import UserError, load_config
-from ebft_utils.data import load_rows, rows_of_step
+from ebft_utils.data import Rows, load_rows, rows_of_step
 from ebft_utils.loop import learning_rate
 from ebft_utils.metrics import evaluation_metrics
 from ebft_utils.models import load_tokenizer
@@ -326,7 +326,7 @@ def test_cross_entropy_alone_is_plain_fine_tuning(train, model_folder, text_file
     documents = naive_documents(text_file, AutoTokenizer.from_pretrained(model_folder))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, **ADAMW)
     for step, entry in enumerate(training(folder)):
-        chosen = [documents[row] for row in rows_of_step(len(documents), step, 4, seed=0)]
+        chosen = [documents[row] for row in rows_of_step(Rows(None, documents), step, 4)]
         loss = sum(summed_cross_entropy(model, ids) for ids in chosen) / sum(len(ids) - 1 for ids in chosen)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -403,7 +403,7 @@ def test_evaluated_cross_entropy_is_the_naive_one(evaluation, write_config, mode
     file = write_config(eval__num_documents=7)
     config = load_config(str(file))
     _, held_out = load_rows(config, load_tokenizer(config.model))
-    held = [torch.tensor(held_out[row][0]) for row in range(7)]
+    held = [torch.tensor(held_out[row][0].tokens) for row in range(7)]
     everything = [ids.tolist() for ids in naive_documents(text_file, AutoTokenizer.from_pretrained(model_folder))]
     assert all(ids.tolist() in everything for ids in held)
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()

@@ -24,7 +24,8 @@ from ebft_utils import weight_sync
 from ebft_utils.config import StructuredConfig, UserError, load_config
 from ebft_utils.distributed import AgreedError, prepare_accelerator, prepare_policy
 from ebft_utils.models import StridedPolicy, load_policy, load_tokenizer
-from ebft_utils.prompts import load_prompts
+from ebft_utils.data import load_rows
+from ebft_utils.prompts import conversation_of
 from ebft_utils.vllm_client import VLLMServer
 from ebft_utils.weight_sync import ServedPolicy
 
@@ -64,7 +65,7 @@ def served_policy(server: Server, **changes) -> ServedPolicy:
     torch.manual_seed(0)
     policy = StridedPolicy(load_policy(config))
     policy, _ = prepare_policy(accelerator, policy, torch.optim.AdamW([parameter for parameter in policy.parameters() if parameter.requires_grad]))
-    rows, _ = load_prompts(config, load_tokenizer(config.model))
+    rows, _ = load_rows(config, load_tokenizer(config.model), conversation_of)
     return ServedPolicy(config, accelerator, policy, VLLMServer(config), rows[0].prompt + rows[0].truth[0])
 
 

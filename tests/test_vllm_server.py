@@ -22,7 +22,8 @@ from ebft_utils import models, weight_sync
 from ebft_utils.config import ModelConfig
 from ebft_utils.distributed import AgreedError
 from ebft_utils.models import load_causal_lm, load_tokenizer, stop_token_ids, unpacked_model
-from ebft_utils.prompts import load_prompts, make_prompt_batch
+from ebft_utils.data import load_rows
+from ebft_utils.prompts import conversation_of, make_prompt_batch
 from ebft_utils.rollouts import Rollouts
 from ebft_utils.vllm_client import VLLMServer
 from ebft_utils.weight_sync import ServedPolicy
@@ -37,7 +38,7 @@ def rollouts_of(served: ServedPolicy, stop_ids: list[int] = [0]) -> Rollouts:
     """As a run makes it, with `rows` and `batch(row_ids, keys)` beside it."""
     tokenizer = load_tokenizer(served.config.model)
     rollouts = Rollouts(served.config, served.accelerator, served.policy, tokenizer, stop_ids, served, None)
-    rollouts.rows, _ = load_prompts(served.config, tokenizer)
+    rollouts.rows, _ = load_rows(served.config, tokenizer, conversation_of)
     rollouts.batch = lambda row_ids, keys: make_prompt_batch(rollouts.rows, row_ids, keys, tokenizer.pad_token_id, served.accelerator.device)
     return rollouts
 
