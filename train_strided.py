@@ -46,6 +46,7 @@ from ebft_utils.losses import cross_entropy_loss, policy_gradient_loss
 from ebft_utils.loop import TrainingLoop, Update, evaluate_only
 from ebft_utils.metrics import MetricLogger, MetricSums, logged_evaluations, rollout_table, step_metrics
 from ebft_utils.models import StridedPolicy, check_vocabulary, load_feature_network, load_policy, load_tokenizer, model_card
+from ebft_utils.preview import preview
 from ebft_utils.rewards import (
     FeatureRewards,
     feature_matching_rewards,
@@ -264,6 +265,9 @@ def main(argv: list[str]) -> None:
         return
     accelerator = prepare_accelerator(config)
     micro_batches_per_step(config, accelerator)  # or it refuses
+    if config.train.dry_run:
+        accelerator.print(preview(config, accelerator))
+        return
     torch.manual_seed(config.train.seed)  # the initial adapter; all else is drawn from (seed, step, row)
     with output_folder(config, accelerator) as output_dir:
         train_or_evaluate(config, accelerator, output_dir)

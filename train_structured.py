@@ -53,6 +53,7 @@ from ebft_utils.losses import clipped_policy_loss, completion_token_weights, cro
 from ebft_utils.loop import TrainingLoop, Update, evaluate_only
 from ebft_utils.metrics import MetricLogger, MetricSums, logged_evaluations, rollout_table, step_metrics
 from ebft_utils.models import StridedPolicy, check_vocabulary, load_feature_network, load_policy, load_tokenizer, model_card, stop_token_ids
+from ebft_utils.preview import preview
 from ebft_utils.prompts import Completion, PromptBatch, conversation_of, make_prompt_batch, padded, thinking_opened, without_thinking
 from ebft_utils.rewards import FeatureRewards, feature_matching_rewards, first_equal_rollout, group_norm_advantages, rloo_advantages, share_equal_rollouts, unbiased_cfm
 from ebft_utils.rollouts import Rollouts
@@ -339,6 +340,9 @@ def main(argv: list[str]) -> None:
         return
     accelerator = prepare_accelerator(config)
     micro_batches_per_step(config, accelerator)  # or it refuses
+    if config.train.dry_run:
+        accelerator.print(preview(config, accelerator))
+        return
     torch.manual_seed(config.train.seed)  # the initial adapter; all else is drawn from (seed, step, row)
     with output_folder(config, accelerator) as output_dir:
         train_or_evaluate(config, accelerator, output_dir)

@@ -92,6 +92,10 @@ class StreamedRows:
         self.places: list[list[int]] = []  # [epoch, block, position of its first row] of the blocks in memory: a checkpoint holds them
         self.blocks: deque[list[list[Document]]] = deque()
         self._restart(0, 0, 0)
+        digest = hashlib.sha256(repr(self[0]).encode())  # reads the first block, or says what is wrong with it
+        for row in self.blocks[-1][1:64]:
+            digest.update(repr(self.form(row)).encode())
+        self.first_rows = digest.hexdigest()[:12]
 
     def _restart(self, epoch: int, block: int, position: int) -> None:
         self.epoch, self.block, self.end = epoch, block, position
@@ -127,15 +131,11 @@ class StreamedRows:
 
     def fingerprint(self) -> str:
         """Tells another stream from the same, by its first rows."""
-        digest = hashlib.sha256()
-        self[0]
-        for index in range(min(64, len(self.blocks[0]))):
-            digest.update(repr(self[index]).encode())
-        return f"a stream, {digest.hexdigest()[:12]}"
+        return f"a stream, {self.first_rows}"
 
     def go_on_from(self, places: list, position: int) -> None:
         """Goes to the block of a position, without reading what comes before it. places: as a checkpoint holds them."""
-        self._restart(*max((place for place in places if place[2] <= position), key=lambda place: place[2]))
+        self._restart(*max((place for place in places if place[2] <= position), key=lambda place: place[2], default=(0, 0, 0)))
 
 
 class MixedRows:
@@ -294,7 +294,6 @@ def _streams(config: Config, tokenizer, sources: list[Source], form: Callable) -
         stream.begin, stream.copies = taken[number], copies
         name = f"{stream.source.key}: {stream.source}"
         rows.append(StreamedRows(name, stream.open_at, stream.documents, _pack_block(config), data.shuffle_buffer, _order_seed(config, number), keep, form))
-        rows[-1][0]  # or it says what is wrong, before a model is loaded
     return rows, held_out
 
 

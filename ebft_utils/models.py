@@ -100,7 +100,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **arguments)
     except LOADING_ERRORS as error:
-        raise UserError(f"{key}: no tokenizer can be loaded from {source!r}: {_first_line(error)}") from None
+        raise UserError(f"{key}: no tokenizer can be loaded from {source!r}: {first_line(error)}") from None
     for kind in ("pad_token", "eos_token"):
         chosen = getattr(config, kind)
         if chosen is not None:
@@ -123,7 +123,7 @@ def load_causal_lm(config: ModelConfig, dtype: torch.dtype, device: torch.device
     try:
         model_config = AutoConfig.from_pretrained(source, **arguments)
     except LOADING_ERRORS as error:
-        raise UserError(f"model.name_or_path: {config.name_or_path!r} cannot be loaded: {_first_line(error)}") from None
+        raise UserError(f"model.name_or_path: {config.name_or_path!r} cannot be loaded: {first_line(error)}") from None
     refuse_unsupported(model_config, config.name_or_path)
     if gguf_file:  # unpacked into plain float32 weights: packed ones cannot be trained
         arguments["quantization_config"] = GgufConfig(gguf_file=gguf_file, dequantize=True)
@@ -132,7 +132,7 @@ def load_causal_lm(config: ModelConfig, dtype: torch.dtype, device: torch.device
             source, dtype=torch.float32 if gguf_file else dtype, device_map=device, output_loading_info=True, **arguments
         )
     except LOADING_ERRORS as error:
-        raise UserError(f"model.name_or_path: {config.name_or_path!r} cannot be loaded: {_first_line(error)}") from None
+        raise UserError(f"model.name_or_path: {config.name_or_path!r} cannot be loaded: {first_line(error)}") from None
     if loading["missing_keys"] or loading["mismatched_keys"]:
         missing = sorted(loading["missing_keys"]) + sorted(key for key, *_ in loading["mismatched_keys"])
         raise UserError(f"model.name_or_path: {config.name_or_path!r} lacks {len(missing)} weights of its architecture, for example {missing[0]}: they would be random")
@@ -142,7 +142,7 @@ def load_causal_lm(config: ModelConfig, dtype: torch.dtype, device: torch.device
         cut_decoder(model.get_decoder(), 0)
     except ValueError as error:
         kind = model.config.model_type
-        raise UserError(f"model.name_or_path: {config.name_or_path!r} ({kind}) cannot take the strided attention mask: {_first_line(error)}") from None
+        raise UserError(f"model.name_or_path: {config.name_or_path!r} ({kind}) cannot take the strided attention mask: {first_line(error)}") from None
     _disable_dropout(model)
     return model
 
@@ -181,7 +181,8 @@ def _disable_dropout(model: torch.nn.Module) -> None:
             module.attention_dropout = 0.0
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Of what an error says."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
@@ -237,7 +238,7 @@ def prove_strided_mask(model: PreTrainedModel, name: str) -> None:
     try:
         packed = rollout_logprobs(model, document, rollouts, anchors, 1.0)[0]  # (A, N, G)
     except (RuntimeError, TypeError, AttributeError, ValueError, IndexError) as error:
-        raise UserError(f"model.name_or_path: {name!r} cannot be run with the strided attention mask: {_first_line(error)}") from None
+        raise UserError(f"model.name_or_path: {name!r} cannot be run with the strided attention mask: {first_line(error)}") from None
     alone = torch.empty_like(packed)
     for index, anchor in enumerate(anchors[0].tolist()):
         prefixes = document[:, :anchor].expand(rollouts.shape[2], -1)
@@ -283,13 +284,16 @@ def load_policy(config: Config) -> PreTrainedModel | PeftModel:
     prove_strided_mask(model, name)
     if config.model.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if config.lora is None:
-        return model
+    return model if config.lora is None else with_adapter(config, model)
+
+
+def with_adapter(config: Config, model: PreTrainedModel) -> PeftModel:
+    """The model with a new adapter. Raises UserError where the configuration asks for one that cannot be."""
     adapter = PeftLoraConfig(r=config.lora.r, lora_alpha=config.lora.alpha, target_modules=config.lora.target_modules, lora_dropout=0.0, task_type="CAUSAL_LM")
     try:
         policy = get_peft_model(model, adapter)
     except (ValueError, re.error) as error:
-        raise UserError(f"lora.target_modules: {config.lora.target_modules!r}: {_first_line(error)}") from None
+        raise UserError(f"lora.target_modules: {config.lora.target_modules!r}: {first_line(error)}") from None
     if isinstance(policy.get_output_embeddings(), BaseTunerLayer):
         raise UserError("lora.target_modules: the LM head cannot carry an adapter, because its weight is read directly; leave it out")
     return policy

@@ -115,18 +115,18 @@ def _build(cls, tree: dict, prefix: str):
             close = difflib.get_close_matches(str(key), fields, n=1)
             hint = f"did you mean {prefix}{close[0]}?" if close else f"allowed: {', '.join(fields)}"
             raise ConfigError(dotted, f"unknown key; {hint}")
-        inner = next((kind for kind in _alternatives(hints[key]) if dataclasses.is_dataclass(kind)), None)
+        inner = next((kind for kind in alternatives(hints[key]) if dataclasses.is_dataclass(kind)), None)
         if inner is not None and value is EMPTY:
-            if type(None) in _alternatives(hints[key]):
+            if type(None) in alternatives(hints[key]):
                 raise ConfigError(dotted, f"is an empty section; write {dotted}: null to leave it out, {dotted}: {{}} for its defaults, or its keys: {', '.join(_fields(inner))}")
             value = {}
         value = None if value is EMPTY else value
-        listed = next((item for kind in _alternatives(hints[key]) for item in typing.get_args(kind) if typing.get_origin(kind) is list and dataclasses.is_dataclass(item)), None)
+        listed = next((item for kind in alternatives(hints[key]) for item in typing.get_args(kind) if typing.get_origin(kind) is list and dataclasses.is_dataclass(item)), None)
         if listed is not None and isinstance(value, list):
             values[key] = [_build_item(listed, item, f"{dotted}[{index}]") for index, item in enumerate(value)]
         elif inner is None:
             values[key] = _convert(value, hints[key], fields[key].metadata, dotted)
-        elif value is None and type(None) in _alternatives(hints[key]):
+        elif value is None and type(None) in alternatives(hints[key]):
             values[key] = None
         elif isinstance(value, dict):
             values[key] = _build(inner, value, f"{dotted}.")
@@ -141,13 +141,14 @@ def _build_item(cls, item, dotted: str):
     return _build(cls, item, f"{dotted}.")
 
 
-def _alternatives(hint) -> tuple:
+def alternatives(hint) -> tuple:
+    """The types that a setting may have."""
     return typing.get_args(hint) if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union else (hint,)
 
 
 def _convert(value, hint, bounds, key: str):
     """Checks a value against its type hint; numbers also against their bounds. YAML reads 1e-5 (no point) as text: taken as the number it is."""
-    for kind in _alternatives(hint):
+    for kind in alternatives(hint):
         if kind is type(None) and value is None:
             return None
         if typing.get_origin(kind) is Literal and value in typing.get_args(kind):
@@ -162,7 +163,7 @@ def _convert(value, hint, bounds, key: str):
                 return _within(number, bounds, key)
         if typing.get_origin(kind) is list and isinstance(value, list):
             return [_convert(item, typing.get_args(kind)[0], bounds, f"{key}[{index}]") for index, item in enumerate(value)]
-    allowed = " or ".join(_describe(kind) for kind in _alternatives(hint))
+    allowed = " or ".join(describe_type(kind) for kind in alternatives(hint))
     close = difflib.get_close_matches(str(value), [str(choice) for choice in typing.get_args(hint)], n=1) if typing.get_origin(hint) is Literal else []
     raise ConfigError(key, f"{value!r} is not allowed; allowed: {allowed}" + (f"; did you mean {close[0]}?" if close else ""))
 
@@ -188,13 +189,14 @@ def _within(number, bounds, key: str):
     return number
 
 
-def _describe(kind) -> str:
+def describe_type(kind) -> str:
+    """A type in words."""
     if kind is type(None):
         return "null"
     if typing.get_origin(kind) is Literal:
         return " | ".join(map(str, typing.get_args(kind)))
     if typing.get_origin(kind) is list:
-        return f"a list of {_describe(typing.get_args(kind)[0])}"
+        return f"a list of {describe_type(typing.get_args(kind)[0])}"
     if dataclasses.is_dataclass(kind):
         return f"mappings with {', '.join(_fields(kind))}"
     return {str: "text", bool: "true | false", int: "a whole number", float: "a finite number"}[kind]

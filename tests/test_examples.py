@@ -1,0 +1,348 @@
+"""The recipes in examples/: each is a valid configuration that its own launch line fits, and each runs, two steps with a tiny model on rows of its dataset's form."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState
+from conftest import ROOT, logged, tiny_model, tiny_tokenizer
+from real_vllm import Server, vllm_python
+from safetensors.torch import load_file
+from test_prompts import TEMPLATE
+
+import train_strided
+import train_structured
+from ebft_utils.config import StridedConfig, StructuredConfig, load_config
+from ebft_utils.documents import documents_from
+
+EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
+SCRIPTS = {"train_strided.py": StridedConfig, "train_structured.py": StructuredConfig}
+MODULES = {"strided": train_strided, "structured": train_structured}
+LAUNCH = re.compile(r"#   (?:CUDA_VISIBLE_DEVICES=(\S+) )?accelerate launch --config_file (\S+) (?:--num_processes (\d+) )?(\S+\.py) --cfg (\S+)")
+SERVE = re.compile(r"#   (?:CUDA_VISIBLE_DEVICES=(\S+) )?python serve_vllm\.py --cfg (\S+)")
+
+every_example = pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.stem)
+
+
+def header(file: Path) -> list[str]:
+    """The comment lines that a file begins with."""
+    lines = file.read_text().splitlines()
+    return lines[: next(number for number, line in enumerate(lines) if not line.startswith("#"))]
+
+
+def launch_of(file: Path) -> tuple[str | None, str, str | None, str, str]:
+    """The one command that starts training: visible GPUs, accelerate config, number of processes, script, --cfg."""
+    (found,) = [match.groups() for line in header(file) if (match := LAUNCH.fullmatch(line))]
+    return found
+
+
+def configuration(file: Path, *overrides: str) -> StridedConfig | StructuredConfig:
+    return load_config(str(file), overrides, SCRIPTS[launch_of(file)[3]])
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# What stands in them
+
+
+def test_all_recipes_are_there():
+    """Guards against a glob that finds nothing."""
+    assert len(EXAMPLES) >= 18
+
+
+@every_example
+def test_launch_line_fits(file):
+    """Guards against a command that names another file, processes that do not divide the batch, and a launch that the configuration is not made for."""
+    gpus, accelerate_file, num_processes, script, cfg = launch_of(file)
+    config, launch = configuration(file), yaml.safe_load((ROOT / accelerate_file).read_text())
+    assert (ROOT / script).is_file() and ROOT / cfg == file
+    num_processes = int(num_processes or launch["num_processes"])
+    assert num_processes == 1 or launch["distributed_type"] != "NO"
+    assert config.train.batch_size % (config.train.per_device_batch_size * num_processes) == 0
+    assert launch["distributed_type"] == "FSDP" or not config.feature_network.shard
+    assert config.train.output_dir == f"runs/{file.stem}"
+    servers = [match.groups() for line in header(file) if (match := SERVE.fullmatch(line))]
+    assert len(servers) == (config.mode == "structured" and config.ebft.use_vllm)
+    for server_gpus, server_cfg in servers:
+        assert ROOT / server_cfg == file
+        assert launch["use_cpu"] or server_gpus not in gpus.split(",")  # not one of the trainer's
+    assert gpus is None or len(gpus.split(",")) == num_processes
+
+
+@every_example
+def test_header_says_what_it_needs(file):
+    """Guards against an estimate for GPUs that reads like a measurement, and against commands in the header that the test above does not see."""
+    lines = header(file)
+    assert lines[0].startswith("# ") and lines[0].endswith(".")
+    hardware = next(number for number, line in enumerate(lines) if line.startswith(("# Hardware: ", "# Runs without a GPU")))
+    text = " ".join(line.removeprefix("# ") for line in lines[hardware:] if not line.startswith("#   "))
+    on_cpu = launch_of(file)[1] == "accelerate_configs/cpu.yaml"
+    assert (("not run by us" in text) != on_cpu) and ("estimated" in text) != on_cpu
+    commands = [line for line in lines if line.startswith("#   ")]
+    known = [line for line in commands if LAUNCH.fullmatch(line) or SERVE.fullmatch(line) or line.startswith("#   pip install ")]
+    assert commands == known and all(shlex.split(line[4:]) for line in commands)
+
+
+@pytest.mark.parametrize("recipe", ["paper_qa_code", "paper_unstructured_code", "paper_translation"])
+def test_settings_of_the_paper(recipe):
+    """What is left to the defaults has to stay the paper's value, too."""
+    config = configuration(ROOT / "examples" / f"{recipe}.yaml")
+    translation = recipe == "paper_translation"
+    ebft, train = config.ebft, config.train
+    assert (ebft.stride, ebft.context_length, ebft.generate_max_len) == ((2, 4, 4) if translation else (8, 8, 8))
+    assert (ebft.n_samples_per_prompt, train.batch_size) == (4, 8 if translation else 16)
+    assert ebft.embed_method == ("mean_pooling" if translation else "last_token") and ebft.feature_layers == [0.25, 0.5, 0.75]
+    assert (ebft.temperature, ebft.advantage_estimator, ebft.use_whitening, ebft.alignment_coef) == (0.6, "rloo", True, 1.0)
+    assert ebft.diversity_coef in (0, 0.5, 1) and ebft.ce_coef in (0, 0.03, 0.1)
+    assert (train.learning_rate, train.lr_scheduler, train.warmup_ratio) == (1e-6, "constant", 0.03)
+    assert (train.adam_beta1, train.adam_beta2, train.weight_decay, train.max_grad_norm) == (0.9, 0.95, 0.0, 1.0)
+    assert config.data.packing and config.data.sequence_length == 1024 and config.lora is None
+    assert config.model.name_or_path == ("meta-llama/Llama-3.2-1B" if translation else "Qwen/Qwen2.5-1.5B")
+
+
+def test_baseline_differs_in_the_loss_alone():
+    """sft.yaml beside quickstart.yaml: a comparison of two things at once would be none."""
+    quickstart, baseline = (configuration(ROOT / "examples" / f"{name}.yaml").to_dict() for name in ("quickstart", "sft"))
+    differing = {f"{section}.{key}" for section in quickstart for key in quickstart[section] or () if quickstart[section][key] != baseline[section][key]}
+    assert differing == {"ebft.rl_coef", "ebft.ce_coef", "train.output_dir", "train.rollout_table_steps"}
+    assert (baseline["ebft"]["rl_coef"], baseline["ebft"]["ce_coef"]) == (0, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# Rows as the datasets have them
+
+
+NAMES = ["add", "scale", "shift", "power", "halve", "clip", "negate", "square"]
+GERMAN = ["Guten Tag.", "Der Hund schläft.", "Es regnet heute.", "Das Haus ist alt.", "Ich habe Zeit.", "Wo ist der Zug?", "Das Buch ist neu.", "Sie liest gern."]
+ENGLISH = ["Good day.", "The dog is asleep.", "It is raining today.", "The house is old.", "I have time.", "Where is the train?", "The book is new.", "She likes to read."]
+
+
+def python_files() -> list[dict]:
+    return [{"text": f"def {name}(x):\n    y = x + {number}\n    return y * {number + 2}\n\n\nprint({name}({number}))\n"} for number, name in enumerate(NAMES)]
+
+
+def functions() -> list[dict]:
+    return [
+        {"prompt": f'def {name}(x):\n    """Uses {number}."""\n', "completion": f"    y = x + {number}\n    return y * {number + 2}\n"} for number, name in enumerate(NAMES)
+    ]
+
+
+def open_code_instruct() -> list[dict]:
+    """All columns are text."""
+    return [
+        {
+            "id": f"{number:032x}",
+            "input": f"Write {name}(x), with {number}.",
+            "output": f"```python\ndef {name}(x):\n    return x + {number}\n```",
+            "domain": "generic",
+            "generation_algorithm": "self-instruct",
+            "llm_judgement": json.dumps({"logical_correctness": {"score": 5}}),
+            "unit_tests": json.dumps([f"\nassert {name}(0) == {number}\n"]),
+            "tests_execution_status": json.dumps(["pass"]),
+            "average_test_score": "1",
+        }
+        for number, name in enumerate(NAMES)
+    ]
+
+
+def translations(language: str) -> list[dict]:
+    return [{"translation": {language: foreign, "en": english}} for foreign, english in zip(GERMAN, ENGLISH, strict=True)]
+
+
+def conversations() -> list[dict]:
+    """Of two turns; the prompt once more in a column of its own."""
+    rows = []
+    for number, name in enumerate(NAMES):
+        said = [f"What is {name}?", f"It makes {number}.", "Why?", f"Since x is {number}."]
+        messages = [{"content": words, "role": ("user", "assistant")[index % 2]} for index, words in enumerate(said)]
+        rows.append({"prompt": said[0], "prompt_id": f"{number:064x}", "messages": messages})
+    return rows
+
+
+def mathematics() -> list[dict]:
+    """Thinking and answer in the last message."""
+    rows = []
+    for number in range(8):
+        problem, generation = f"What is {number} + 1?", f"<think>\nOne more than {number}.\n</think>\n\nIt is {number + 1}."
+        rows.append(
+            {
+                "problem": problem, "solution": f"{number} + 1 = {number + 1}", "answer": str(number + 1), "problem_type": "Algebra", "question_type": "math-word-problem",
+                "source": "olympiads", "uuid": f"{number:08x}-0000-5000-8000-000000000000", "is_reasoning_complete": [True, True], "generations": [generation, generation],
+                "correctness_math_verify": [True, False], "correctness_llama": None, "finish_reasons": None, "correctness_count": 1,
+                "messages": [{"content": problem, "role": "user"}, {"content": generation, "role": "assistant"}],
+            }
+        )  # fmt: skip
+    return rows
+
+
+def human_eval() -> list[dict]:
+    rows = [{"task_id": f"HumanEval/{number}", "entry_point": name, "test": f"assert candidate(0) == {number}"} for number, name in enumerate(NAMES)]
+    return [{**row, **function} for row, function in zip(rows, functions(), strict=True)]
+
+
+def rows_like(dataset: str, name: str | None) -> list[dict]:
+    """A few rows in the form of a dataset's."""
+    if dataset == "haoranxu/ALMA-Human-Parallel":
+        return translations(name.partition("-")[0])
+    if dataset == "haoranxu/WMT22-Test":
+        return [{name: row["translation"]} for row in translations("de")]
+    return {
+        "python_stdlib": python_files, "python_stdlib_functions": functions, "human_eval": human_eval, "tokyotech-llm/swallow-code": python_files,
+        "nvidia/OpenCodeInstruct": open_code_instruct, "HuggingFaceH4/ultrachat_200k": conversations, "open-r1/OpenR1-Math-220k": mathematics,
+    }[dataset]()  # fmt: skip
+
+
+def learnt_in(row: dict) -> list[str]:
+    """What should be learnt of such a row, piece by piece, without the end-of-text token."""
+    if "translation" in row:
+        return [" " + row["translation"]["en"]]
+    if "messages" in row:
+        return [message["content"] for message in row["messages"] if message["role"] == "assistant"]
+    return [row[next(column for column in ("completion", "output", "text") if column in row)]]
+
+
+def read_in(row: dict) -> str:
+    """What should stand in the prompt of such a row; nothing for raw text."""
+    if "translation" in row:
+        return next(text for language, text in row["translation"].items() if language != "en")
+    return row["messages"][0]["content"] if "messages" in row else row.get("prompt", row.get("input", ""))
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# Two steps of each
+
+
+@pytest.fixture(scope="session")
+def chat_model(tmp_path_factory) -> Path:
+    """The tiny llama with a chat template, whose answers end in <eos>."""
+    folder = tmp_path_factory.mktemp("chat-model")
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    tiny_model().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def local(tree: dict, folder: Path) -> list[dict]:
+    """Puts files of a few rows in place of a recipe's datasets; transforms, columns and weights stay. Returns the rows that are trained on."""
+    data, rows = tree["data"], []
+    for number, source in enumerate(data.get("mix", [data])):
+        own = rows_like(source["dataset"], source.pop("name", None))
+        source.pop("split", None)
+        source["dataset"] = str(write(folder / f"rows-{number}.jsonl", own))
+        rows += own
+    if "dataset" in tree.get("eval", {}):
+        held_out = rows_like(tree["eval"]["dataset"], tree["eval"].pop("name", None))
+        tree["eval"].pop("split", None)
+        tree["eval"] |= {"dataset": str(write(folder / "held-out.jsonl", held_out)), "num_documents": 2}
+    else:
+        tree.setdefault("eval", {})["num_documents"] = 0
+    return rows
+
+
+def write(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return path
+
+
+def small(file: Path, model: Path, folder: Path) -> tuple[dict, list[dict]]:
+    """A recipe for a tiny model on a few rows, two steps, and these rows."""
+    tree = yaml.safe_load(file.read_text())
+    structured = SCRIPTS[launch_of(file)[3]] is StructuredConfig
+    rows = local(tree, folder)
+    tree["model"] |= {"name_or_path": str(model), "dtype": "float32"}
+    tree["model"].pop("pad_token", None)  # of another tokenizer
+    tree.pop("feature_network", None)  # is for several processes
+    if structured:
+        tree["data"]["max_prompt_length"] = 96
+        tree["ebft"]["max_completion_length"] = 48
+        if "max_conversation_length" in tree["data"]:
+            tree["data"]["max_conversation_length"] = 240
+    else:
+        tree["data"]["sequence_length"] = 160
+    tree["train"] |= {"output_dir": str(folder / "run"), "max_steps": 2, "batch_size": 2, "per_device_batch_size": 1, "save_steps": 0, "seed": 1}
+    return tree, rows
+
+
+def run(tree: dict, mode: str, folder: Path, monkeypatch) -> list:
+    """Trains, and returns the batches of all steps."""
+    file, module, batches = folder / "recipe.yaml", MODULES[mode], []
+    file.write_text(yaml.safe_dump(tree))
+    made = module.step_batches
+
+    def keep(*arguments):
+        batches.extend(found := made(*arguments))
+        return found
+
+    monkeypatch.setattr(module, "step_batches", keep)
+    AcceleratorState._reset_state(True)
+    module.main(["--cfg", str(file)])
+    return batches
+
+
+def assert_trained(tree: dict, folder: Path) -> list[dict]:
+    """Two steps with finite numbers, and weights that moved as far as AdamW moves them: by about the sum of the learning rates where gradients agree, never by more."""
+    steps = [entry for entry in logged(folder) if "train/loss" in entry]
+    assert [entry["step"] for entry in steps] == [1, 2]
+    for entry in steps:
+        assert all(torch.tensor(value).isfinite() for value in entry.values()) and entry["train/grad_norm"] > 0
+        assert (entry.get("ebft/advantages_std", 0) > 0) == (tree["ebft"].get("rl_coef", 1) > 0)
+    (file,) = (folder / "final").glob("*model.safetensors")
+    after = load_file(file)
+    if "lora" in tree:
+        moved = torch.cat([tensor.flatten() for name, tensor in after.items() if "lora_B" in name])  # begins at 0
+    else:
+        before = load_file(Path(tree["model"]["name_or_path"]) / "model.safetensors")
+        assert after.keys() == before.keys()
+        moved = torch.cat([(tensor - before[name]).flatten() for name, tensor in after.items()])
+    most = sum(entry["train/learning_rate"] for entry in steps)
+    assert most > 0 and 0.5 * most < moved.abs().max() < 1.2 * most
+    assert (moved != 0).double().mean() > 0.1
+    return steps
+
+
+def assert_batches(batches: list, tree: dict, mode: str, rows: list[dict], tokenizer) -> None:
+    """What is learnt are the completions (or texts) of the rows, with their end-of-text tokens, and rollouts start inside of them."""
+    answers = {"".join(f"{text}<eos>" for text in learnt_in(row)): read_in(row) for row in rows}
+    if mode == "structured":
+        found = set()
+        for conversation in [conversation for batch in batches for conversation in batch.conversations]:
+            words = "".join(map(tokenizer.decode, conversation.truths))
+            assert answers[words] in tokenizer.decode(conversation.prompt)
+            assert [tokenizer.decode(truth) for truth in conversation.truths] == [part + "<eos>" for part in words.split("<eos>")[:-1]]
+            found.add(words)
+        assert len(found) == 4  # two rows a step, each another one
+        return
+    seen = 0
+    ebft = {"min_completion_prefix": 0, "context_length": 8, "generate_max_len": 8, **tree["ebft"]}
+    for batch in batches:
+        for ids, segments, completions, anchors, valid in zip(batch.document_ids, batch.segment_ids, batch.completion_ids, batch.anchors, batch.valid, strict=True):
+            for number in range(int(completions.max()) + 1):
+                words, place = tokenizer.decode(ids[completions == number]), (completions == number).nonzero().flatten().tolist()
+                document = (segments == segments[place[0]]).nonzero().flatten().tolist()
+                assert answers[words] in tokenizer.decode(ids[document[0] : place[0]])
+                assert (place[0] == document[0]) == (answers[words] == "")  # raw text has no prompt
+                own = [anchor for anchor in anchors[valid].tolist() if place[0] <= anchor <= place[-1]]
+                assert own[0] == max(document[0] + ebft["context_length"], place[0] + ebft["min_completion_prefix"])
+                assert own[-1] + ebft["generate_max_len"] <= place[-1] + 1
+                seen += len(own)
+    assert seen == sum(int(batch.valid.sum()) for batch in batches) > 0
+
+
+@every_example
+def test_two_steps(file, chat_model, tmp_path, monkeypatch):
+    """The recipe's transform, columns, mode, layers, losses and schedule, without its server."""
+    tree, rows = small(file, chat_model, tmp_path)
+    mode = SCRIPTS[launch_of(file)[3]].mode
+    if mode == "structured":
+        tree["ebft"] |= {"use_vllm": False, "async_prefetch": False}
+    batches = run(tree, mode, tmp_path, monkeypatch)
+    steps = assert_trained(tree, tmp_path / "run")
+    tokenizer = tiny_tokenizer()
+    assert_batches(batches, tree, mode, rows, tokenizer)
+    assert ("ebft/mean_reward" in steps[0]) == (tree["ebft"].get("rl_coef", 1) > 0)
+    if "dataset" in tree["eval"]:
+        assert all(torch.tensor(entry["eval/cross_entropy"]).isfinite() for entry in logged(tmp_path / "run")[::2])
