@@ -2,7 +2,7 @@
 
     python serve_vllm.py --cfg examples/structured.yaml
 
-It prints the command and becomes it; nothing of ours runs in the server. What it adds to a plain `vllm serve`:
+It prints the command and becomes it (--dry-run: prints the arguments and stops); nothing of ours runs in the server. What it adds to a plain `vllm serve`:
     log-probs at the sampling temperature       --logprobs-mode processed_logprobs
     no sampling defaults from the model         --generation-config vllm
     with a lora section, adapters               --enable-lora --max-lora-rank, VLLM_ALLOW_RUNTIME_LORA_UPDATING=1
@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 
 from ebft_utils.config import StructuredConfig, UserError, parse_command_line
-from ebft_utils.models import unpacked_model
+from ebft_utils.models import resolve_source, unpacked_model
 
 ADAPTER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM can be built for
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -63,9 +63,14 @@ def main(argv: list[str]) -> None:
     config = parse_command_line(argv, __doc__, StructuredConfig)
     if config is None:
         return
+    folder = Path(config.train.output_dir).expanduser() / "served_model"
+    if config.train.dry_run:  # nothing is unpacked
+        source, gguf_file = resolve_source(config.model.name_or_path)
+        print(shlex.join(["vllm", "serve", *server_arguments(config, source if gguf_file is None else str(folder.resolve()))]))
+        return
     if importlib.util.find_spec("vllm") is None:
         raise UserError("vllm is not installed here: pip install vllm==0.32.0 (on a machine without a GPU: see README.md, 'Structured mode')")
-    model = unpacked_model(config.model, Path(config.train.output_dir).expanduser() / "served_model")
+    model = unpacked_model(config.model, folder)
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *server_arguments(config, model)]
     environment = {"VLLM_SERVER_DEV_MODE": "1"} | ({"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"} if config.lora is not None else {})
     secret = {"VLLM_API_KEY": config.vllm.api_key} if config.vllm.api_key else {}  # not an argument: those can be read by everybody on the machine

@@ -12,7 +12,7 @@ Axis legend: B rows, S tokens of a row (right-padded), A anchors, N rollouts at 
 
 import hashlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
@@ -44,7 +44,7 @@ class Rows:
         form: what rows[i] gives of the row's documents.
     """
 
-    def __init__(self, documents: datasets.Dataset, members: list[list[int]], seed: tuple[int, ...] = (0,), form: Callable = list):
+    def __init__(self, documents: datasets.Dataset, members: Sequence[Sequence[int]], seed: tuple[int, ...] = (0,), form: Callable = list):
         self.documents, self.members, self.seed, self.form = documents, members, seed, form
         self.places: list = []  # see StreamedRows
 
@@ -190,6 +190,11 @@ def rows_of_step(rows: Rows | StreamedRows | MixedRows, step: int, rows_per_step
     return [rows.row_at(position) for position in range(step * rows_per_step, (step + 1) * rows_per_step)]
 
 
+def one_a_row(num_documents: int) -> np.ndarray:
+    """The documents of each row: one. (Millions of lists would take a hundred bytes each.)"""
+    return np.arange(num_documents)[:, None]
+
+
 def pack_documents(lengths: list[int], sequence_length: int, seed) -> list[list[int]]:
     """Fills rows of sequence_length with whole documents, in a shuffled order, a new row when the next document does not fit. The documents of each row."""
     members, room = [], 0
@@ -211,7 +216,7 @@ def load_rows(config: Config, tokenizer: PreTrainedTokenizerBase, form: Callable
     sources = training_sources(config)
     load = _streams if config.data.streaming else _tables
     train, held_out = load(config, tokenizer, sources, form)
-    held_out = None if held_out is None else Rows(held_out, [[row] for row in range(len(held_out))], form=form)
+    held_out = None if held_out is None else Rows(held_out, one_a_row(len(held_out)), form=form)
     return (train[0] if config.data.mix is None else MixedRows(train, [source.weight for source in sources], config.train.seed)), held_out
 
 
@@ -230,7 +235,7 @@ def _tables(config: Config, tokenizer, sources: list[Source], form: Callable) ->
     rows = []
     for number, documents in enumerate(train):
         lengths = documents["num_tokens"][:]
-        members = pack_documents(lengths, config.data.sequence_length, config.train.seed) if _packs(config) else [[document] for document in range(len(lengths))]
+        members = pack_documents(lengths, config.data.sequence_length, config.train.seed) if _packs(config) else one_a_row(len(lengths))
         rows.append(Rows(documents, members, _order_seed(config, number), form))
     return rows, held_out
 

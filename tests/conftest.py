@@ -7,12 +7,15 @@ import re
 import runpy
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+CACHE = tempfile.TemporaryDirectory(prefix="ebft-tests-")  # no tokens of an earlier day, and none left behind
+os.environ["HF_DATASETS_CACHE"] = CACHE.name
 
 import psutil
 import pytest

@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
-from conftest import ROOT, logged, tiny_model, tiny_tokenizer
+from conftest import ROOT, evaluations, logged, tiny_model, tiny_tokenizer
 from real_vllm import Server, vllm_python
 from safetensors.torch import load_file
 from test_prompts import TEMPLATE
@@ -17,7 +17,6 @@ from test_prompts import TEMPLATE
 import train_strided
 import train_structured
 from ebft_utils.config import StridedConfig, StructuredConfig, load_config
-from ebft_utils.documents import documents_from
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
 SCRIPTS = {"train_strided.py": StridedConfig, "train_structured.py": StructuredConfig}
@@ -257,10 +256,10 @@ def small(file: Path, model: Path, folder: Path) -> tuple[dict, list[dict]]:
     tree["model"].pop("pad_token", None)  # of another tokenizer
     tree.pop("feature_network", None)  # is for several processes
     if structured:
-        tree["data"]["max_prompt_length"] = 96
+        tree["data"]["max_prompt_length"] = 64
         tree["ebft"]["max_completion_length"] = 48
         if "max_conversation_length" in tree["data"]:
-            tree["data"]["max_conversation_length"] = 240
+            tree["data"]["max_conversation_length"] = 192
     else:
         tree["data"]["sequence_length"] = 160
     tree["train"] |= {"output_dir": str(folder / "run"), "max_steps": 2, "batch_size": 2, "per_device_batch_size": 1, "save_steps": 0, "seed": 1}
@@ -333,16 +332,46 @@ def assert_batches(batches: list, tree: dict, mode: str, rows: list[dict], token
 
 
 @every_example
-def test_two_steps(file, chat_model, tmp_path, monkeypatch):
-    """The recipe's transform, columns, mode, layers, losses and schedule, without its server."""
+def test_two_steps(file, chat_model, tmp_path, monkeypatch, capsys):
+    """The recipe's transform, columns, mode, layers, losses and schedule, without its server. Guards against rows of that form being left out, too."""
     tree, rows = small(file, chat_model, tmp_path)
     mode = SCRIPTS[launch_of(file)[3]].mode
     if mode == "structured":
         tree["ebft"] |= {"use_vllm": False, "async_prefetch": False}
     batches = run(tree, mode, tmp_path, monkeypatch)
+    assert "left out" not in capsys.readouterr().out
     steps = assert_trained(tree, tmp_path / "run")
-    tokenizer = tiny_tokenizer()
-    assert_batches(batches, tree, mode, rows, tokenizer)
     assert ("ebft/mean_reward" in steps[0]) == (tree["ebft"].get("rl_coef", 1) > 0)
-    if "dataset" in tree["eval"]:
-        assert all(torch.tensor(entry["eval/cross_entropy"]).isfinite() for entry in logged(tmp_path / "run")[::2])
+    assert_batches(batches, tree, mode, rows, tiny_tokenizer())
+    evaluated = evaluations(tmp_path / "run")
+    assert [entry["step"] for entry in evaluated] == ([0, 2] if "dataset" in tree["eval"] else [])
+    assert all(0 < entry["eval/cross_entropy"] < 20 for entry in evaluated)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """A real vLLM server for adapters of the recipes' size, of a tiny model with a chat template."""
+    vllm_python()
+    server = Server(tmp_path_factory.mktemp("served"), tied=False, lora={"r": 16, "alpha": 32})
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(server.model)
+    try:
+        yield server.start().wait()
+    finally:
+        server.kill()
+
+
+def test_two_steps_with_a_server(server, tmp_path, monkeypatch):
+    """The asynchronous recipe as it stands, with its server: the first batch from fresh weights, the second from weights one update older."""
+    tree, rows = small(ROOT / "examples" / "qwen3_4b_structured_async.yaml", server.model, tmp_path)
+    assert tree["ebft"]["async_prefetch"] and tree["lora"] == server.lora and "vllm" not in tree
+    tree["vllm"] = dict(server.vllm)
+    batches = run(tree, "structured", tmp_path, monkeypatch)
+    steps = assert_trained(tree, tmp_path / "run")
+    assert_batches(batches, tree, "structured", rows, tiny_tokenizer())
+    assert [entry["vllm/staleness"] for entry in steps] == [0, 1]
+    for entry in steps:  # two updates of 5e-6 are too small to show in log-probs
+        assert entry["vllm/logprob_gap"] < 1e-3 and entry["vllm/ratio_max"] < 1.01 and entry["vllm/ratio_min"] > 0.99 and entry["vllm/capped"] == 0
+        assert 1 <= entry["rollout/length"] <= 48
+    assert not [name for name in server.models() if name.startswith("ebft-")]  # the run has taken its adapter off

