@@ -178,8 +178,13 @@ def mathematics() -> list[dict]:
 
 
 def human_eval() -> list[dict]:
-    rows = [{"task_id": f"HumanEval/{number}", "entry_point": name, "test": f"assert candidate(0) == {number}"} for number, name in enumerate(NAMES)]
-    return [{**row, **function} for row, function in zip(rows, functions(), strict=True)]
+    return [
+        {
+            "task_id": f"HumanEval/{number}", "prompt": f'def {name}_twice(x):\n    """Twice."""\n', "entry_point": f"{name}_twice", "completion": f"    return 2 * (x + {number})\n",
+            "test": f"assert candidate(0) == {2 * number}",
+        }
+        for number, name in enumerate(NAMES)
+    ]  # fmt: skip
 
 
 def rows_like(dataset: str, name: str | None) -> list[dict]:
@@ -187,7 +192,7 @@ def rows_like(dataset: str, name: str | None) -> list[dict]:
     if dataset == "haoranxu/ALMA-Human-Parallel":
         return translations(name.partition("-")[0])
     if dataset == "haoranxu/WMT22-Test":
-        return [{name: row["translation"]} for row in translations("de")]
+        return [{name: {"de": f"Nein! {german}", "en": f"No! {english}"}} for german, english in zip(GERMAN, ENGLISH, strict=True)]
     return {
         "python_stdlib": python_files, "python_stdlib_functions": functions, "human_eval": human_eval, "tokyotech-llm/swallow-code": python_files,
         "nvidia/OpenCodeInstruct": open_code_instruct, "HuggingFaceH4/ultrachat_200k": conversations, "open-r1/OpenR1-Math-220k": mathematics,
@@ -259,7 +264,8 @@ def small(file: Path, model: Path, folder: Path) -> tuple[dict, list[dict]]:
         tree["data"]["max_prompt_length"] = 64
         tree["ebft"]["max_completion_length"] = 48
         if "max_conversation_length" in tree["data"]:
-            tree["data"]["max_conversation_length"] = 192
+            tree["data"]["max_conversation_length"] = 144
+            tree["ebft"]["max_completion_length"] = 24
     else:
         tree["data"]["sequence_length"] = 160
     tree["train"] |= {"output_dir": str(folder / "run"), "max_steps": 2, "batch_size": 2, "per_device_batch_size": 1, "save_steps": 0, "seed": 1}

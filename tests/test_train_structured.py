@@ -193,7 +193,10 @@ def test_two_processes_equal_one(run, tmp_path, turns, launch, mode):
     assert_same_weights(weights(alone), weights(tmp_path / "pair"), 1e-5, share=0.002)
 
 
-@MODES
+STREAMED = {"data__streaming": True, "data__shuffle_buffer": 3}
+
+
+@pytest.mark.parametrize("mode", [{}, {"lora": {"r": 4, "alpha": 8.0}}, STREAMED], ids=["full", "LoRA", "a stream"])
 def test_resumed_is_unbroken(run, tmp_path, mode):
     """Bit for bit, in numbers and weights."""
     whole = run("whole", "train.max_steps=4", **mode)
