@@ -151,20 +151,15 @@ class Tokenizing:
             example = transform.function(row, self.source.columns)
         except BadRow:
             raise
-        except KeyError as error:
-            if not transform.own:
-                raise BadRow(error.args[0], "is missing") from None
-            raise self._own_error(error) from None
         except Exception as error:  # whatever somebody's function raises
-            if not transform.own:
-                raise
-            raise self._own_error(error) from None
+            if transform.own:
+                raise UserError(f"{self.source.key}.transform: {transform.name} raised {type(error).__name__}: {error}") from None
+            if isinstance(error, KeyError):
+                raise BadRow(error.args[0], "is missing") from None
+            raise
         if transform.own and example is not None:
             self._check_example(example)
         return example
-
-    def _own_error(self, error: Exception) -> UserError:
-        return UserError(f"{self.source.key}.transform: {self.source.transform.name} raised {type(error).__name__}: {error}")
 
     def _check_example(self, example) -> None:
         """Raises UserError when somebody's own transform returns something else than it should."""

@@ -76,7 +76,7 @@ def test_header_says_what_it_needs(file):
     """Guards against an estimate for GPUs that reads like a measurement, and against commands in the header that the test above does not see."""
     lines = header(file)
     assert lines[0].startswith("# ") and lines[0].endswith(".")
-    hardware = next(number for number, line in enumerate(lines) if line.startswith(("# Hardware: ", "# Runs without a GPU")))
+    hardware = next(number for number, line in enumerate(lines) if line.startswith("# Hardware: "))
     text = " ".join(line.removeprefix("# ") for line in lines[hardware:] if not line.startswith("#   "))
     on_cpu = launch_of(file)[1] == "accelerate_configs/cpu.yaml"
     assert (("not run by us" in text) != on_cpu) and ("estimated" in text) != on_cpu

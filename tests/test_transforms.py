@@ -156,6 +156,12 @@ EXAMPLES = {
     "first turn": ("first_turn", {"messages": FIVE}, None, TURN),
     "last turn": ("last_turn", {"messages": FIVE}, None, {"prompt": FIVE[:4], "completion": "four"}),
     "all turns": ("all_turns", {"messages": FIVE}, None, {**TURN, "turns": [{"prompt": "three", "completion": "four"}]}),
+    "all turns of three": (
+        "all_turns",
+        {"messages": [*FIVE, user("five"), assistant("six")]},
+        None,
+        {**TURN, "turns": [{"prompt": "three", "completion": "four"}, {"prompt": "five", "completion": "six"}]},
+    ),
     "all turns, the last without answer": ("all_turns", {"messages": [*FIVE, user("five")]}, None, {**TURN, "turns": [{"prompt": "three", "completion": "four"}]}),
     "last turn, the last without answer": ("last_turn", {"messages": [*FIVE, user("five")]}, None, {"prompt": FIVE[:4], "completion": "four"}),
     "thinking in the text stays in chat": ("chat", {"messages": [user("a"), assistant("<think>why</think>Yes.")]}, None, {"prompt": [user("a")], "completion": "<think>why</think>Yes."}),
@@ -241,8 +247,10 @@ def test_a_template_that_opens_the_thinking(tokenizer, line_break):
     assert tokenizer.decode(document.tokens) == f"<|user|>a{opened}\n<|user|>b{opened}" and spoken(tokenizer, document) == [f"{thought}<eos>"] * 2
 
 
-def test_text_in_the_chat_template(by_word):
+def test_text_in_the_chat_template(by_word, tokenizer):
     """Guards against data.apply_chat_template doing nothing, touching messages twice, or turns of text that stay outside of the template."""
+    document = in_both_modes(tokenizer, {"input": "Sort it.\n", "output": " sorted(x)\n"}, transform="opencodeinstruct", apply_chat_template=True)
+    assert tokenizer.decode(document.tokens) == "<|user|>Sort it.<eos>\n<|assistant|> sorted(x)\n<eos>"
     row = {"prompt": f" {words(10)} \n", "completion": words(30), "more": [{"prompt": words(11), "completion": words(31)}]}
     data = {"transform": "prompt_completion", "columns": ColumnsConfig(turns="more")}
     assert in_both_modes(by_word, row, **data) == Document([10, 30, END, 11, 31, END], [(1, 3), (4, 6)])
@@ -540,6 +548,7 @@ BAD = {  # data, a good row, the bad one, what the message says of it
     "empty content": (CHAT, {"messages": OK}, {"messages": [OK[0], assistant("")]}, "'messages[1].content': '' is empty"),
     "content as a number": (CHAT, {"messages": OK}, {"messages": [user(3), OK[1]]}, "'messages[0].content': 3 is not text"),
     "an image": (CHAT, {"messages": OK}, {"messages": [user([{"type": "image", "url": "x"}, {"type": "text", "text": "y"}]), OK[1]]}, "'messages[0].content': [{'type': 'image'"),
+    "an image with a text": (CHAT, {"messages": OK}, {"messages": [user([{"type": "image", "text": "x"}, {"type": "text", "text": "y"}]), OK[1]]}, "'messages[0].content': [{'"),
     "empty ShareGPT": (CHAT, {"messages": SHAREGPT}, {"messages": [SHAREGPT[1], {"from": "gpt", "value": ""}]}, "'messages[1].value': '' is empty"),
     "user twice": (CHAT, {"messages": OK}, {"messages": [OK[0], *OK]}, "'messages[1]': the role is 'user' where 'assistant' should speak"),
     "assistant twice": ({"transform": "all_turns"}, {"messages": OK}, {"messages": [*OK, OK[1]]}, "'messages[2]': the role is 'assistant' where 'user' should speak"),
@@ -811,7 +820,7 @@ def test_a_function_that_is_not_there(tmp_path, monkeypatch, content, name, word
     if content is not None:
         (tmp_path / "mine.py").write_text(content)
     message = refusal(load_transform, name, "data.mix[1].transform")
-    assert message.startswith("data.mix[1].transform: ") and words in message and "\n" not in message
+    assert message.startswith("data.mix[1].transform: ") and words in message and "\n" not in message and "_hidden" not in message
     assert refusal(training_sources, structured(transform=name)).startswith("data.transform: ")
 
 
@@ -819,6 +828,15 @@ def test_a_function_that_is_not_there(tmp_path, monkeypatch, content, name, word
 def test_signatures_that_will_do(tmp_path, by_word, signature):
     """Guards against a function being refused that can be called."""
     (tmp_path / "mine.py").write_text(f"def transform({signature}):\n    return {{'prompt': 'w10', 'completion': 'w30'}}\n")
+    assert document_of(structured(transform=f"{tmp_path / 'mine.py'}:transform"), by_word, {}) == Document([10, 30, END], [(1, 3)])
+
+
+def test_a_file_with_more_in_it(tmp_path, by_word):
+    """Guards against a file that runs as a script but not here: dataclasses with postponed annotations look their module up by its name."""
+    (tmp_path / "mine.py").write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass Pair:\n    prompt: str\n    completion: str\n"
+        "def transform(row, columns):\n    return vars(Pair('w10', 'w30'))\n"
+    )
     assert document_of(structured(transform=f"{tmp_path / 'mine.py'}:transform"), by_word, {}) == Document([10, 30, END], [(1, 3)])
 
 
