@@ -382,7 +382,7 @@ def train_or_evaluate(config: StructuredConfig, accelerator: Accelerator, output
     with ExitStack() as stack:
         served = None
         if config.ebft.use_vllm and (config.ebft.rl_coef > 0 or held_out is not None):
-            probe = rows[rows.row_at(state.step * config.train.batch_size)]
+            probe = held_out[0] if config.eval.only else together(accelerator, lambda: rows[rows.row_at(state.step * config.train.batch_size)])
             served = ServedPolicy(config, accelerator, policy, VLLMServer(config), probe.prompt + probe.truth[0])
             stack.callback(served.close)
             accelerator.print(f"rollouts: {served.start(state.step)}")

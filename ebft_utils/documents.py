@@ -6,6 +6,7 @@ conversation. Everything else (prompt, the user's further turns) is only read.
     [ prompt | answer <end> | user's turn | answer <end> ]        spans: the two answers, each with its end-of-text token
 """
 
+import datetime
 import hashlib
 import itertools
 import json
@@ -24,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .config import Config, UserError
 from .sources import Source, load_table
-from .transforms import OF_MESSAGES, START_OF_THINKING, BadRow, shorten
+from .transforms import END_OF_THINKING, OF_MESSAGES, START_OF_THINKING, BadRow, shorten
 
 CACHE_FORMAT = 1  # another number when what is cached becomes another thing
 COLUMNS = datasets.Features(
@@ -32,10 +33,12 @@ COLUMNS = datasets.Features(
         "input_ids": datasets.List(datasets.Value("int32")),
         "spans": datasets.List(datasets.Value("int32")),  # start, end, start, end, ..
         "num_tokens": datasets.Value("int32"),
-        "digest": datasets.Value("int64"),  # of tokens and spans: equal for equal documents
+        "digest": datasets.Value("int64"),  # of the tokens: a copy of a held-out text is one, whatever of it is learnt
         "problem": datasets.Value("string"),  # why the row cannot be used
     }
 )
+TEMPLATE_DAY = datetime.date(2024, 7, 26)  # for templates that tell the date (Llama 3.2's own default): with today's a run would be another one tomorrow
+THINKING_PART = re.compile(r"<think>\s*(</think>\s*)?")  # empty thinking that a template adds, or begins
 ANSWER = "\u2063answer\u2063"  # stands for an answer in a rendered conversation, and is found again in it
 
 
@@ -62,8 +65,7 @@ def _row_of(document: Document | None, problem: str = "") -> dict:
     if document is None:
         return {"input_ids": [], "spans": [], "num_tokens": 0, "digest": 0, "problem": problem}
     spans = list(itertools.chain.from_iterable(document.spans))
-    content = np.array([*spans, -1, *document.tokens], dtype=np.int32).tobytes()
-    digest = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
+    digest = int.from_bytes(hashlib.blake2b(np.array(document.tokens, dtype=np.int32).tobytes(), digest_size=8).digest(), "little", signed=True)
     return {"input_ids": document.tokens, "spans": spans, "num_tokens": len(document.tokens), "digest": digest, "problem": ""}
 
 
@@ -88,7 +90,10 @@ class Tokenizing:
 
     def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, source: Source):
         self.config, self.tokenizer, self.source = config, tokenizer, source
-        self.ends_checked = False
+        self.trims = None  # whether the chat template does away with space around an answer
+        self.adds_end = tokenizer("x")["input_ids"][-1] == tokenizer.eos_token_id
+        first = tokenizer.convert_ids_to_tokens(tokenizer("x", add_special_tokens=False)["input_ids"])[0]
+        self.sets_off = first.startswith("\u2581")  # SentencePiece puts a space before a text: not before one that goes on
 
     def documents(self, rows: list[dict], numbers: list[int]) -> list[Document | str]:
         """A document for each row, or why there is none ("": its transform left it out). numbers: of the rows, for messages.
@@ -98,11 +103,12 @@ class Tokenizing:
         found = [self._checked(self._pieces, row, number) for row, number in zip(rows, numbers, strict=True)]
         usable = [pieces for pieces in found if isinstance(pieces, _Pieces)]
         special = iter(self._ids([pieces.opening for pieces in usable if pieces.special], True))
-        plain = iter(self._ids([text for pieces in usable for text in ([] if pieces.special else [pieces.opening]) + pieces.answers + pieces.between], False))
+        rendered = iter(self._ids([pieces.opening for pieces in usable if not pieces.special], False))
+        further = iter(self._ids_of_rest([text for pieces in usable for text in pieces.answers + pieces.between]))
 
         def assemble(pieces: _Pieces) -> Document:
-            opening = next(special if pieces.special else plain)
-            answers, between = [next(plain) for _ in pieces.answers], [next(plain) for _ in pieces.between]
+            opening = next(special if pieces.special else rendered)
+            answers, between = [next(further) for _ in pieces.answers], [next(further) for _ in pieces.between]
             return self._document(opening, answers, between, pieces)
 
         return [self._checked(assemble, pieces, number) if isinstance(pieces, _Pieces) else pieces for pieces, number in zip(found, numbers, strict=True)]
@@ -120,9 +126,16 @@ class Tokenizing:
     def _ids(self, texts: list[str], special: bool) -> list[list[int]]:
         if not texts:
             return []
-        if special and self.config.mode == "strided":  # a prompt that is cut here is one token too long, and refused for it
-            return self.tokenizer(texts, truncation=True, max_length=self.config.data.sequence_length)["input_ids"]
-        return self.tokenizer(texts, add_special_tokens=special)["input_ids"]
+        limit = dict(truncation=True, max_length=self.config.data.sequence_length) if special and self.config.mode == "strided" else {}  # a prompt of that length is refused
+        found = self.tokenizer(texts, add_special_tokens=special, **limit)["input_ids"]
+        return [tokens[:-1] for tokens in found] if special and self.adds_end else found  # the end is set here, where there is one
+
+    def _ids_of_rest(self, texts: list[str]) -> list[list[int]]:
+        """Of texts that go on from another one."""
+        if not self.sets_off:
+            return self._ids(texts, False)
+        before = len(self._ids(["\n"], False)[0])
+        return [tokens[before:] for tokens in self._ids([f"\n{text}" for text in texts], False)]
 
     def _pieces(self, row: dict) -> _Pieces | str:
         example = self._example(row)
@@ -136,13 +149,18 @@ class Tokenizing:
         turns_column = self.source.columns.turns or "turns"
         later = [completion_column if self.source.transform.name in OF_MESSAGES else f"{turns_column}[{number}].completion" for number in range(len(turns))]
         where = prompt_column, [completion_column, *later]
-        if self.source.apply_chat_template and isinstance(prompt, str):
+        templated = self.source.apply_chat_template and isinstance(prompt, str)
+        if templated:
             prompt = [{"role": "user", "content": prompt.strip()}]
         if isinstance(prompt, str):
             return _Pieces(prompt, True, answers, further, *where)
         opening, between = self._rendered(prompt, further, prompt_column)
+        if self.trims or templated:  # what sets an answer off from a prompt of text is not part of it
+            answers = [answer.strip() for answer in answers]
         if opening.rstrip().endswith(START_OF_THINKING):  # the template has begun to think: the answer goes on
-            answers = [answer.lstrip().removeprefix(START_OF_THINKING).lstrip("\n") if answer.lstrip().startswith(START_OF_THINKING) else answer for answer in answers]
+            if not all(END_OF_THINKING in answer for answer in answers):
+                raise BadRow(completion_column, f"the chat template begins with {START_OF_THINKING}, and an answer has no thinking: it would be learnt as if it were; take the transform reasoning, or another template")
+            answers = [answer.lstrip().removeprefix(START_OF_THINKING).lstrip("\n") for answer in answers]
         return _Pieces(opening, False, answers, between, *where)
 
     def _example(self, row: dict) -> dict | None:
@@ -175,6 +193,8 @@ class Tokenizing:
         elif not all(isinstance(message, dict) and {"role", "content"} <= message.keys() for message in example["prompt"]):
             raise UserError(f"{where} the prompt {shorten(example['prompt'])}, which is neither text nor a list of messages (role, content)")
         turns = example.get("turns") or []
+        if not isinstance(turns, list):
+            raise UserError(f"{where} turns {shorten(turns)}, which is not a list of {{prompt, completion}}")
         for number, turn in enumerate(turns):
             if not isinstance(turn, dict) or set(turn) != {"prompt", "completion"}:
                 raise UserError(f"{where} turns[{number}] {shorten(turn)}; allowed: {{prompt, completion}}")
@@ -191,13 +211,14 @@ class Tokenizing:
         """The prompt in the tokenizer's chat template, and what the template puts between one answer of the assistant and the next."""
         if not messages or not all(isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str) for message in messages):
             raise BadRow(column, f"{shorten(messages)} is not a list of messages (role, content)")
+        if not messages[-1]["content"].strip():
+            raise BadRow(column, f"the last message is empty: {shorten(messages[-1])}")
         if self.tokenizer.chat_template is None:
             raise UserError("model.tokenizer: the rows hold messages, and the tokenizer has no chat template; take the tokenizer of an instruction-tuned model, or a transform that makes a prompt of plain text")
         try:
-            opening, gaps = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True), []
-            if not self.ends_checked:
-                self._gap([*messages, {"role": "assistant", "content": ANSWER}], False)
-                self.ends_checked = True
+            opening, gaps = self._chat(messages, True), []
+            if self.trims is None:
+                self._check_template(messages, opening)
             messages = list(messages)
             for words in further:
                 messages += [{"role": "assistant", "content": ANSWER}, {"role": "user", "content": words}]
@@ -206,9 +227,22 @@ class Tokenizing:
             raise BadRow(column, f"the tokenizer's chat template cannot render {shorten(messages)}: {error}") from None
         return opening, gaps
 
+    def _chat(self, messages: list[dict], generation_prompt: bool) -> str:
+        settings = {} if self.config.data.enable_thinking is None else {"enable_thinking": self.config.data.enable_thinking}
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt, strftime_now=TEMPLATE_DAY.strftime, **settings)
+
+    def _check_template(self, messages: list[dict], opening: str) -> None:
+        """Raises UserError for a template whose answered conversation is another text than its prompt and the answer; finds out whether it trims answers."""
+        answered = [*messages, {"role": "assistant", "content": ANSWER}]
+        self._gap(answered, False)
+        before, asked = (THINKING_PART.sub("", text) for text in (self._chat(answered, False).partition(ANSWER)[0], opening))
+        if before != asked:
+            raise UserError(f"model.tokenizer: the chat template puts {shorten(before[-30:])} before an answer, and asks for one with {shorten(asked[-30:])}: it has no use for add_generation_prompt; take a tokenizer whose template has")
+        self.trims = f" {ANSWER} " not in self._chat([*messages, {"role": "assistant", "content": f" {ANSWER} "}], False)
+
     def _gap(self, messages: list[dict], generation_prompt: bool) -> str:
         """What the template puts behind the last answer. Raises UserError when that does not begin with the end-of-text token, which ends each answer here."""
-        gap, end = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt).rpartition(ANSWER)[2], self.tokenizer.eos_token
+        gap, end = self._chat(messages, generation_prompt).rpartition(ANSWER)[2], self.tokenizer.eos_token
         if not gap.startswith(end):
             raise UserError(f"model.eos_token: the chat template does not end an answer with {end!r} but with {shorten(gap[:20])}; name the token that ends an answer")
         return gap.removeprefix(end)
@@ -217,8 +251,8 @@ class Tokenizing:
 
     def _document(self, opening: list[int], answers: list[list[int]], between: list[list[int]], pieces: _Pieces) -> Document:
         structured, end = self.config.mode == "structured", [self.tokenizer.eos_token_id]
-        if structured or self.config.data.append_eos:
-            answers = [answer + end for answer in answers]
+        last = len(answers) if structured or self.config.data.append_eos else len(answers) - 1  # an answer that the user answers to has always ended
+        answers = [answer + end if number < last else answer for number, answer in enumerate(answers)]
         if structured:
             self._check_lengths(opening, answers, between, pieces)
         if not answers:  # raw text
@@ -274,7 +308,7 @@ def first_anchor(span: tuple[int, int], context_length: int, min_completion_pref
 
 def load_documents(config: Config, tokenizer: PreTrainedTokenizerBase, source: Source) -> datasets.Dataset:
     """The usable documents of a source (columns: COLUMNS), out of the cache where they were made before. Raises UserError when there are none."""
-    table, tokenizing = load_table(source), Tokenizing(config, tokenizer, source)
+    table, tokenizing = columns_read(load_table(source), source), Tokenizing(config, tokenizer, source)
     key = cache_key(config, tokenizer, source, table)
     file = Path(datasets.config.HF_DATASETS_CACHE) / "ebft" / f"{key}.arrow"
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -288,32 +322,42 @@ def load_documents(config: Config, tokenizer: PreTrainedTokenizerBase, source: S
         tokenize, batched=True, with_indices=True, remove_columns=table.column_names, features=COLUMNS, num_proc=config.data.num_proc if config.data.num_proc > 1 else None,
         cache_file_name=str(file), new_fingerprint=key, desc=f"tokenising {source.dataset}",
     )  # fmt: skip
-    lengths, problems = np.array(documents["num_tokens"]), None
+    lengths = np.array(documents["num_tokens"][:])
     kept = np.flatnonzero(lengths)
     if len(kept) < len(lengths):
-        problems = [problem for problem in documents["problem"] if problem]
-        says = left_out(source, len(lengths) - len(kept), problems, f"of {len(lengths)}")
+        left_out = LeftOut(source)
+        left_out.add(documents.select(np.flatnonzero(lengths == 0))["problem"][:])
         if len(kept) == 0:
-            raise UserError(f"{source.key}: {source} has no row that can be used. {says}")
-        PartialState().print(says)
+            raise UserError(f"{source.key}: {source} has no row that can be used. {left_out.text(f'of {len(lengths)}')}")
+        PartialState().print(left_out.text(f"of {len(lengths)}"))
     return documents.select(kept)
 
 
-def left_out(source: Source, number: int, problems: list[str], of: str) -> str:
-    """How many rows were left out, and why."""
-    kinds = Counter(_kind(problem) for problem in problems)
-    examples = {}
-    for problem in problems:
-        examples.setdefault(_kind(problem), problem)
-    reasons = [f"{count} like {examples[kind]}" for kind, count in kinds.most_common(4)]
-    if number > len(problems):
-        reasons.append(f"{number - len(problems)} by the transform {source.transform.name}")
-    return f"data: {number} {of} rows of {source} left out: {'; '.join(reasons)}"
+def columns_read(table, source: Source):
+    """A table or stream without the columns that the transform does not look at: an image there would be decoded for nothing."""
+    return table if table.column_names is None else table.select_columns(source.transform.columns_read(source.columns, table.column_names))
 
 
-def _kind(problem: str) -> str:
-    """A problem without what is particular to its row: numbers and quoted values."""
-    return re.sub(r"\d+|'[^']*'|\"[^\"]*\"", "", problem).partition("; text")[0]
+class LeftOut:
+    """Rows of a source that are not used, counted by the kind of their problem."""
+
+    def __init__(self, source: Source):
+        self.source, self.number, self.kinds, self.examples = source, 0, Counter(), {}
+
+    def add(self, problems: list[str]) -> None:
+        """problems: why each row is left out; "" where the transform did that."""
+        for problem in problems:
+            kind = re.sub(r"\d+|'[^']*'|\"[^\"]*\"", "", problem).partition("; text")[0]  # without what is particular to the row
+            self.number += 1
+            self.kinds[kind] += 1
+            self.examples.setdefault(kind, f"like {problem}" if problem else f"by the transform {self.source.transform.name}")
+
+    def text(self, of: str) -> str:
+        """How many, and why: one example of each of the commonest kinds."""
+        common = self.kinds.most_common(4)
+        reasons = [f"{count} {self.examples[kind]}" for kind, count in common]
+        others = self.number - sum(count for _, count in common)
+        return f"data: {self.number} {of} rows of {self.source} left out: {'; '.join(reasons)}" + (f"; {others} for other reasons" if others else "")
 
 
 def cache_key(config: Config, tokenizer: PreTrainedTokenizerBase, source: Source, table: datasets.Dataset) -> str:
@@ -329,7 +373,7 @@ def cache_key(config: Config, tokenizer: PreTrainedTokenizerBase, source: Source
     own_code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
     parts = [
         CACHE_FORMAT, own_code, transformers.__version__, tokenizers.__version__, table._fingerprint, len(table), source.transform.name, source.transform.version,
-        vars(source.columns), source.apply_chat_template, config.mode, limits, data.on_bad_row, tokenizer_digest(tokenizer),
+        vars(source.columns), source.apply_chat_template, data.enable_thinking, config.mode, limits, data.on_bad_row, tokenizer_digest(tokenizer),
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 

@@ -109,7 +109,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
             setattr(tokenizer, kind, chosen)
         if getattr(tokenizer, kind) is None:
             raise UserError(f"model.{kind}: the tokenizer of {source!r} has none; name one of its tokens, for example {tokenizer.convert_ids_to_tokens(0)!r}")
-    tokenizer.padding_side = "right"
+    tokenizer.padding_side = tokenizer.truncation_side = "right"
     return tokenizer
 
 

@@ -4,18 +4,19 @@ No weights are read: the memory estimate needs the model's config alone.
 """
 
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from accelerate import Accelerator, DistributedType
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from .config import Config, UserError
+from .config import MIX_BLOCK, Config, UserError
 from .data import MixedRows, Rows, StreamedRows, load_rows, rows_of_step
 from .distributed import main_process_first
 from .documents import Document, first_anchor
-from .features import layer_indices
+from .features import cut_decoder, layer_indices
 from .losses import LOGITS_PER_CHUNK
-from .models import DTYPES, LOADING_ERRORS, base_causal_lm, first_line, load_tokenizer, resolve_source, with_adapter
+from .models import DTYPES, LOADING_ERRORS, base_causal_lm, first_line, load_tokenizer, refuse_short_context, refuse_unsupported, resolve_source, with_adapter
 from .strided import QUERIES_PER_BLOCK
 
 GB = 2**30
@@ -27,11 +28,11 @@ def preview(config: Config, accelerator: Accelerator) -> str:
     """The whole text."""
     tokenizer = load_tokenizer(config.model)
     rows, held_out = main_process_first(accelerator, lambda: load_rows(config, tokenizer))
-    shown, counts = rows_of_step(rows, 0, NUM_EXAMPLES), count(config, rows)
-    largest = (config.longest_sequence[0], 1) if config.mode == "structured" else (counts.longest, counts.most)
+    shown, found = rows_of_step(rows, 0, NUM_EXAMPLES), count(config, rows)
+    largest = (config.longest_sequence[0], 1) if config.mode == "structured" else (max(counts.longest for counts in found), max(counts.most for counts in found))
     parts = [
         f"dry run: {config.mode} mode, {config.model.name_or_path}",
-        *count_lines(config, rows, counts, held_out),
+        *count_lines(config, rows, found, held_out),
         *_memory_lines(config, accelerator, largest),
         *(f"example {number + 1} ({ANCHOR} an anchor, {START} {END} what is learnt):\n{marked(config, tokenizer, rows[row])}" for number, row in enumerate(shown)),
     ]
@@ -42,14 +43,12 @@ def preview(config: Config, accelerator: Accelerator) -> str:
 # Counts
 
 
-def anchors_in(config: Config, spans: list[tuple[int, int]]) -> list[int]:
-    """Where rollouts start in a document: tokens before each of them."""
+def anchors_in(config: Config, spans: list[tuple[int, int]]) -> list[range]:
+    """Where rollouts start in each span of a document: tokens before each of them."""
     if config.mode == "structured":
-        return [spans[0][0]]
-    ebft, found = config.ebft, []
-    for span in spans:
-        found += range(first_anchor(span, ebft.context_length, ebft.min_completion_prefix), span[1] - ebft.generate_max_len + 1, ebft.stride)
-    return found
+        return [range(spans[0][0], spans[0][0] + 1)]
+    ebft = config.ebft
+    return [range(first_anchor(span, ebft.context_length, ebft.min_completion_prefix), span[1] - ebft.generate_max_len + 1, ebft.stride) for span in spans]
 
 
 @dataclass
@@ -65,40 +64,44 @@ class Counts:
     most: int = 0
 
 
-def count(config: Config, rows) -> Counts:
-    """Counts all rows that are there; of a stream those that have been read."""
-    counts = Counts()
+def count(config: Config, rows) -> list[Counts]:
+    """Counts all rows of each source that are there; of a stream those that have been read."""
+    found = []
     for source in rows.sources if isinstance(rows, MixedRows) else [rows]:
+        counts = Counts()
         if isinstance(source, StreamedRows):
-            sizes = ([(len(document.tokens), document.spans) for document in row] for row in source.blocks[0])
+            sizes = ([(len(document.tokens), document.spans) for document in row] for block in source.blocks for row in block)
         else:
             columns = source.documents.select_columns(["num_tokens", "spans"])[:]
             documents = [(length, list(zip(spans[::2], spans[1::2], strict=True))) for length, spans in zip(columns["num_tokens"], columns["spans"], strict=True)]
             sizes = ([documents[member] for member in members] for members in source.members)
         for row in sizes:
-            tokens, anchors = sum(length for length, _ in row), sum(len(anchors_in(config, spans)) for _, spans in row)
+            tokens, anchors = sum(length for length, _ in row), sum(len(places) for _, spans in row for places in anchors_in(config, spans))
             counts.rows, counts.documents, counts.tokens, counts.anchors = counts.rows + 1, counts.documents + len(row), counts.tokens + tokens, counts.anchors + anchors
             counts.learnt += sum(end - max(start, 1) for _, spans in row for start, end in spans)
             counts.longest, counts.most = max(counts.longest, tokens), max(counts.most, anchors)
-    return counts
+        found.append(counts)
+    return found
 
 
-def count_lines(config: Config, rows, counts: Counts, held_out: Rows | None) -> list[str]:
+def count_lines(config: Config, rows, found: list[Counts], held_out: Rows | None) -> list[str]:
     """The counts in words."""
     train, ebft = config.train, config.ebft
     samples, length = (ebft.n_samples_per_prompt, ebft.generate_max_len) if config.mode == "strided" else (ebft.num_generations, ebft.max_completion_length)
-    per_row, up_to = counts.anchors / counts.rows, "" if config.mode == "strided" else "up to "
+    mixed, up_to = isinstance(rows, MixedRows), "" if config.mode == "strided" else "up to "
+    shares = [number / MIX_BLOCK for number in rows.counts] if mixed else [1.0]
+    per_row, tokens_per_row = (sum(share * getattr(counts, name) / counts.rows for share, counts in zip(shares, found, strict=True)) for name in ("anchors", "tokens"))
+    documents, num_rows, tokens, learnt, anchors = (sum(getattr(counts, name) for counts in found) for name in ("documents", "rows", "tokens", "learnt", "anchors"))
     what = "read so far (a stream is not counted)" if config.data.streaming else "to train on"
-    mixed = isinstance(rows, MixedRows)
-    epochs = "" if config.data.streaming or mixed else f"; {train.max_steps * train.batch_size / counts.rows:.2f} epochs"
+    epochs = "" if config.data.streaming or mixed else f"; {train.max_steps * train.batch_size / num_rows:.2f} epochs"
     lines = [
-        f"{counts.documents:,} documents in {counts.rows:,} rows {what}: {counts.tokens:,} tokens, {counts.learnt:,} of them learnt; {0 if held_out is None else len(held_out):,} held out",
-        f"{counts.anchors:,} anchors (groups), {per_row:.1f} a row; {samples} rollouts of {up_to}{length} tokens at each",
+        f"{documents:,} documents in {num_rows:,} rows {what}: {tokens:,} tokens, {learnt:,} of them learnt; {0 if held_out is None else len(held_out):,} held out",
+        f"{anchors:,} anchors (groups), {per_row:.1f} a row; {samples} rollouts of {up_to}{length} tokens at each",
         f"{train.max_steps:,} steps of {train.batch_size} rows: {per_row * train.batch_size:.0f} groups, {up_to}{per_row * train.batch_size * samples * length:,.0f} rollout tokens and "
-        f"{counts.tokens / counts.rows * train.batch_size:,.0f} document tokens a step{epochs}",
+        f"{tokens_per_row * train.batch_size:,.0f} document tokens a step{epochs}",
     ]
     if mixed:
-        lines.append("rows by weight: " + ", ".join(f"{source.dataset} {number / 10:g} %" for source, number in zip(config.data.mix, rows.counts, strict=True)))
+        lines.append("rows by weight: " + ", ".join(f"{source.dataset} {100 * share:g} %" for source, share in zip(config.data.mix, shares, strict=True)))
     return lines
 
 
@@ -108,7 +111,7 @@ def marked(config: Config, tokenizer: PreTrainedTokenizerBase, documents: list[D
     marks = {}
     for start, end in document.spans:
         marks[start], marks[end] = marks.get(start, "") + START, END + marks.get(end, "")
-    for anchor in anchors_in(config, document.spans):
+    for anchor in chain.from_iterable(anchors_in(config, document.spans)):
         marks[anchor] = marks.get(anchor, "") + ANCHOR
     begin = 0 if document.spans[0][0] < SHOWN_TOKENS // 2 else document.spans[0][0] - SHOWN_TOKENS // 2
     stop = min(len(document.tokens), begin + SHOWN_TOKENS)
@@ -142,8 +145,11 @@ def shape_of(config: Config) -> Shape:
     arguments = {"gguf_file": gguf_file} if gguf_file else {"revision": config.model.revision}
     try:
         settings = AutoConfig.from_pretrained(source, **arguments).get_text_config()
+        refuse_unsupported(settings, config.model.name_or_path)
+        refuse_short_context(settings, *config.longest_sequence, config.model.name_or_path)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(settings)
+            cut_decoder(model.get_decoder(), 0)  # or it refuses
             policy = model if config.lora is None else with_adapter(config, model)
     except LOADING_ERRORS as error:
         raise UserError(f"model.name_or_path: {config.model.name_or_path!r} cannot be loaded: {first_line(error)}") from None

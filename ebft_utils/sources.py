@@ -1,9 +1,13 @@
 """Where rows come from: hub, files, folders, and what lies on every machine already."""
 
 import ast
+import glob
 import importlib.util
+import json
+import os
 import sysconfig
 import textwrap
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +17,8 @@ from .config import ColumnsConfig, Config, UserError
 from .transforms import Transform, load_transform
 
 LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow", ".txt": "text"}
-LOADING_ERRORS = (OSError, ValueError, RuntimeError, NotImplementedError, datasets.exceptions.DatasetsError)
+PACKED = (".jsonl", ".json", ".csv", ".txt")  # are also read as .gz
+LOADING_ERRORS = (OSError, EOFError, zlib.error, ValueError, RuntimeError, NotImplementedError, datasets.exceptions.DatasetsError)
 
 
 @dataclass(frozen=True)
@@ -51,13 +56,15 @@ def evaluation_source(config: Config) -> Source:
 
 def is_local(dataset: str) -> bool:
     """Whether a dataset is a file, a folder or a built-in source, and not on the hub."""
-    path = Path(dataset).expanduser()
+    path = Path(os.path.expanduser(dataset))
     return dataset in BUILT_IN or path.exists() or kind_of(path) in LOADERS or dataset.startswith((".", "/", "~"))
 
 
 def _source(key: str, section, config: Config, **more) -> Source:
     data = config.data
-    split = section.split or ("train" if is_local(section.dataset) else "test")
+    splits = Path(os.path.expanduser(section.dataset), "dataset_dict.json")
+    has_test = "test" in json.loads(splits.read_text())["splits"] if splits.is_file() else not is_local(section.dataset)
+    split = section.split or ("test" if has_test else "train")
     templated = section.apply_chat_template if section.apply_chat_template is not None else data.apply_chat_template
     transform = load_transform(section.transform or data.transform, f"{key if section.transform else 'data'}.transform")
     return Source(
@@ -84,9 +91,12 @@ def load_table(source: Source, streaming: bool = False) -> datasets.Dataset | da
 
 
 def _open(source: Source, streaming: bool):
-    path = Path(source.dataset).expanduser()
+    path = Path(os.path.expanduser(source.dataset))
     if streaming and "[" in source.split:
         raise UserError(f"{source.key}.split: {source.split!r} is a part of a split, and a stream has only whole ones; write {source.split.partition('[')[0]}, or leave data.streaming out")
+    for key in ("name", "revision"):
+        if getattr(source, key) is not None and is_local(source.dataset):
+            raise UserError(f"{source.key}.{key}: {getattr(source, key)!r} is for datasets of the hub, and {source} is none; leave it out")
     if source.dataset in BUILT_IN:
         return _part(BUILT_IN[source.dataset](), source, streaming)
     if path.is_dir():
@@ -102,7 +112,8 @@ def _open(source: Source, streaming: bool):
 
 def kind_of(file: Path) -> str:
     """Its suffix, without that of a packer: .jsonl for data.jsonl.gz."""
-    return Path(file.stem).suffix if file.suffix == ".gz" else file.suffix
+    inner = Path(file.stem).suffix
+    return inner if file.suffix == ".gz" and inner in PACKED else file.suffix
 
 
 def _open_folder(folder: Path, source: Source, streaming: bool):
@@ -128,7 +139,7 @@ def _open_files(files: list[Path], source: Source, streaming: bool):
     _check_local_split(source)
     if not any(file.stat().st_size for file in files):
         raise UserError(f"{source.key}: {', '.join(map(str, files))} (split {source.split!r}) is empty")
-    return datasets.load_dataset(LOADERS[kind_of(files[0])], data_files={"train": [str(file) for file in files]}, split=source.split, streaming=streaming)
+    return datasets.load_dataset(LOADERS[kind_of(files[0])], data_files={"train": [glob.escape(str(file)) for file in files]}, split=source.split, streaming=streaming)
 
 
 def _check_local_split(source: Source, split: str = "train") -> None:
@@ -151,7 +162,8 @@ def _reason(error: BaseException, source: Source) -> str:
         error = error.__cause__
     if isinstance(error, datasets.table.CastError):
         return f"its files have different columns, {_columns_of(error.table_column_names)} and {_columns_of(error.requested_column_names)}; narrow {source.key}.file_pattern, or name the files one by one in data.mix"
-    return str(error).strip().partition("\n")[0]
+    first, _, rest = str(error).strip().partition("\n")
+    return first if not first.endswith(": ") else first + " ".join(rest.split())[:200]
 
 
 def _columns_of(names: list[str]) -> str:

@@ -14,6 +14,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -54,16 +55,18 @@ def text(row: dict, columns) -> dict:
 
 def prompt_completion(row: dict, columns) -> dict:
     """A prompt and what should follow it; with columns.turns the further turns of the conversation."""
-    example = {"prompt": row[columns.prompt], "completion": text_of(row[columns.completion], columns.completion), "turns": []}
-    if not isinstance(example["prompt"], list):
-        example["prompt"] = text_of(example["prompt"], columns.prompt)
+    prompt = [row[columns.prompt]] if isinstance(row[columns.prompt], dict) else row[columns.prompt]
+    example = {"prompt": prompt, "completion": text_of(row[columns.completion], columns.completion, "assistant"), "turns": []}
+    if not isinstance(prompt, list):
+        text_of(prompt, columns.prompt)
     turns = [] if columns.turns is None or row[columns.turns] is None else row[columns.turns]
     if not isinstance(turns, list):
         raise BadRow(columns.turns, f"{shorten(turns)} is not a list of turns")
     for number, turn in enumerate(turns):
         if not isinstance(turn, dict) or not {"prompt", "completion"} <= turn.keys():
             raise BadRow(f"{columns.turns}[{number}]", f"{shorten(turn)} is not of the form {{prompt, completion}}")
-        example["turns"].append({name: text_of(turn[name], f"{columns.turns}[{number}].{name}") for name in ("prompt", "completion")})
+        speakers = {"prompt": "user", "completion": "assistant"}
+        example["turns"].append({name: text_of(turn[name], f"{columns.turns}[{number}].{name}", speaker) for name, speaker in speakers.items()})
     return example
 
 
@@ -108,7 +111,7 @@ def reasoning(row: dict, columns) -> dict:
     out, as chat models see them.
     """
     if columns.reasoning is not None:
-        thoughts = text_of(row[columns.reasoning], columns.reasoning)
+        thoughts = text_of(row[columns.reasoning], columns.reasoning).strip().removeprefix(START_OF_THINKING).removesuffix(END_OF_THINKING)
         example = prompt_completion(row, columns)
         return {**example, "completion": _thought(thoughts, example["completion"])}
     messages = conversation_of(row, columns)
@@ -126,19 +129,19 @@ def reasoning(row: dict, columns) -> dict:
 def reasoning_answer(row: dict, columns) -> dict:
     """The same without the thinking: the answer alone is learnt."""
     example = reasoning(row, columns)
+    if columns.reasoning is not None:
+        return {**example, "completion": text_of(row[columns.completion], columns.completion, "assistant")}
     return {**example, "completion": _split_thinking({"content": example["completion"], "thinking": None})[1]}
 
 
 def _split_thinking(message: dict) -> tuple[str, str]:
     """(thinking, answer) of a message; without thinking the first is empty."""
     content = message["content"].strip()
-    if message["thinking"]:
-        return message["thinking"], content
     for start, end in THINKING_MARKS:
         if content.startswith(start) and end in content:
             thoughts, _, answer = content.removeprefix(start).partition(end)
             return thoughts, answer.replace("<|begin_of_solution|>", "").replace("<|end_of_solution|>", "").strip()
-    return "", content
+    return message["thinking"] or "", content
 
 
 def _answered(messages: list[dict], answer: int) -> dict:
@@ -157,7 +160,10 @@ def conversation_of(row: dict, columns) -> list[dict]:
     column, messages = columns.messages, row[columns.messages]
     if not isinstance(messages, list) or not messages:
         raise BadRow(column, f"{shorten(messages)} is not a list of messages (role, content)")
-    found = [_message(message, f"{column}[{number}]") for number, message in enumerate(messages)]
+    silent = isinstance(messages[0], dict) and "system" in (messages[0].get("role"), messages[0].get("from")) and not (messages[0].get("content") or messages[0].get("value"))
+    found = [_message(message, f"{column}[{number}]") for number, message in enumerate(messages) if number or not silent]
+    if not found:
+        raise BadRow(column, f"{shorten(messages)} is not a list of messages (role, content)")
     roles = [message["role"] for message in found]
     spoken = roles[1:] if roles[0] == "system" else roles
     for number, role in enumerate(spoken, start=len(roles) - len(spoken)):
@@ -172,20 +178,24 @@ def conversation_of(row: dict, columns) -> list[dict]:
 def _message(message, place: str) -> dict:
     if not isinstance(message, dict):
         raise BadRow(place, f"{shorten(message)} is not a message (role, content)")
-    sharegpt = "from" in message
+    sharegpt = message.get("from") is not None
     role, content = (message.get("from"), message.get("value")) if sharegpt else (message.get("role"), message.get("content"))
     if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in content):
         content = "".join(part["text"] for part in content)
-    thinking = message.get("reasoning_content") or message.get("thinking")
+    if role is not None and not isinstance(role, str):
+        raise BadRow(f"{place}.{'from' if sharegpt else 'role'}", f"{shorten(role)} is not text")
+    field = "reasoning_content" if message.get("reasoning_content") else "thinking"
+    thinking = message.get(field)
+    if thinking and not isinstance(thinking, str):
+        raise BadRow(f"{place}.{field}", f"{shorten(thinking)} is not text")
     return {"role": SHAREGPT_ROLES.get(role, role), "content": text_of(content, f"{place}.{'value' if sharegpt else 'content'}"), "thinking": thinking}
 
 
-def text_of(value, column: str) -> str:
-    """The text of a field: itself, or the content of a single message. Raises BadRow for anything else, and for an empty one."""
-    if isinstance(value, list) and len(value) == 1:
-        (value,) = value
-    if isinstance(value, dict) and value.get("role") in ("assistant", "user") and "content" in value:
-        value = value["content"]
+def text_of(value, column: str, speaker: str | None = None) -> str:
+    """The text of a field: itself, or the content of one message of a speaker (user, assistant). Raises BadRow for anything else, and for an empty one."""
+    inner = value[0] if isinstance(value, list) and len(value) == 1 else value
+    if speaker is not None and isinstance(inner, dict) and inner.get("role") == speaker and "content" in inner:
+        value = inner["content"]
     if not isinstance(value, str):
         raise BadRow(column, f"{shorten(value)} is not text")
     if not value.strip():
@@ -223,8 +233,10 @@ def translate_from_english(row: dict, columns) -> dict:
 
 
 def _translation(row: dict, into_english: bool) -> dict:
-    column = next((name for name in row if name == "translation" or "-" in name), "translation")
+    column = "translation" if "translation" in row else next((name for name in row if "-" in name), "translation")
     pair = row.get(column)
+    if isinstance(pair, dict):  # a table gives each row the languages of all, as null
+        pair = {language: words for language, words in pair.items() if words is not None}
     others = sorted(set(pair) - {"en"}) if isinstance(pair, dict) else []
     if len(others) != 1 or "en" not in pair or others[0] not in LANGUAGES:
         raise BadRow(column, f"{shorten(pair)} is not a text in English and in one other language ({{en: .., de: ..}}; known: {', '.join(LANGUAGES)})")
@@ -240,21 +252,27 @@ def _translation(row: dict, into_english: bool) -> dict:
 
 @dataclass(frozen=True)
 class Transform:
-    """A function and what is known of it. reads: the keys of data.columns that it looks at; version: changes when it may give something else."""
+    """A function and what is known of it. version: changes when it may give something else; own: it is not of this module."""
 
     name: str
     function: Callable
-    reads: tuple[str, ...]
     version: str
     own: bool = False
 
     def columns_needed(self, columns) -> dict[str, str]:
-        """Setting -> column that the dataset has to have."""
-        named = {f"columns.{name}": getattr(columns, name) for name in self.reads}
-        if self.function in (reasoning, reasoning_answer):
-            unused = ("messages",) if columns.reasoning is not None else ("prompt", "completion", "turns")
-            named = {key: column for key, column in named.items() if key.removeprefix("columns.") not in unused}
+        """Setting -> column that the dataset has to have. (Nothing is known of somebody's own.)"""
+        if self.own:
+            return {}
+        named = {f"columns.{name}": getattr(columns, name) for name in columns_read(self.name, columns)}
         return {key: column for key, column in named.items() if column is not None} | {name: name for name in FIXED_COLUMNS.get(self.function, ())}
+
+    def columns_read(self, columns, of_dataset: list[str]) -> list[str]:
+        """Which of a dataset's columns it looks at."""
+        if self.own:
+            return of_dataset
+        if self.function in (translate_to_english, translate_from_english):
+            return [name for name in of_dataset if name == "translation" or "-" in name]
+        return list(dict.fromkeys(self.columns_needed(columns).values()))
 
     def places(self, columns) -> tuple[str, str]:
         """The columns that prompt (or text) and completion come from, for messages."""
@@ -292,6 +310,13 @@ RAW_TEXT = ("text", "swallow_code")  # have no prompt
 OF_MESSAGES = ("chat", "first_turn", "last_turn", "all_turns")  # always make a prompt of messages
 
 
+def columns_read(name: str, columns) -> tuple[str, ...]:
+    """The keys of data.columns that a transform of this module looks at."""
+    if name in ("reasoning", "reasoning_answer"):
+        return ("messages",) if columns.reasoning is None else ("prompt", "completion", "turns", "reasoning")
+    return READS[TRANSFORMS[name]]
+
+
 def is_known(name: str) -> bool:
     """Whether data.transform may have this value, as far as it shows without looking for a file."""
     return name in TRANSFORMS or ":" in name
@@ -307,10 +332,10 @@ def load_transform(name: str, key: str = "data.transform") -> Transform:
     """A transform by its name, or as FILE.py:FUNCTION or MODULE:FUNCTION. Raises UserError when there is no such thing."""
     if name in TRANSFORMS:
         function = TRANSFORMS[name]
-        return Transform(name, function, READS[function], _digest(Path(__file__)))
+        return Transform(name, function, _digest(Path(__file__)))
     place, _, attribute = name.rpartition(":")
     if place.endswith(".py"):
-        file = Path(place).expanduser().resolve()
+        file = Path(os.path.expanduser(place)).resolve()  # leaves an unknown user as it is
         if not file.is_file():
             raise UserError(f"{key}: {name!r}: there is no file {place}")
         module = _module_of(file, key, name)
@@ -319,16 +344,19 @@ def load_transform(name: str, key: str = "data.transform") -> Transform:
             module = importlib.import_module(place)
         except ImportError as error:
             raise UserError(f"{key}: {name!r}: the module {place} cannot be imported: {error}") from None
-        file = Path(module.__file__)
+        except (Exception, SystemExit) as error:  # whatever somebody's module raises
+            raise UserError(f"{key}: {name!r}: the module {place} cannot be run: {type(error).__name__}: {error}") from None
     function = vars(module).get(attribute)
     if not callable(function):
         own = [other for other, value in vars(module).items() if inspect.isfunction(value) and value.__module__ == module.__name__ and not other.startswith("_")]
         raise UserError(f"{key}: {place} has no function {attribute!r}; it has {', '.join(own) or 'none'}")
     try:
         inspect.signature(function).bind({}, None)
-    except TypeError:
+    except (TypeError, ValueError):
         raise UserError(f"{key}: {name}: a transform takes a row and the names of the columns: def {attribute}(row, columns)") from None
-    return Transform(name, function, (), _digest(file), own=True)
+    if not place.endswith(".py"):  # the file that defines it, which may be another one than the module's
+        file = Path(inspect.getsourcefile(inspect.unwrap(function) if inspect.isfunction(function) else type(function)))
+    return Transform(name, function, _digest(file) + _digest(Path(__file__)), own=True)  # it may call those here
 
 
 def _module_of(file: Path, key: str, name: str):
@@ -337,7 +365,7 @@ def _module_of(file: Path, key: str, name: str):
     sys.modules[spec.name] = module  # the processes that data.num_proc starts find it there
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # whatever somebody's file raises
+    except (Exception, SystemExit) as error:  # whatever somebody's file raises
         raise UserError(f"{key}: {name!r}: the file cannot be run: {type(error).__name__}: {error}") from None
     return module
 

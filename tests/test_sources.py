@@ -19,6 +19,7 @@ from ebft_utils.config import (
     ColumnsConfig, Config, EvalConfig, MixedSourceConfig, ModelConfig, PromptDataConfig, StridedConfig, StridedEBFTConfig, StructuredConfig, StructuredEBFTConfig, TextDataConfig, TrainConfig,
     UserError, load_config,
 )  # fmt: skip
+from ebft_utils.data import load_rows
 from ebft_utils.documents import Tokenizing, cache_key, load_documents
 from ebft_utils.sources import evaluation_source, load_table, training_sources
 
@@ -397,7 +398,7 @@ CHANGES = {
 def test_what_tokenises_again(pairs, tmp_path, tokenised, change):
     """Guards against yesterday's tokens of a file, of settings or of a form that are others today. And back again, the first ones are still there."""
     tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = "{% for message in messages %}({{ message['content'] }}<eos>{% endfor %}"
+    tokenizer.chat_template = "{% for message in messages %}({{ message['content'] }}<eos>{% endfor %}{% if add_generation_prompt %}({% endif %}"
     before, rows = texts_of(structured(pairs), tokenizer), [json.loads(line) for line in pairs.read_text().splitlines()]
     assert tokenised == [5]
     if CHANGES[change] is None:
@@ -503,6 +504,14 @@ def mixed(*entries, **data) -> dict:
 
 
 REFUSED = {
+    "split of evaluation": (BOTH, {"data": PLAIN, "eval": {"split": "test"}}, ["eval.split", "does nothing without eval.dataset"]),
+    "empty mix": (BOTH, {"data": {"mix": []}}, ["data.mix", "is empty"]),
+    "processes of a stream": (BOTH, {"data": {**PLAIN, "streaming": True, "num_proc": 2}}, ["data.num_proc", "2 with data.streaming", "leave it out"]),
+    "column that no entry reads": (BOTH, mixed(FILE, columns={"reasoning": "r"}), ["data.columns.reasoning", "is read by no entry of data.mix"]),
+    "reasoning in a column and in messages": (BOTH, {"data": {**PLAIN, "transform": "reasoning", "columns": {"reasoning": "r", "messages": "m"}}}, ["data.columns.messages", "with data.columns.reasoning"]),
+    "reasoning without its column": (BOTH, {"data": {**PLAIN, "transform": "reasoning", "columns": {"prompt": "q"}}}, ["data.columns.prompt", "without data.columns.reasoning"]),
+    "unknown transform beside mix": (BOTH, mixed({**FILE, "transform": "question_answer"}, transform="tpyo"), ["data.transform", "'tpyo'"]),
+    "bad rows of an entry": (BOTH, mixed({**FILE, "on_bad_row": "skip"}), ["data.mix[0].on_bad_row", "set data.on_bad_row"]),
     "mix and dataset": (BOTH, {"data": {**FILE, **MIX}}, ["data.mix", "data.dataset 'a.jsonl'", "leave one of them out"]),
     "neither": (BOTH, {"data": {"transform": "prompt_completion"}}, ["data.dataset", "is required"]),
     "name beside mix": (BOTH, mixed(FILE, name="sub"), ["data.name", "does nothing beside data.mix", "write it into its entries"]),
@@ -598,3 +607,108 @@ def test_settings_at_the_border(tmp_path, kinds, sections):
         config = load_config(str(file), [], kind)
         again.write_text(config.to_yaml())
         assert load_config(str(again), [], kind) == config
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# More sources as they come
+
+
+
+@pytest.mark.parametrize("name", ["x[1].jsonl", "x*.jsonl", "x?.jsonl"])
+def test_names_that_look_like_patterns(tmp_path, name):
+    """Guards against another file's rows, or several files', in place of the named one's: datasets takes a name for a pattern."""
+    write(tmp_path / "x1.jsonl", [{"text": "another file"}])
+    write(tmp_path / name, [{"text": "this file"}])
+    assert rows_of(strided(tmp_path / name)) == [{"text": "this file"}]
+    (tmp_path / "run[1]").mkdir()
+    write(tmp_path / "run[1]" / "rows.jsonl", [{"text": "this file"}])
+    assert rows_of(strided(tmp_path / "run[1]", file_pattern="*.jsonl")) == [{"text": "this file"}]
+
+
+def test_an_unknown_user_in_eval_dataset():
+    """Guards against a traceback (expanduser)."""
+    assert "~nouser" in refusal(lambda: load_table(evaluation_source(strided("x", evaluation={"dataset": "~nouser/x.jsonl"}))))
+
+
+def test_an_image_that_nobody_reads(tmp_path, tokenizer):
+    """Guards against decoding (and needing a library for) columns that the transform does not look at."""
+    table = datasets.Dataset.from_list([{"prompt": "a", "completion": "b", "image": {"bytes": b"broken", "path": None}}]).cast_column("image", datasets.Image())
+    table.to_parquet(str(tmp_path / "rows.parquet"))
+    assert texts_of(structured(tmp_path / "rows.parquet"), tokenizer) == ["ab<eos>"]
+
+
+def test_a_damaged_packed_file(tmp_path, tokenizer):
+    """Guards against a traceback of the decompression, at once and in a stream."""
+    path = tmp_path / "rows.jsonl.gz"
+    path.write_bytes(gzip.compress(json.dumps({"text": "one"}).encode() * 1000)[:-20])
+    with pytest.raises(UserError) as caught:
+        load_documents(strided(path), tokenizer, *training_sources(strided(path)))
+    assert str(path) in str(caught.value)
+    with pytest.raises(UserError, match="cannot be (read on|loaded): .*ended before the end"):
+        load_rows(strided(path, streaming=True), tokenizer)
+
+
+@pytest.mark.parametrize("key", ["name", "revision"])
+def test_settings_of_the_hub_beside_a_file(tmp_path, key):
+    """Guards against data.name being taken for a subset of a local file, and doing nothing."""
+    path = write(tmp_path / "rows.jsonl", ROWS)
+    with pytest.raises(UserError, match=f"data.{key}: 'x' is for datasets of the hub"):
+        table_of(strided(path, **{key: "x"}))
+
+
+def test_a_packed_kind_that_cannot_be_read(tmp_path):
+    """Guards against 'magic bytes' for a .parquet.gz."""
+    (tmp_path / "rows.parquet.gz").write_bytes(b"x")
+    with pytest.raises(UserError, match="of a known kind"):
+        table_of(strided(tmp_path / "rows.parquet.gz"))
+
+
+def test_the_test_split_of_a_saved_dataset(tmp_path):
+    """Guards against evaluating on the training split of a folder that has a test split."""
+    datasets.DatasetDict({split: datasets.Dataset.from_dict({"text": [f"of {split}"]}) for split in ("train", "test")}).save_to_disk(str(tmp_path / "saved"))
+    config = strided("x", evaluation={"dataset": str(tmp_path / "saved")})
+    assert load_table(evaluation_source(config))["text"][:] == ["of test"]
+
+
+def test_a_dataset_that_stands_twice_in_a_mixture(tmp_path, tokenizer):
+    """Guards against a text that is held out in one form and trained on in the other; and against the same texts being held out of both."""
+    rows = [{"text": f"row {number} has this text", "prompt": f"row {number} has", "completion": " this text"} for number in range(40)]
+    path = str(write(tmp_path / "rows.jsonl", rows))
+    mix = [MixedSourceConfig(path, weight=1.0), MixedSourceConfig(path, weight=3.0, transform="prompt_completion")]
+    for streaming in (False, True):
+        train, held_out = load_rows(strided(mix=mix, streaming=streaming, evaluation={"num_documents": 8}), tokenizer)
+        held = {tuple(held_out[row][0].tokens) for row in range(len(held_out))}
+        seen = {tuple(train[train.row_at(position)][0].tokens) for position in range(400)}
+        assert len(held_out) == 8 and not held & seen and len(seen) == 40 - len(held)
+        assert streaming or len(held) > 6  # of 40, by chance, 8 or a little fewer
+
+
+def test_a_small_source_of_a_mixture_keeps_its_documents(tmp_path, tokenizer):
+    """Guards against a default number of held-out documents that a small source cannot give; a number that was asked for is refused with that source."""
+    small, large = (write(tmp_path / f"{name}.jsonl", [{"text": f"{name} text number {number}"} for number in range(size)]) for name, size in (("small", 20), ("large", 900)))
+    mix = [MixedSourceConfig(str(small)), MixedSourceConfig(str(large))]
+    _, held_out = load_rows(strided(mix=mix, evaluation={"num_documents": None}), tokenizer)
+    texts = [tokenizer.decode(held_out[row][0].tokens) for row in range(len(held_out))]
+    assert sum("small" in text for text in texts) == 2 and sum("large" in text for text in texts) == 32
+    with pytest.raises(UserError) as caught:
+        load_rows(strided(mix=mix, evaluation={"num_documents": 60}), tokenizer)
+    assert_holds(str(caught.value), "eval.num_documents: 60, of which 30, cannot be taken out of the 20 usable documents of", small)
+
+
+def test_what_a_stream_leaves_out_is_counted_once(tmp_path, tokenizer, capsys):
+    """Guards against counts that grow in every epoch, and problems of earlier blocks that the transform is blamed for."""
+    rows = [{"text": None if number in (2, 9) else "" if number == 5 else f"text {number}"} for number in range(12)]
+    config = strided(write(tmp_path / "rows.jsonl", rows), streaming=True, shuffle_buffer=4, on_bad_row="skip")
+    train, _ = load_rows(config, tokenizer)
+    for position in range(40):
+        train[position]
+    said = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
+    assert "1 of the first 4 rows" in said[0] and "1 like row 2, column 'text': None is not text" in said[0]
+    assert "2 of the first 8 rows" in said[1] and "1 like row 2" in said[1] and "1 like row 5, column 'text': '' is empty" in said[1] and len(said) == 2
+
+
+def test_evaluation_alone_on_a_stream(tmp_path, tokenizer):
+    """Guards against a run that only evaluates and stops because nothing is left to train on."""
+    path = write(tmp_path / "rows.jsonl", [{"text": f"text {number}"} for number in range(6)])
+    _, held_out = load_rows(strided(path, streaming=True, evaluation={"num_documents": 6, "only": True}), tokenizer)
+    assert [tokenizer.decode(held_out[row][0].tokens) for row in range(6)] == [f"text {number}<eos>" for number in range(6)]

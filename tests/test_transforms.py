@@ -29,7 +29,7 @@ CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<eos>' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-WORDS = "{% for message in messages %}<{{ message['role'] }}> {{ message['content'] }}<eos> {% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+WORDS = "{% for message in messages %}<{{ message['role'] }}> {{ message['content'] }}<eos> {% endfor %}{% if add_generation_prompt %}<assistant> {% endif %}"
 
 
 @pytest.fixture(autouse=True)
@@ -250,7 +250,7 @@ def test_a_template_that_opens_the_thinking(tokenizer, line_break):
 def test_text_in_the_chat_template(by_word, tokenizer):
     """Guards against data.apply_chat_template doing nothing, touching messages twice, or turns of text that stay outside of the template."""
     document = in_both_modes(tokenizer, {"input": "Sort it.\n", "output": " sorted(x)\n"}, transform="opencodeinstruct", apply_chat_template=True)
-    assert tokenizer.decode(document.tokens) == "<|user|>Sort it.<eos>\n<|assistant|> sorted(x)\n<eos>"
+    assert tokenizer.decode(document.tokens) == "<|user|>Sort it.<eos>\n<|assistant|>sorted(x)<eos>"
     row = {"prompt": f" {words(10)} \n", "completion": words(30), "more": [{"prompt": words(11), "completion": words(31)}]}
     data = {"transform": "prompt_completion", "columns": ColumnsConfig(turns="more")}
     assert in_both_modes(by_word, row, **data) == Document([10, 30, END, 11, 31, END], [(1, 3), (4, 6)])
