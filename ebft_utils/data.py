@@ -24,7 +24,8 @@ from accelerate import PartialState
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .config import MIX_BLOCK, Config, UserError
+from .config import Config, UserError
+from .data_config import MIX_BLOCK
 from .documents import Document, LeftOut, Tokenizing, columns_read, documents_from, load_documents, table_of
 from .sources import Source, evaluation_source, load_table, training_sources
 from .strided import find_anchors

@@ -10,8 +10,9 @@ import torch
 from accelerate import Accelerator, DistributedType
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from .config import MIX_BLOCK, Config, UserError
+from .config import Config, UserError
 from .data import MixedRows, Rows, StreamedRows, load_rows, rows_of_step
+from .data_config import MIX_BLOCK
 from .distributed import main_process_first
 from .documents import Document, first_anchor
 from .features import cut_decoder, layer_indices

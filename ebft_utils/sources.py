@@ -13,7 +13,8 @@ from pathlib import Path
 
 import datasets
 
-from .config import ColumnsConfig, Config, UserError
+from .config import Config, UserError
+from .data_config import ColumnsConfig
 from .transforms import Transform, load_transform
 
 LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow", ".txt": "text"}

@@ -3,10 +3,11 @@
 import datetime
 
 import pytest
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from ebft_utils.config import ColumnsConfig, ModelConfig
+from ebft_utils.data_config import ColumnsConfig
+from ebft_utils.config import ModelConfig
 from ebft_utils.models import load_tokenizer
 from ebft_utils.transforms import TRANSFORMS, load_transform
 from test_transforms import (  # noqa: F401  fixtures too

@@ -11,7 +11,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from ebft_utils.config import ColumnsConfig, EvalConfig, ModelConfig, StridedConfig, StridedEBFTConfig, TextDataConfig, TrainConfig, UserError
+from ebft_utils.data_config import ColumnsConfig
+from ebft_utils.config import EvalConfig, ModelConfig, StridedConfig, StridedEBFTConfig, TextDataConfig, TrainConfig, UserError
 from ebft_utils.data import Rows, load_rows, make_batch, pack_documents, rollout_uniforms, rows_of_step
 from ebft_utils.documents import Document, load_documents, table_of
 from ebft_utils.sources import load_table, training_sources

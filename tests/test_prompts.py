@@ -7,7 +7,8 @@ import pytest
 import torch
 from conftest import assert_holds, tiny_tokenizer
 
-from ebft_utils.config import ColumnsConfig, EvalConfig, ModelConfig, PromptDataConfig, StructuredConfig, StructuredEBFTConfig, TrainConfig, UserError
+from ebft_utils.data_config import ColumnsConfig
+from ebft_utils.config import EvalConfig, ModelConfig, PromptDataConfig, StructuredConfig, StructuredEBFTConfig, TrainConfig, UserError
 from ebft_utils.data import load_rows
 from ebft_utils.documents import Tokenizing
 from ebft_utils.prompts import Conversation, conversation_of, converse, make_prompt_batch, most_new_tokens, seed_of, thinking_opened, without_thinking

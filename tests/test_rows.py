@@ -13,10 +13,8 @@ from conftest import (
     assert_trained,
     end_of,
     error_of,
-    logged,
     steps_of,
     training,
-    weights,
 )
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer

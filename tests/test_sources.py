@@ -15,8 +15,9 @@ from conftest import ROOT, assert_holds, tiny_tokenizer
 from tokenizers import processors
 
 from ebft_utils import sources
+from ebft_utils.data_config import ColumnsConfig, MixedSourceConfig
 from ebft_utils.config import (
-    ColumnsConfig, Config, EvalConfig, MixedSourceConfig, ModelConfig, PromptDataConfig, StridedConfig, StridedEBFTConfig, StructuredConfig, StructuredEBFTConfig, TextDataConfig, TrainConfig,
+    Config, EvalConfig, ModelConfig, PromptDataConfig, StridedConfig, StridedEBFTConfig, StructuredConfig, StructuredEBFTConfig, TextDataConfig, TrainConfig,
     UserError, load_config,
 )  # fmt: skip
 from ebft_utils.data import load_rows
