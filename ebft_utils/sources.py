@@ -82,7 +82,7 @@ def load_table(source: Source, streaming: bool = False) -> datasets.Dataset | da
     if table.column_names is not None:  # a stream may not know
         for setting, column in source.transform.columns_needed(source.columns).items():
             if column not in table.column_names:
-                remedy = f"set {source.key}.{setting}" if setting != column else f"the transform {source.transform.name} reads it: take another {source.key}.transform"
+                remedy = f"set {source.key}.{setting}, or another {source.key}.transform than {source.transform.name}" if setting != column else f"the transform {source.transform.name} reads it: take another {source.key}.transform"
                 raise UserError(f"{source.key}: {source} has no column {column!r}; it has {', '.join(table.column_names)}: {remedy}")
     if streaming:
         return table if source.max_documents is None else table.take(source.max_documents)

@@ -160,7 +160,7 @@ def test_missing_things_are_named(tmp_path):
     """Guards against a missing file being looked for on the hub, and against messages that name neither source nor remedy."""
     path = write_jsonl(tmp_path / "texts.jsonl", ["a"], column="body")
     (tmp_path / "notes.md").write_text("text")
-    assert refusal(texts_of, path) == f"data: {str(path)!r} has no column 'text'; it has body: set data.columns.text"
+    assert refusal(texts_of, path) == f"data: {str(path)!r} has no column 'text'; it has body: set data.columns.text, or another data.transform than text"
     assert "does not exist" in refusal(texts_of, tmp_path / "none.jsonl")
     message = refusal(texts_of, tmp_path / "notes.md")
     assert "notes.md" in message and ".jsonl" in message

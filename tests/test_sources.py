@@ -319,7 +319,7 @@ def test_a_stream_of_files(tmp_path):
     (tmp_path / "c.py").write_text("c = 1\n")
     assert rows_of(strided(tmp_path), streaming=True) == [{"text": "c = 1\n"}]
     datasets.Dataset.from_list([{"body": "x"}]).to_parquet(str(tmp_path / "rows.parquet"))
-    assert refusal(table_of, strided(tmp_path / "rows.parquet"), streaming=True) == f"data: {str(tmp_path / 'rows.parquet')!r} has no column 'text'; it has body: set data.columns.text"
+    assert refusal(table_of, strided(tmp_path / "rows.parquet"), streaming=True) == f"data: {str(tmp_path / 'rows.parquet')!r} has no column 'text'; it has body: set data.columns.text, or another data.transform than text"
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------

@@ -606,11 +606,11 @@ def test_all_reasons_are_counted(tmp_path, tokenizer, capsys):
 @pytest.mark.parametrize(
     "data, row, column, remedy",
     [
-        ({"transform": "prompt_completion"}, {"q": "x", "completion": "y"}, "prompt", "set data.columns.prompt"),
-        (TURNS, {"prompt": "x", "completion": "y"}, "more", "set data.columns.turns"),
-        (CHAT, {"conversations": OK}, "messages", "set data.columns.messages"),
-        (COLUMN, {"prompt": "x", "completion": "y"}, "r", "set data.columns.reasoning"),
-        (COLUMN, {"prompt": "x", "r": "y"}, "completion", "set data.columns.completion"),
+        ({"transform": "prompt_completion"}, {"q": "x", "completion": "y"}, "prompt", "set data.columns.prompt, or another data.transform than prompt_completion"),
+        (TURNS, {"prompt": "x", "completion": "y"}, "more", "set data.columns.turns, or another data.transform than prompt_completion"),
+        (CHAT, {"conversations": OK}, "messages", "set data.columns.messages, or another data.transform than chat"),
+        (COLUMN, {"prompt": "x", "completion": "y"}, "r", "set data.columns.reasoning, or another data.transform than reasoning"),
+        (COLUMN, {"prompt": "x", "r": "y"}, "completion", "set data.columns.completion, or another data.transform than reasoning"),
         ({"transform": "question_answer"}, {"question": "x"}, "answer", "the transform question_answer reads it: take another data.transform"),
         ({"transform": "opencodeinstruct"}, {"output": "x"}, "input", "the transform opencodeinstruct reads it: take another data.transform"),
     ],
