@@ -197,7 +197,7 @@ def test_truncation_and_end_of_document_token(tmp_path, tokenizer):
 
 
 def test_text_column(tmp_path, tokenizer):
-    """Guards against reading `text` whatever data.text_column says."""
+    """Guards against reading `text` whatever data.columns.text says."""
     path = tmp_path / "texts.jsonl"
     path.write_text(json.dumps({"text": words(3, 3, 3, 3), "body": words(4, 5, 6, 7)}) + "\n")
     assert documents_of(path, tokenizer, text_column="body") == [[4, 5, 6, 7, EOS]]

@@ -133,7 +133,7 @@ def test_several_turns(servers, kind, tmp_path):
         for first, second, third in zip(lines, lines[1:], lines[2:], strict=False):
             turns = [{"prompt": turn["prompt"][:12], "completion": turn["completion"]} for turn in (second, third)]
             file.write(json.dumps({"prompt": first["prompt"], "completion": first["completion"], "turns": turns}) + "\n")
-    changes = dict(data__dataset=str(rows), data__turns_column="turns")
+    changes = dict(data__dataset=str(rows), data__columns={"turns": "turns"}, data__max_conversation_length=250)
     served = served_policy(servers[kind], **changes)
     served.start(0)
     change(served, 1)
