@@ -1,10 +1,10 @@
-"""Strided energy-based fine-tuning (EBFT; Jelassi et al. 2026, arXiv 2603.12248) on raw text.
+"""Strided energy-based fine-tuning (EBFT; Jelassi et al. 2026, arXiv 2603.12248) on raw text, or on the answers behind prompts.
 
     python train_strided.py --cfg examples/quickstart.yaml
     accelerate launch --config_file accelerate_configs/fsdp2.yaml train_strided.py --cfg examples/quickstart.yaml lora=null train.learning_rate=1e-5
 
 One training step, for each document (`train_step` below reads like this list):
-    1. every `stride` tokens an anchor; at each anchor the policy writes n short rollouts, all anchors at once      strided.generate_rollouts
+    1. every `stride` tokens (of what is to be learnt) an anchor; at each anchor the policy writes n short rollouts, all anchors at once      strided.generate_rollouts
     2. a frozen copy of the model turns each rollout, and the ground truth at the same place, into features         features.strided_features
     3. a rollout's reward: its features' cosine with the truth's, minus its similarity to its siblings (eq 7-9)     rewards.feature_matching_rewards
     4. advantage: reward minus the corrected leave-one-out baseline (eq 94)                                        rewards.rloo_advantages

@@ -27,7 +27,6 @@ from .config import Config, UserError
 from .sources import Source, load_table
 from .transforms import END_OF_THINKING, OF_MESSAGES, START_OF_THINKING, BadRow, shorten
 
-CACHE_FORMAT = 1  # another number when what is cached becomes another thing
 COLUMNS = datasets.Features(
     {
         "input_ids": datasets.List(datasets.Value("int32")),
@@ -91,9 +90,9 @@ class Tokenizing:
     def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, source: Source):
         self.config, self.tokenizer, self.source = config, tokenizer, source
         self.trims = None  # whether the chat template does away with space around an answer
-        self.adds_end = tokenizer("x")["input_ids"][-1] == tokenizer.eos_token_id
-        first = tokenizer.convert_ids_to_tokens(tokenizer("x", add_special_tokens=False)["input_ids"])[0]
-        self.sets_off = first.startswith("\u2581")  # SentencePiece puts a space before a text: not before one that goes on
+        self.adds_end = tokenizer("x")["input_ids"][-1:] == [tokenizer.eos_token_id]
+        tokens = tokenizer.convert_ids_to_tokens(tokenizer("x", add_special_tokens=False)["input_ids"])
+        self.sets_off = bool(tokens) and tokens[0].startswith("\u2581")  # SentencePiece puts a space before a text: not before one that goes on
 
     def documents(self, rows: list[dict], numbers: list[int]) -> list[Document | str]:
         """A document for each row, or why there is none ("": its transform left it out). numbers: of the rows, for messages.
@@ -126,7 +125,9 @@ class Tokenizing:
     def _ids(self, texts: list[str], special: bool) -> list[list[int]]:
         if not texts:
             return []
-        limit = dict(truncation=True, max_length=self.config.data.sequence_length) if special and self.config.mode == "strided" else {}  # a prompt of that length is refused
+        limit = {}
+        if special and self.config.mode == "strided":  # a prompt that is cut here is refused
+            limit = dict(truncation=True, max_length=self.config.data.sequence_length + self.adds_end)
         found = self.tokenizer(texts, add_special_tokens=special, **limit)["input_ids"]
         return [tokens[:-1] for tokens in found] if special and self.adds_end else found  # the end is set here, where there is one
 
@@ -372,7 +373,7 @@ def cache_key(config: Config, tokenizer: PreTrainedTokenizerBase, source: Source
         limits = [data.max_prompt_length, ebft.max_completion_length, config.longest_sequence[0]]
     own_code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
     parts = [
-        CACHE_FORMAT, own_code, transformers.__version__, tokenizers.__version__, table._fingerprint, len(table), source.transform.name, source.transform.version,
+        own_code, transformers.__version__, tokenizers.__version__, table._fingerprint, len(table), source.transform.name, source.transform.version,
         vars(source.columns), source.apply_chat_template, data.enable_thinking, config.mode, limits, data.on_bad_row, tokenizer_digest(tokenizer),
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]

@@ -127,12 +127,11 @@ def marked(config: Config, tokenizer: PreTrainedTokenizerBase, documents: list[D
 
 @dataclass
 class Shape:
-    """What the estimate needs to know of a model. Parameters: all, trained, of the layers that the feature network keeps, of one decoder layer."""
+    """What the estimate needs to know of a model. Parameters: all, trained, of the layers that the feature network keeps."""
 
     parameters: int
     trained: int
     kept: int
-    layer: int
     layers: int
     hidden: int
     inner: int
@@ -166,7 +165,6 @@ def shape_of(config: Config) -> Shape:
         parameters=sum(parameter.numel() for parameter in base.values()),
         trained=sum(parameter.numel() for parameter in policy.parameters() if parameter.requires_grad),
         kept=embedding.numel() + deepest * layer,
-        layer=layer,
         layers=len(decoder.layers),
         hidden=settings.hidden_size,
         inner=settings.intermediate_size,

@@ -296,8 +296,8 @@ READS = {
     first_turn: ("messages",),
     last_turn: ("messages",),
     all_turns: ("messages",),
-    reasoning: ("messages", "prompt", "completion", "reasoning", "turns"),
-    reasoning_answer: ("messages", "prompt", "completion", "reasoning", "turns"),
+    reasoning: ("prompt", "completion", "turns", "reasoning"),
+    reasoning_answer: ("prompt", "completion", "turns", "reasoning"),
     opencodeinstruct: (),
     swallow_code: (),
     question_answer: (),
@@ -312,8 +312,8 @@ OF_MESSAGES = ("chat", "first_turn", "last_turn", "all_turns")  # always make a 
 
 def columns_read(name: str, columns) -> tuple[str, ...]:
     """The keys of data.columns that a transform of this module looks at."""
-    if name in ("reasoning", "reasoning_answer"):
-        return ("messages",) if columns.reasoning is None else ("prompt", "completion", "turns", "reasoning")
+    if name in ("reasoning", "reasoning_answer") and columns.reasoning is None:
+        return ("messages",)
     return READS[TRANSFORMS[name]]
 
 

@@ -102,6 +102,7 @@ def test_a_tokenizer_that_ends_a_text_by_itself(by_word):
     by_word.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 0)])
     assert in_both_modes(by_word, {"prompt": words(10, 11), "completion": words(12)}, transform="prompt_completion").tokens == [10, 11, 12, END]
     assert document_of(strided(), by_word, {"text": words(10, 11, 12, 13, 14)}).tokens == [10, 11, 12, 13, 14, END]
+    assert document_of(strided(sequence_length=4), by_word, {"text": words(10, 11, 12, 13, 14)}).tokens == [10, 11, 12, 13]  # cut: no end
 
 
 def test_a_tokenizer_that_cuts_on_the_left(by_word, tmp_path):
