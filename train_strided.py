@@ -45,7 +45,7 @@ from ebft_utils.features import FeatureNetwork, strided_features
 from ebft_utils.losses import cross_entropy_loss, policy_gradient_loss
 from ebft_utils.loop import TrainingLoop, Update, evaluate_only
 from ebft_utils.metrics import MetricLogger, MetricSums, logged_evaluations, rollout_table, step_metrics
-from ebft_utils.models import StridedPolicy, check_vocabulary, load_feature_network, load_policy, load_tokenizer, model_card
+from ebft_utils.models import StridedPolicy, check_vocabulary, load_feature_network, load_policy, load_tokenizer, model_card, set_attention
 from ebft_utils.preview import preview
 from ebft_utils.rewards import (
     FeatureRewards,
@@ -56,7 +56,7 @@ from ebft_utils.rewards import (
     share_equal_rollouts,
     unbiased_cfm,
 )
-from ebft_utils.strided import truth_windows
+from ebft_utils.strided import in_parts, number_of_parts, rollouts_to_train, truth_windows
 
 SHOWN = {"reward": "ebft/mean_reward", "cfm": "ebft/cfm_loss", "ce": "ebft/ce_loss", "tok/s": "train/tokens_per_second"}
 EVALUATED = ("cross_entropy", "cfm_loss", "cfm_unbiased", "reward_pass@1", "reward_best_of_n")
@@ -79,15 +79,22 @@ class Groups:
 def sample_and_score(config: StridedConfig, accelerator: Accelerator, policy: StridedPolicy, network: FeatureNetwork, batch: Batch, seed: int) -> Groups:
     """Points 1 to 3 of the algorithm: rollouts at every anchor, features of rollouts and truth, rewards. policy: not wrapped in DDP."""
     ebft = config.ebft
-    num_anchors = batch.anchors.shape[1]
-    uniforms = rollout_uniforms(seed, batch.keys, num_anchors, ebft.n_samples_per_prompt, ebft.generate_max_len)
-    where = dict(document_ids=batch.document_ids, segment_ids=batch.segment_ids, anchors=batch.anchors, valid=batch.valid)
+    num_anchors, samples = batch.anchors.shape[1], ebft.n_samples_per_prompt
+    uniforms = rollout_uniforms(seed, batch.keys, num_anchors, samples, ebft.generate_max_len).to(batch.anchors.device)
+    num_parts = agreed_parts(config, accelerator, num_anchors, samples * ebft.generate_max_len, batch)
+    written = []
     with precision(accelerator, policy), ExitStack() as gathered:
         gathered.enter_context(whole_weights(accelerator, policy))
-        rollouts = policy.generate(**where, temperature=ebft.temperature, uniforms=uniforms.to(batch.anchors.device))
+        parts = in_parts(num_parts, batch.anchors, batch.valid, uniforms)
+        for anchors, valid, numbers in parts:
+            written.append(policy.generate(document_ids=batch.document_ids, segment_ids=batch.segment_ids, anchors=anchors, valid=valid, temperature=ebft.temperature, uniforms=numbers))
         if not network.is_policy:
             gathered.close()
-        features, truth_features = strided_features(network, **where, rollouts=rollouts, embed_method=ebft.embed_method)
+        read = [
+            strided_features(network, batch.document_ids, batch.segment_ids, rollouts, anchors, valid, ebft.embed_method)
+            for rollouts, (anchors, valid, _) in zip(written, parts, strict=True)
+        ]
+    rollouts, features, truth_features = (torch.cat(tensors, dim=1)[:, :num_anchors] for tensors in (written, *zip(*read, strict=True)))
     features = share_equal_rollouts(features, rollouts)
     rewards = feature_matching_rewards(
         features,
@@ -115,6 +122,13 @@ def document_targets(batch: Batch) -> Tensor:
     return (batch.completion_ids[:, 1:] >= 0) & (batch.segment_ids[:, 1:] == batch.segment_ids[:, :-1])
 
 
+def agreed_parts(config: StridedConfig, accelerator: Accelerator, num_slots: int, tokens_per_slot: int, batch: Batch) -> int:
+    """In how many forwards a batch is run (ebft.max_packed_tokens): on each process as many as on the one that needs most, because FSDP2 runs them together."""
+    limit = config.ebft.max_packed_tokens
+    num_parts = number_of_parts(num_slots, tokens_per_slot, batch.document_ids.shape[1], limit)
+    return num_parts if limit is None else int(accelerator.gather(torch.tensor([num_parts], device=accelerator.device)).max())
+
+
 def train_step(config: StridedConfig, accelerator: Accelerator, policy, network: FeatureNetwork, batches: list[Batch]):
     """Gradients of one optimizer step, accumulated over its micro-batches. Returns metric sums, the loss, and the last micro-batch's groups."""
     ebft, sums, unwrapped = config.ebft, MetricSums(), accelerator.unwrap_model(policy)
@@ -125,42 +139,45 @@ def train_step(config: StridedConfig, accelerator: Accelerator, policy, network:
     total_loss, groups = torch.zeros((), device=accelerator.device), None
     for index, batch in enumerate(batches):
         batch = batch.to(accelerator.device)
-        rollouts = None
+        parts, num_tokens = [(batch.anchors, batch.valid, None, None)], (batch.segment_ids >= 0).sum()
         if ebft.rl_coef > 0:
             groups = sample_and_score(config, accelerator, unwrapped, network, batch, config.train.seed)
-            rollouts, advantages = groups.rollouts, advantages_of(config, groups.rewards)
-        with gradient_sync(accelerator, policy, last=index == len(batches) - 1):
-            rollout_logps, document_logps = policy(
-                document_ids=batch.document_ids,
-                segment_ids=batch.segment_ids,
-                rollouts=rollouts,
-                anchors=batch.anchors,
-                valid=batch.valid,
-                temperature=ebft.temperature,
-                document_grad=ebft.ce_coef > 0,
-            )
-            targets = document_targets(batch)
-            ce_loss = cross_entropy_loss(document_logps, targets, num_targets)
-            loss = ebft.ce_coef * ce_loss
-            if rollouts is not None:
-                counted = batch.valid.unsqueeze(-1).expand_as(advantages)
-                rl_loss = policy_gradient_loss(rollout_logps, advantages, counted, num_rollout_tokens)
-                loss = loss + ebft.rl_coef * rl_loss
-                count_groups(sums, batch, groups, advantages, counted)
-                sums.add_sum("ebft/rl_loss", rl_loss * num_rollout_tokens, counted.sum() * ebft.generate_max_len)
-            # DDP and FSDP average gradients over the processes; the sum is wanted
-            accelerator.backward(loss * accelerator.num_processes)
-        sums.add("ebft/ce_loss", -document_logps, targets)
-        num_tokens = (batch.segment_ids >= 0).sum()
-        if rollouts is not None:
-            num_tokens = num_tokens + batch.valid.sum() * rollouts[0, 0].numel()
+            advantages = advantages_of(config, groups.rewards)
+            rollouts, anchors, valid, summed = rollouts_to_train(groups.rollouts, advantages, batch.anchors, batch.valid)
+            parts = in_parts(agreed_parts(config, accelerator, anchors.shape[1], ebft.generate_max_len, batch), anchors, valid, rollouts, summed)
+            rollout_tokens = batch.valid.sum() * ebft.n_samples_per_prompt * ebft.generate_max_len
+            num_tokens = num_tokens + rollout_tokens
+            count_groups(sums, batch, groups, advantages, valid.sum())
+        for number, (anchors, valid, rollouts, summed) in enumerate(parts):
+            with gradient_sync(accelerator, policy, last=index == len(batches) - 1 and number == len(parts) - 1):
+                rollout_logps, document_logps = policy(
+                    document_ids=batch.document_ids,
+                    segment_ids=batch.segment_ids,
+                    rollouts=rollouts,
+                    anchors=anchors,
+                    valid=valid,
+                    temperature=ebft.temperature,
+                    document_grad=ebft.ce_coef > 0 if number == 0 else None,
+                )
+                loss = torch.zeros((), device=accelerator.device)
+                if rollouts is not None:
+                    rl_loss = policy_gradient_loss(rollout_logps, summed, valid.unsqueeze(-1), num_rollout_tokens)
+                    loss = ebft.rl_coef * rl_loss
+                    sums.add_sum("ebft/rl_loss", rl_loss * num_rollout_tokens, rollout_tokens * (number == 0))
+                if number == 0:
+                    targets = document_targets(batch)
+                    loss = loss + ebft.ce_coef * cross_entropy_loss(document_logps, targets, num_targets)
+                    sums.add("ebft/ce_loss", -document_logps, targets)
+                # DDP and FSDP average gradients over the processes; the sum is wanted
+                accelerator.backward(loss * accelerator.num_processes)
+            total_loss += loss.detach()
         sums.add_sum("tokens", num_tokens, 1.0)
-        total_loss += loss.detach()
     return sums, accelerator.reduce(total_loss, reduction="sum").item(), groups
 
 
-def count_groups(sums: MetricSums, batch: Batch, groups: Groups, advantages: Tensor, counted: Tensor) -> None:
-    """Adds the metrics of a batch's groups; only valid anchors count."""
+def count_groups(sums: MetricSums, batch: Batch, groups: Groups, advantages: Tensor, num_trained: Tensor) -> None:
+    """Adds the metrics of a batch's groups; only valid anchors count. num_trained: rollouts in the training forward."""
+    counted = batch.valid.unsqueeze(-1).expand_as(advantages)
     rewards = groups.rewards
     sums.add("ebft/alignment", rewards.alignment, counted)
     sums.add("ebft/diversity", rewards.diversity, counted)
@@ -170,6 +187,7 @@ def count_groups(sums: MetricSums, batch: Batch, groups: Groups, advantages: Ten
     sums.add("advantage_square", advantages.square(), counted)
     duplicate = first_equal_rollout(groups.rollouts) != torch.arange(counted.shape[-1], device=counted.device)
     sums.add("ebft/duplicate_rollouts", duplicate.float(), counted)
+    sums.add_sum("ebft/tokens_saved", counted.sum() - num_trained, counted.sum())
     sums.add_sum("ebft/valid_anchors", batch.valid.sum(), batch.valid.numel())
 
 
@@ -283,9 +301,10 @@ def train_or_evaluate(config: StridedConfig, accelerator: Accelerator, output_di
     rows, held_out = main_process_first(accelerator, lambda: load_rows(config, tokenizer))  # the others then read its cache
     causal_lm = load_policy(config)
     check_vocabulary(tokenizer, causal_lm, config.model.name_or_path)
+    set_attention(config, causal_lm, accelerator.device)
 
     # --- optimizer ---------------------------------------------------------------------------------------------------------------------
-    policy = StridedPolicy(causal_lm)
+    policy = StridedPolicy(causal_lm, config.model.compile_decoding)
     optimizer = torch.optim.AdamW(
         [parameter for parameter in policy.parameters() if parameter.requires_grad],
         lr=config.train.learning_rate,

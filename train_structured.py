@@ -52,7 +52,7 @@ from ebft_utils.features import FeatureNetwork, completion_features
 from ebft_utils.losses import clipped_policy_loss, completion_token_weights, cross_entropy_loss, importance_weights
 from ebft_utils.loop import TrainingLoop, Update, evaluate_only
 from ebft_utils.metrics import MetricLogger, MetricSums, logged_evaluations, rollout_table, step_metrics
-from ebft_utils.models import StridedPolicy, check_vocabulary, load_feature_network, load_policy, load_tokenizer, model_card, stop_token_ids
+from ebft_utils.models import StridedPolicy, check_vocabulary, load_feature_network, load_policy, load_tokenizer, model_card, set_attention, stop_token_ids
 from ebft_utils.preview import preview
 from ebft_utils.prompts import Completion, PromptBatch, conversation_of, make_prompt_batch, padded, thinking_opened, without_thinking
 from ebft_utils.rewards import FeatureRewards, feature_matching_rewards, first_equal_rollout, group_norm_advantages, rloo_advantages, share_equal_rollouts, unbiased_cfm
@@ -358,9 +358,10 @@ def train_or_evaluate(config: StructuredConfig, accelerator: Accelerator, output
     rows, held_out = main_process_first(accelerator, lambda: load_rows(config, tokenizer, conversation_of))  # the others then read its cache
     causal_lm = load_policy(config)
     check_vocabulary(tokenizer, causal_lm, config.model.name_or_path)
+    set_attention(config, causal_lm, accelerator.device)
 
     # --- optimizer ---------------------------------------------------------------------------------------------------------------------
-    policy = StridedPolicy(causal_lm)
+    policy = StridedPolicy(causal_lm, config.model.compile_decoding)
     optimizer = torch.optim.AdamW(
         [parameter for parameter in policy.parameters() if parameter.requires_grad],
         lr=config.train.learning_rate,

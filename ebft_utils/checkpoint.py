@@ -41,6 +41,9 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # on
 SUMS_FILE, LOCK_FILE = "SHA256SUMS", ".lock"
 MAY_CHANGE = {  # settings that a resumed run may change
     "model.gradient_checkpointing",
+    "model.attn_implementation",
+    "model.compile_decoding",
+    "ebft.max_packed_tokens",
     "feature_network.device",
     "feature_network.shard",
     "lora.merge",

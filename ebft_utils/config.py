@@ -29,6 +29,13 @@ class ModelConfig(Section):
     dtype: Literal["float32", "bfloat16"] = option(
         "float32", "precision of the forward passes and of frozen weights; trained weights and optimizer state are always float32"
     )
+    attn_implementation: Literal["auto", "flex_attention", "sdpa", "eager"] = option(
+        "auto", "how the packed layout attends. flex_attention: a compiled kernel that skips what nobody sees (CUDA GPUs); sdpa: scaled_dot_product_attention in "
+        "blocks; eager: with the whole mask and all scores; auto: flex_attention where it runs and agrees with sdpa, else sdpa"
+    )
+    compile_decoding: bool = option(
+        False, "compile the step that writes one token of each rollout, on a GPU with a CUDA graph (flex_attention only; not under FSDP2): minutes at the start, and keys and values keep their memory"
+    )
     gradient_checkpointing: bool = option(False, "recompute layers in the backward pass: less memory, about a third more time")
 
 
@@ -77,6 +84,9 @@ class StridedEBFTConfig(EBFTConfig):
     min_completion_prefix: int = option(0, "tokens of a completion that are visible at its first anchor (raw text has no prompt: all of it is completion)", minimum=0)
     generate_max_len: int = option(8, "tokens of a rollout", minimum=1)
     n_samples_per_prompt: int = option(4, "rollouts at each anchor, 2 or more; with 2 the diversity part of the reward has no baseline (eq 94)", minimum=1)
+    max_packed_tokens: int | None = option(
+        None, "most tokens of a row, document and rollouts, in one forward: rollouts that do not fit are run in further forwards, each with the document again, with the same results; null: no limit", minimum=1
+    )
 
 
 @dataclass
@@ -170,6 +180,11 @@ class Config(Section):
             if not value:
                 raise ConfigError(key, "is required and has no default")
         check_data(self.data, self.eval, self.mode)
+        if self.model.compile_decoding and self.model.attn_implementation in ("sdpa", "eager"):
+            raise ConfigError(
+                "model.compile_decoding", f"true needs flex_attention, whose shapes stay the same from step to step, and model.attn_implementation is {self.model.attn_implementation}; leave one of them out",
+                ("model.attn_implementation",),
+            )
         self._check_ebft()
         self._check_feature_network()
         if self.train.batch_size % self.train.per_device_batch_size:
@@ -223,6 +238,14 @@ class StridedConfig(Config):
         if ebft.n_samples_per_prompt < 2:
             raise ConfigError(
                 "ebft.n_samples_per_prompt", "1 leaves a rollout without siblings, and the diversity term and the leave-one-out baseline compare siblings; set it to 2 or more"
+            )
+        smallest = self.data.sequence_length + ebft.n_samples_per_prompt * ebft.generate_max_len
+        if ebft.max_packed_tokens is not None and ebft.max_packed_tokens < smallest:
+            raise ConfigError(
+                "ebft.max_packed_tokens",
+                f"{ebft.max_packed_tokens} has no room for a document and the rollouts of one anchor: data.sequence_length {self.data.sequence_length} + "
+                f"ebft.n_samples_per_prompt {ebft.n_samples_per_prompt} x ebft.generate_max_len {ebft.generate_max_len} = {smallest}",
+                ("data.sequence_length", "ebft.n_samples_per_prompt", "ebft.generate_max_len"),
             )
         needed = self.first_anchor + ebft.generate_max_len
         if needed > self.data.sequence_length:

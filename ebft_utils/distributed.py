@@ -55,6 +55,8 @@ def prepare_accelerator(config: Config) -> Accelerator:
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
             param_dtype=DTYPES[config.model.dtype], reduce_dtype=torch.float32, cast_forward_inputs=False
         )
+        if config.model.compile_decoding:
+            raise UserError("model.compile_decoding: true and FSDP2 exclude each other: it gathers and frees weights in the middle of what would be compiled; leave it out")
     elif config.feature_network.shard:
         raise UserError("feature_network.shard: true needs a launch that shards: --config_file accelerate_configs/fsdp2.yaml")
     return accelerator

@@ -19,7 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufCo
 from .attention import STRIDED_SDPA
 from .config import Config, ModelConfig, UserError
 from .features import FeatureNetwork, cut_decoder, layer_indices
-from .strided import generate_rollouts, rollout_logprobs, strided_logprobs
+from .flex import STRIDED_FLEX, prove_flex_attention, why_not_flex
+from .strided import decode_step, generate_rollouts, in_few_shapes, rollout_logprobs, strided_logprobs
 
 LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)  # what a missing or damaged file can end in
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -32,9 +33,11 @@ class StridedPolicy(torch.nn.Module):
     made a second forward for FSDP2 (distributed.prepare_policy).
     """
 
-    def __init__(self, causal_lm: PreTrainedModel | PeftModel):
+    def __init__(self, causal_lm: PreTrainedModel | PeftModel, compile_decoding: bool = False):
         super().__init__()
         self.causal_lm = causal_lm
+        self.compiled_step = torch.compile(decode_step, mode="reduce-overhead", dynamic=False) if compile_decoding else None
+        self.kept: dict = {}
         self._no_split_modules = base_causal_lm(causal_lm)._no_split_modules  # the decoder layer's class: where accelerate cuts for FSDP2
 
     @property
@@ -48,7 +51,10 @@ class StridedPolicy(torch.nn.Module):
 
     def generate(self, **inputs) -> Tensor:
         """Arguments and result of `strided.generate_rollouts`."""
-        return generate_rollouts(base_causal_lm(self.causal_lm), **inputs)
+        model = base_causal_lm(self.causal_lm)
+        if self.compiled_step is None:
+            return generate_rollouts(model, **inputs)
+        return in_few_shapes(generate_rollouts, model, **inputs, decode=self.compiled_step, kept=self.kept)
 
     def tie_weights(self) -> None:
         """Makes embedding and head one parameter again where the model says so; accelerate asks for it after moving weights."""
@@ -275,6 +281,28 @@ def stop_token_ids(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -
     return sorted({tokenizer.eos_token_id, *of_model})
 
 
+def set_attention(config: Config, model: PreTrainedModel | PeftModel, device: torch.device) -> None:
+    """Makes the model, which was loaded with `strided_sdpa`, attend as the configuration says on that device. Raises UserError where that cannot be."""
+    asked = config.model.attn_implementation
+    model = base_causal_lm(model)
+    if asked == "eager":
+        model.set_attn_implementation("eager")
+    if asked in ("sdpa", "eager") or (asked == "auto" and device.type != "cuda"):
+        if config.model.compile_decoding:
+            raise UserError(f"model.compile_decoding: true needs flex_attention, and auto takes sdpa on {device}; leave it out")
+        return
+    settings, backward = model.config.get_text_config(), not config.eval.only
+    heads = settings.num_attention_heads, getattr(settings, "num_key_value_heads", None) or settings.num_attention_heads
+    width = getattr(settings, "head_dim", None) or settings.hidden_size // heads[0]
+    reason = why_not_flex(width, device, backward) or prove_flex_attention(*heads, width, DTYPES[config.model.dtype], device, backward)
+    if reason is None:
+        model.set_attn_implementation(STRIDED_FLEX)
+    elif asked == "auto" and not config.model.compile_decoding:
+        PartialState().print(f"model.attn_implementation: auto takes sdpa here, because flex_attention cannot run: {reason}")
+    else:
+        raise UserError(f"model.attn_implementation: {asked} with flex_attention cannot run on {device}: {reason}; set it to sdpa" + " and leave model.compile_decoding out" * config.model.compile_decoding)
+
+
 def load_policy(config: Config) -> PreTrainedModel | PeftModel:
     """The policy. Trained weights are float32 whatever model.dtype says: in bfloat16 an update of 1e-6 rounds away."""
     name = config.model.name_or_path
@@ -311,7 +339,10 @@ def load_feature_network(policy: PreTrainedModel | PeftModel, config: Config, de
         return FeatureNetwork(decoder, layers, frozen=policy.disable_adapter)
     place = device if config.feature_network.shard else feature_device(config.feature_network.device, device)
     with patch_environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false"):  # which gives all processes but one zeros in place of weights
-        decoder = load_causal_lm(config.model, DTYPES[config.model.dtype], place).get_decoder()
+        copy = load_causal_lm(config.model, DTYPES[config.model.dtype], place)
+    if place.type == device.type:
+        copy.set_attn_implementation(decoder.config._attn_implementation)
+    decoder = copy.get_decoder()
     network = FeatureNetwork(decoder.requires_grad_(False).eval(), layers)
     if config.feature_network.shard:
         for layer in network.decoder.layers:

@@ -17,14 +17,18 @@ steps and over chunks of fixed size.
 """
 
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from torch.nn.attention.flex_attention import BlockMask
+from torch.nn.functional import pad
+from transformers import Cache, DynamicCache, PreTrainedModel
 
 from .attention import STRIDED_SDPA, Block, StridedBlocks
+from .flex import STRIDED_FLEX, make_block_mask, padded_length, static_cache
 from .losses import rows_per_chunk, token_logprobs
+from .rewards import first_equal_rollout
 
 QUERIES_PER_BLOCK = 256  # rollout tokens of one attention block: fewer means more calls, more means more empty cells
 
@@ -132,12 +136,12 @@ def pack_layout(segment_ids: Tensor, anchors: Tensor, valid: Tensor, num_samples
 def may_attend(layout: Layout, row: Tensor, query: Tensor, key: Tensor) -> Tensor:
     """THE predicate: whether packed token `query` of batch row `row` sees packed token `key`. Index tensors, broadcast against each other.
 
-    Every mask in the project is this function, evaluated on some grid of indices.
+    Every mask in the project is this function, evaluated on some grid of indices, or compiled into a kernel (so it reads nothing but tensors).
     """
+    of_rollout = layout.rollout_ids[key] >= 0
     same_document = layout.segment_ids[row, query] == layout.segment_ids[row, key]
-    document = (key < layout.num_document) & same_document & (key < layout.visible[row, query])
-    same_rollout = (key >= layout.num_document) & (layout.rollout_ids[query] == layout.rollout_ids[key])
-    own_rollout = same_rollout & (layout.steps[key] <= layout.steps[query])
+    document = ~of_rollout & same_document & (key < layout.visible[row, query])
+    own_rollout = of_rollout & (layout.rollout_ids[query] == layout.rollout_ids[key]) & (layout.steps[key] <= layout.steps[query])
     return document | own_rollout | (query == key)  # the last: a row without a single True would be NaN
 
 
@@ -179,6 +183,31 @@ def strided_blocks(layout: Layout, *, document_queries: bool, num_steps: int = 1
     return StridedBlocks(length, document_queries, document_mask, num_steps, tuple(blocks))
 
 
+def block_mask(layout: Layout, num_queries: int, num_keys: int, first_query: Tensor | None = None) -> BlockMask:
+    """The same mask for FlexAttention, for queries first_query, first_query + 1, .. (null: from 0) and all keys; both are padded (`flex.padded_length`).
+
+    Args: num_keys: of which the layout describes the first L. Padding sees nothing but itself, and nobody sees it.
+    """
+    batch, length = layout.segment_ids.shape
+    num_queries, num_keys = padded_length(num_queries), padded_length(num_keys)
+    behind, device = (0, num_keys - length), layout.segment_ids.device
+    padded = replace(
+        layout,
+        segment_ids=pad(layout.segment_ids, behind, value=-1),
+        visible=pad(layout.visible, behind),
+        rollout_ids=pad(layout.rollout_ids, behind, value=-1),
+        steps=pad(layout.steps, behind),
+    )
+    # read by the kernel whenever it runs, also in the backward pass: the caller's may have moved on by then
+    first = torch.zeros((), dtype=torch.long, device=device) if first_query is None else first_query.clone()
+    last = torch.full((), num_keys - 1, device=device)
+
+    def predicate(row: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return may_attend(padded, row, torch.minimum(first + query, last), key)
+
+    return make_block_mask(predicate, batch, num_queries, num_keys, device)
+
+
 def attention_arguments(decoder: PreTrainedModel, layout: Layout) -> dict:
     """Keyword arguments that make `decoder` attend by `layout`, for the attention implementation it is set to.
 
@@ -188,12 +217,15 @@ def attention_arguments(decoder: PreTrainedModel, layout: Layout) -> dict:
     if implementation == STRIDED_SDPA:
         unused_mask = torch.empty(1, 1, 1, 1, dtype=torch.bool, device=layout.segment_ids.device)
         return {"attention_mask": unused_mask, "strided_blocks": strided_blocks(layout, document_queries=True)}
+    if implementation == STRIDED_FLEX:
+        length = layout.segment_ids.shape[1]
+        return {"attention_mask": block_mask(layout, length, length)}
     if implementation == "sdpa":
         return {"attention_mask": dense_mask(layout)}
     if implementation == "eager":  # adds its mask to the scores: a boolean one would be silently wrong
         mask = dense_mask(layout)
         return {"attention_mask": torch.zeros(mask.shape, dtype=decoder.dtype, device=mask.device).masked_fill_(~mask, torch.finfo(decoder.dtype).min)}
-    raise ValueError(f"attn_implementation {implementation!r} cannot take the strided mask; allowed: {STRIDED_SDPA}, sdpa, eager")
+    raise ValueError(f"attn_implementation {implementation!r} cannot take the strided mask; allowed: {STRIDED_SDPA}, {STRIDED_FLEX}, sdpa, eager")
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -208,16 +240,16 @@ def strided_logprobs(
     anchors: Tensor,
     valid: Tensor,
     temperature: float,
-    document_grad: bool,
-) -> tuple[Tensor | None, Tensor]:
+    document_grad: bool | None,
+) -> tuple[Tensor | None, Tensor | None]:
     """One packed forward: log-probs of every rollout token (softmax(logits / temperature)) and of every document token (temperature 1).
 
     The last token of a rollout predicts nothing, so it is not run. Log-probs at invalid anchors mean nothing.
 
     Args:
         document_ids, segment_ids (B, S); rollouts (B, A, N, G) token ids, or None for the document alone; anchors, valid (B, A).
-        document_grad: whether the document's log-probs carry a gradient (they need none when only rollouts are trained).
-    Returns: rollout log-probs (B, A, N, G) or None; document log-probs (B, S-1), entry s for token s+1.
+        document_grad: whether the document's log-probs carry a gradient (they need none when only rollouts are trained); None: they are not wanted.
+    Returns: rollout log-probs (B, A, N, G) or None; document log-probs (B, S-1), entry s for token s+1, or None.
     """
     decoder, head = model.get_decoder(), model.get_output_embeddings()
     batch, length = document_ids.shape
@@ -238,6 +270,8 @@ def strided_logprobs(
         later = hidden[:, length:].view(batch, num_anchors, num_samples, num_fed, hidden.shape[-1])
         predictors = torch.cat([first, later], dim=3)
         rollout_logps = token_logprobs(predictors, head.weight, head.bias, rollouts, temperature)
+    if document_grad is None:
+        return rollout_logps, None
     with torch.set_grad_enabled(document_grad and torch.is_grad_enabled()):
         document_logps = token_logprobs(hidden[:, : length - 1], head.weight, head.bias, document_ids[:, 1:], 1.0)
     return rollout_logps, document_logps
@@ -253,7 +287,58 @@ def rollout_logprobs(model: PreTrainedModel, document_ids: Tensor, rollouts: Ten
     """
     segment_ids = torch.zeros_like(document_ids)
     valid = torch.ones_like(anchors, dtype=torch.bool)
-    return strided_logprobs(model, document_ids, segment_ids, rollouts, anchors, valid, temperature, document_grad=False)[0]
+    return strided_logprobs(model, document_ids, segment_ids, rollouts, anchors, valid, temperature, document_grad=None)[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# What need not be run, and what is run in parts
+
+
+def rollouts_to_train(rollouts: Tensor, advantages: Tensor, anchors: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The rollouts that the gradient depends on, each with an anchor slot of its own: (B, R, 1, G), their anchors (B, R), validity (B, R), advantages (B, R, 1).
+
+    sum over rollouts of advantage * log-prob stays the same, exactly: rollouts of a group that consist of the same tokens have the same log-prob, and are
+    run once with their advantages added; those whose advantages add up to nothing (to 1e-6: they are computed in float32) are left out. R is the
+    largest number in a row, and at least 1; other rows have invalid slots.
+
+    Args: rollouts (B, A, N, G); advantages (B, A, N); anchors, valid (B, A).
+    """
+    first = first_equal_rollout(rollouts)
+    total = torch.zeros_like(advantages).scatter_add_(-1, first, advantages)  # of a copy: 0
+    needed = (valid.unsqueeze(-1) & ~(total.abs() <= 1e-6)).flatten(1)  # a NaN is needed: it has to be seen in the loss
+    order = needed.int().argsort(dim=1, descending=True, stable=True)[:, : max(1, int(needed.sum(1).max()))]
+    chosen = needed.gather(1, order)
+    tokens = rollouts.flatten(1, 2).gather(1, order.unsqueeze(-1).expand(-1, -1, rollouts.shape[-1]))
+    own_anchors = anchors.repeat_interleave(rollouts.shape[2], dim=1).gather(1, order)
+    return tokens.unsqueeze(2), torch.where(chosen, own_anchors, 1), chosen, torch.where(chosen, total.flatten(1).gather(1, order), 0.0).unsqueeze(-1)
+
+
+def number_of_parts(num_slots: int, tokens_per_slot: int, document_tokens: int, max_packed_tokens: int | None) -> int:
+    """How many forwards it takes when the packed tokens of a row in each may be at most max_packed_tokens (None: no limit)."""
+    if max_packed_tokens is None:
+        return 1
+    return max(1, -(-num_slots // ((max_packed_tokens - document_tokens) // tokens_per_slot)))
+
+
+def in_parts(num_parts: int, anchors: Tensor, valid: Tensor, *others: Tensor) -> list[tuple[Tensor, ...]]:
+    """Cuts (B, A, ..) tensors into num_parts pieces of equally many anchor slots, the last ones filled up with invalid slots where A is no multiple."""
+    size = max(1, -(-anchors.shape[1] // num_parts))
+    missing = num_parts * size - anchors.shape[1]
+    filled = [pad(anchors, (0, missing), value=1), pad(valid, (0, missing))]
+    filled += [pad(tensor, (0, 0) * (tensor.dim() - 2) + (0, missing)) for tensor in others]
+    return list(zip(*(tensor.split(size, dim=1) for tensor in filled), strict=True))
+
+
+def in_few_shapes(generate, model: PreTrainedModel, document_ids: Tensor, segment_ids: Tensor, anchors: Tensor, valid: Tensor, temperature: float, uniforms: Tensor, **others) -> Tensor:
+    """`generate_rollouts` for a compiled decoding step: documents padded, and anchors filled up with invalid ones, to one of a few numbers; the result is that without them."""
+    behind, num_anchors = (0, padded_length(document_ids.shape[1]) - document_ids.shape[1]), anchors.shape[1]
+    unit = max(1, 1 << max(0, num_anchors.bit_length() - 3))  # as in `padded_length`
+    missing = -num_anchors % unit
+    rollouts = generate(
+        model, pad(document_ids, behind), pad(segment_ids, behind, value=-1), pad(anchors, (0, missing), value=1), pad(valid, (0, missing)), temperature,
+        pad(uniforms, (0, 0, 0, 0, 0, missing)), **others,
+    )
+    return rollouts[:, :num_anchors]
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -288,24 +373,43 @@ def evaluation_mode(module: torch.nn.Module):
             submodule.training = training
 
 
+def decode_step(
+    decoder: PreTrainedModel, head: torch.nn.Module, tokens: Tensor, position_ids: Tensor, cache: Cache, attention: dict, temperature: float, uniforms: Tensor
+) -> Tensor:
+    """The next token of each rollout. tokens, position_ids (B, A*N): the newest ones; uniforms (B, A*N); attention: what the decoder takes. Returns (B, A*N)."""
+    hidden = decoder(input_ids=tokens, position_ids=position_ids, past_key_values=cache, use_cache=True, **attention).last_hidden_state
+    return sample_tokens(hidden.flatten(0, 1), head.weight, head.bias, temperature, uniforms.reshape(-1, 1)).view_as(tokens)
+
+
 @torch.no_grad()
 def generate_rollouts(
     model: PreTrainedModel, document_ids: Tensor, segment_ids: Tensor, anchors: Tensor, valid: Tensor, temperature: float, uniforms: Tensor,
-    stop_ids: Tensor | None = None,
+    stop_ids: Tensor | None = None, decode=decode_step, kept: dict | None = None,
 ) -> Tensor:
     """N rollouts of G tokens at every anchor, block-parallel: the document is prefilled once, then each step feeds only the newest A*N tokens.
+
+    With FlexAttention keys and values have a place from the start, and every step has the same shapes: the mask alone says how far decoding is.
+    Without stop_ids nothing waits for the device.
 
     Args:
         document_ids, segment_ids (B, S); anchors, valid (B, A); uniforms (B, A, N, G) in [0, 1), one number for each sampled token.
         stop_ids: tokens that end a rollout. What stands behind one means nothing, and generation ends when each rollout has one.
+        decode: `decode_step`, or that compiled; kept: where FlexAttention's keys and values stay for the next call, at the same addresses.
     Returns: (B, A, N, G) token ids, or fewer than G when all rollouts have ended before. Runs in eval mode (in train mode, gradient checkpointing empties the cache) and restores the mode.
     """
     decoder, head = model.get_decoder(), model.get_output_embeddings()
     batch, length = document_ids.shape
     _, num_anchors, num_samples, num_generated = uniforms.shape
+    num_newest = num_anchors * num_samples
+    static = decoder.config._attn_implementation == STRIDED_FLEX
     with evaluation_mode(model):
         document = pack_layout(segment_ids, anchors, valid, num_samples, 0)
-        cache = DynamicCache()  # without the config: a sliding layer would drop keys by count, and rollouts of one position share a count
+        if static:
+            layout = pack_layout(segment_ids, anchors, valid, num_samples, num_generated - 1, step_major=True)
+            num_keys = padded_length(length + (num_generated - 1) * num_newest)
+            cache, first = static_cache(decoder.config.num_hidden_layers, batch, num_keys, document_ids.device, {} if kept is None else kept)
+        else:
+            cache = DynamicCache()  # without the config: a sliding layer would drop keys by count, and rollouts of one position share a count
         hidden = decoder(
             input_ids=document_ids, position_ids=document.position_ids, past_key_values=cache, use_cache=True, **attention_arguments(decoder, document)
         ).last_hidden_state
@@ -319,16 +423,16 @@ def generate_rollouts(
                 running &= ~torch.isin(tokens[-1], stop_ids)
                 if not running.any():
                     break
-            layout = pack_layout(segment_ids, anchors, valid, num_samples, step, step_major=True)
-            newest = slice(-num_anchors * num_samples, None)
-            hidden = decoder(
-                input_ids=tokens[-1],
-                position_ids=layout.position_ids[:, newest],
-                past_key_values=cache,
-                use_cache=True,
-                **decode_attention_arguments(decoder, layout, step),
-            ).last_hidden_state.flatten(0, 1)
-            tokens.append(sample_tokens(hidden, head.weight, head.bias, temperature, uniforms[..., step].reshape(-1, 1)).view(batch, -1))
+            if static:
+                first.fill_(length + (step - 1) * num_newest)
+                newest = slice(length + (step - 1) * num_newest, length + step * num_newest)
+                attention = {"attention_mask": block_mask(layout, num_newest, num_keys, first)}
+            else:
+                layout = pack_layout(segment_ids, anchors, valid, num_samples, step, step_major=True)
+                newest = slice(-num_newest, None)
+                attention = decode_attention_arguments(decoder, layout, step)
+            # a copy: the memory that a CUDA graph has left its result in belongs to its next run
+            tokens.append(decode(decoder, head, tokens[-1], layout.position_ids[:, newest], cache, attention, temperature, uniforms[..., step].flatten(1)).clone())
     return torch.stack(tokens, dim=-1).view(batch, num_anchors, num_samples, -1)
 
 

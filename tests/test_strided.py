@@ -426,7 +426,7 @@ def test_document_logprobs_carry_a_gradient_only_when_asked():
 def test_unknown_attention_is_refused():
     model = tiny_model()
     model.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(ValueError, match="flash_attention_2.*strided_sdpa, sdpa, eager"):
+    with pytest.raises(ValueError, match="flash_attention_2.*strided_sdpa, strided_flex, sdpa, eager"):
         rollout_logprobs(model, random_tokens(1, 8), random_tokens(1, 1, 2, 3), torch.tensor([[4]]), 1.0)
 
 

@@ -1,0 +1,206 @@
+"""FlexAttention for the packed layout: one compiled kernel that skips the blocks of 128 x 128 cells in which nobody attends.
+
+Registered with transformers as the attention implementation "strided_flex". transformers' own "flex_attention" is not used: it compiles anew whenever
+the model changes between training and evaluation mode, and with changing lengths for dynamic shapes, where FlexAttention has given NaN.
+
+What keeps the kernel from being compiled in every step: lengths are padded here, to a few values (`padded_length`; padding costs next to nothing, its
+blocks are empty), and all that a mask depends on is a tensor. A shape that would be the 65th is an error: FlexAttention by itself would go on without
+its kernel, with the whole matrix of scores.
+
+Axis legend: B rows, H heads, Q queries, K keys, d head width, S document tokens, L packed tokens.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+STRIDED_FLEX = "strided_flex"
+BLOCK = 128
+QUERY_BLOCKS_AT_ONCE = 8  # of which the mask is evaluated cell by cell while a BlockMask is made
+OLDEST_TORCH, LARGEST_HEAD, OLDEST_GPU = (2, 7), 256, (8, 0)
+
+torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+_compiled_flex_attention = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+
+
+def padded_length(length: int) -> int:
+    """The next of the lengths that kernels are compiled for: four from one power of two to the next, all multiples of 128."""
+    unit = max(BLOCK, 1 << max(0, length.bit_length() - 3))
+    return -(-length // unit) * unit
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# Masks
+
+
+def make_block_mask(predicate: Callable[[Tensor, Tensor, Tensor], Tensor], batch: int, num_queries: int, num_keys: int, device: torch.device) -> BlockMask:
+    """The BlockMask of predicate(row, query, key) -> bool, evaluated on all cells, a few rows of blocks at a time: Q x K cells are never held at once.
+
+    Args: num_queries, num_keys: multiples of 128. The predicate may capture nothing but tensors: anything else would be compiled into the kernel.
+    """
+    row = torch.arange(batch, device=device)[:, None, None]
+    key = torch.arange(num_keys, device=device)
+    counts = []
+    for start in range(0, num_queries, QUERY_BLOCKS_AT_ONCE * BLOCK):
+        query = torch.arange(start, min(start + QUERY_BLOCKS_AT_ONCE * BLOCK, num_queries), device=device)
+        cells = predicate(row, query[None, :, None], key[None, None])  # (B, Q', K)
+        counts.append(cells.unflatten(2, (-1, BLOCK)).sum(-1).unflatten(1, (-1, BLOCK)).sum(2))
+    counts = torch.cat(counts, dim=1).unsqueeze(1)  # (B, 1, Q/128, K/128)
+    full = counts == BLOCK * BLOCK
+    return BlockMask.from_kv_blocks(
+        *_chosen_first((counts > 0) & ~full),
+        *_chosen_first(full),
+        BLOCK_SIZE=BLOCK,
+        mask_mod=lambda b, h, q, k: predicate(b, q, k),
+        seq_lengths=(num_queries, num_keys),
+    )
+
+
+def _chosen_first(chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """(..., K/128) bool -> how many are True, and the indices with those first."""
+    return chosen.sum(-1, dtype=torch.int32), chosen.int().argsort(dim=-1, descending=True, stable=True).int()
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# Attention
+
+
+def strided_flex_forward(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: BlockMask | Tensor | None, *, scaling: float | None = None, **kwargs
+) -> tuple[Tensor, None]:
+    """transformers' attention interface. query (B, H, Q, d), key and value (B, H_kv, K, d). Returns ((B, Q, H, d), None).
+
+    Without a BlockMask it is plain sdpa, so that the model keeps working for everything else.
+    """
+    if not isinstance(attention_mask, BlockMask):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    num_queries, (padded_queries, padded_keys) = query.shape[2], attention_mask.seq_lengths
+    # autocast knows sdpa and not FlexAttention: rotary positions leave float32 queries beside bfloat16 values
+    dtype = torch.get_autocast_dtype(query.device.type) if torch.is_autocast_enabled(query.device.type) else value.dtype
+    query, key, value = (
+        pad(tensor.to(dtype), (0, 0, 0, length - tensor.shape[2])) for tensor, length in ((query, padded_queries), (key, padded_keys), (value, padded_keys))
+    )
+    attend = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention
+    output = attend(query, key, value, block_mask=attention_mask, scale=scaling, enable_gqa=query.shape[1] != key.shape[1])
+    return output[:, :, :num_queries].transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(STRIDED_FLEX, strided_flex_forward)
+AttentionMaskInterface.register(STRIDED_FLEX, sdpa_mask)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# Keys and values of fixed size
+
+
+class StaticKeys(CacheLayerMixin):
+    """Keys and values of one layer, with room for all that decoding will write. first (): the index that the next tokens are written from, shared by the layers."""
+
+    is_compileable = True
+
+    def __init__(self, length: int, first: Tensor):
+        super().__init__()
+        self.length, self.first, self.prefilled = length, first, 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        shape = (*key_states.shape[:2], self.length)
+        self.keys = key_states.new_zeros(*shape, key_states.shape[3])
+        self.values = value_states.new_zeros(*shape, value_states.shape[3])
+        self.is_initialized = True
+        for buffer in (self.keys, self.values):
+            torch._dynamo.mark_static_address(buffer)  # or a CUDA graph would copy them in and out
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Writes them. Returns the document's own while it is read, and all there is room for afterwards: the mask says what counts."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if not self.prefilled:
+            self.keys[:, :, : key_states.shape[2]], self.values[:, :, : key_states.shape[2]] = key_states, value_states
+            self.prefilled = key_states.shape[2]
+            return key_states, value_states
+        places = self.first + torch.arange(key_states.shape[2], device=key_states.device)
+        self.keys.index_copy_(2, places, key_states.to(self.keys.dtype))
+        self.values.index_copy_(2, places, value_states.to(self.values.dtype))
+        return self.keys, self.values
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length, 0
+
+    def get_seq_length(self) -> int:
+        return self.prefilled
+
+    def get_max_length(self) -> int:
+        return self.length
+
+
+def static_cache(num_layers: int, batch: int, length: int, device: torch.device, kept: dict) -> tuple[Cache, Tensor]:
+    """A cache of fixed size for a new document, and the () tensor that says where it is written next, behind the document.
+
+    kept: holds the cache of the last call: taken again, at the same addresses, when it has this size, and replaced when not.
+    """
+    if (batch, length) not in kept:
+        kept.clear()
+        first = torch.zeros((), dtype=torch.long, device=device)
+        torch._dynamo.mark_static_address(first)
+        kept[batch, length] = Cache(layers=[StaticKeys(length, first) for _ in range(num_layers)]), first
+    cache, first = kept[batch, length]
+    for layer in cache.layers:
+        layer.prefilled = 0
+    return cache, first
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# Where it runs
+
+
+def why_not_flex(head_width: int, device: torch.device, backward: bool) -> str | None:
+    """Why FlexAttention cannot be used there; None when it can, as far as can be known without running it. backward: whether anything is trained."""
+    if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST_TORCH:
+        return f"torch {torch.__version__} is older than {'.'.join(map(str, OLDEST_TORCH))}"
+    if device.type == "cpu" and backward:
+        return "FlexAttention has no backward pass on the CPU"
+    if device.type not in ("cpu", "cuda"):
+        return f"FlexAttention does not train on {device.type}"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < OLDEST_GPU:
+        return f"{torch.cuda.get_device_name(device)} has compute capability {'.'.join(map(str, torch.cuda.get_device_capability(device)))}, and 8.0 is needed"
+    if head_width > LARGEST_HEAD:
+        return f"the model's heads are {head_width} wide, and FlexAttention's kernels end at {LARGEST_HEAD}"
+    return None
+
+
+def prove_flex_attention(num_heads: int, num_key_heads: int, head_width: int, dtype: torch.dtype, device: torch.device, backward: bool) -> str | None:
+    """Runs the kernel once on that device, and sdpa on the same numbers: what is wrong with outputs or gradients, None when they agree."""
+    generator = torch.Generator().manual_seed(0)
+    length = 3 * BLOCK
+    segments = torch.tensor([0, 1, 1, 1, -1, -1], device=device).repeat_interleave(BLOCK // 2)
+
+    def predicate(row, query, key):
+        return ((segments[query] == segments[key]) & (key <= query)) | (query == key)
+
+    def inputs() -> list[Tensor]:
+        return [torch.randn(1, heads, length, head_width, generator=generator).to(device, dtype).requires_grad_(backward) for heads in (num_heads, num_key_heads, num_key_heads)]
+
+    query, key, value = inputs()
+    index = torch.arange(length, device=device)
+    mask = predicate(None, index[:, None], index[None])
+    with torch.set_grad_enabled(backward), torch.autocast(device.type, enabled=False):
+        try:
+            found, _ = strided_flex_forward(None, query, key, value, make_block_mask(predicate, 1, length, length, device), scaling=0.5)
+            groups = num_heads // num_key_heads
+            expected = scaled_dot_product_attention(query, repeat_kv(key, groups), repeat_kv(value, groups), attn_mask=mask, scale=0.5).transpose(1, 2)
+            pairs = [(found, expected)]
+            if backward:
+                weights = torch.randn(found.shape, generator=generator).to(device, dtype)
+                pairs += zip(*(torch.autograd.grad((output * weights).sum(), (query, key, value)) for output in (found, expected)), strict=True)
+        except Exception as error:  # compilers fail in many ways
+            return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+    gaps = [((one - other).float().norm() / other.float().norm()).item() for one, other in pairs]
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 2e-3
+    return None if max(gaps) <= tolerance else f"it differs from sdpa on this device by {max(gaps):.2g} of the result's size (allowed {tolerance})"
