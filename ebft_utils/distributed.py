@@ -17,8 +17,10 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
+from .attention import STRIDED_SDPA
 from .config import Config, UserError
 from .features import FeatureNetwork
+from .flex import STRIDED_FLEX
 from .models import DTYPES, feature_device
 
 PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>: the signal that a process gets when its parent ends
@@ -241,9 +243,11 @@ def describe_run(config: Config, accelerator: Accelerator, policy: torch.nn.Modu
     else:
         spread = "split over the processes" if config.feature_network.shard else "whole on each process" if processes > 1 else "a frozen copy"
         features = f"{spread}, {config.model.dtype}, {network.device}"
+    attention = accelerator.unwrap_model(policy).decoder.config._attn_implementation
+    attention = {STRIDED_SDPA: "sdpa in blocks", STRIDED_FLEX: "flex_attention"}.get(attention, attention)
     return (
-        f"{processes} process{'es' if processes > 1 else ''} on {accelerator.device.type}{how}; forwards in {config.model.dtype}, attention "
-        f"{accelerator.unwrap_model(policy).causal_lm.config._attn_implementation}\n"
+        f"{processes} process{'es' if processes > 1 else ''} on {accelerator.device.type}{how}; forwards in {config.model.dtype}, attention: {attention}"
+        f"{', decoding compiled' * config.model.compile_decoding}\n"
         f"{'LoRA' if config.lora else 'full fine-tuning'}: {sum(parameter.numel() for parameter in trained):,} trained weights in "
         f"{', '.join(sorted({str(parameter.dtype).removeprefix('torch.') for parameter in trained}))}; feature network: {features}\n"
         f"{config.train.batch_size} rows a step: {processes} x {config.train.per_device_batch_size} at a time, {micro_batches_per_step(config, accelerator)} times"

@@ -18,7 +18,8 @@ def token_logprobs(hidden: Tensor, weight: Tensor, bias: Tensor | None, token_id
     """log softmax((hidden W^T + b) / temperature)[token], for one token at each position, differentiable in hidden, W and b.
 
     Naive: torch.log_softmax((hidden @ weight.T + bias).float() / temperature, -1).gather(-1, token_ids[:, None])[:, 0].
-    Here the logits exist for a chunk of positions at a time, in forward and (recomputed) in backward; the log-softmax is float32.
+    Here the logits exist for a chunk of positions at a time, in forward and (recomputed) in backward; the log-softmax is float32. (torch's
+    linear_cross_entropy makes gradients in its forward pass, for a weighting of the tokens that is known before: here it comes afterwards.)
 
     Args: hidden (.., H); weight (V, H); bias (V) or None; token_ids (..). Returns (..), float32.
     """

@@ -297,10 +297,12 @@ def set_attention(config: Config, model: PreTrainedModel | PeftModel, device: to
     reason = why_not_flex(width, device, backward) or prove_flex_attention(*heads, width, DTYPES[config.model.dtype], device, backward)
     if reason is None:
         model.set_attn_implementation(STRIDED_FLEX)
-    elif asked == "auto" and not config.model.compile_decoding:
-        PartialState().print(f"model.attn_implementation: auto takes sdpa here, because flex_attention cannot run: {reason}")
+    elif asked == "flex_attention":
+        raise UserError(f"model.attn_implementation: flex_attention cannot run on {device}: {reason}; set it to sdpa")
+    elif config.model.compile_decoding:
+        raise UserError(f"model.compile_decoding: true needs flex_attention, which cannot run on {device}: {reason}; leave it out")
     else:
-        raise UserError(f"model.attn_implementation: {asked} with flex_attention cannot run on {device}: {reason}; set it to sdpa" + " and leave model.compile_decoding out" * config.model.compile_decoding)
+        PartialState().print(f"model.attn_implementation: auto takes sdpa here, because flex_attention cannot run: {reason}")
 
 
 def load_policy(config: Config) -> PreTrainedModel | PeftModel:

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import GOLDEN, tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-from ebft_utils import strided
+from ebft_utils import flex, strided
 from ebft_utils.losses import policy_gradient_loss
 from ebft_utils.strided import (
     dense_mask,
@@ -421,6 +422,37 @@ def test_document_logprobs_carry_a_gradient_only_when_asked():
         assert packed.requires_grad and document.requires_grad == wanted
     nothing, document = strided_logprobs(model, tokens, segments, None, anchors, valid, 1.0, True)
     assert nothing is None and document.requires_grad
+
+
+class Waits(TorchDispatchMode):
+    """Counts where a number is read out of a tensor (int(), bool(), item()): on a GPU the program waits there until all that was begun is done."""
+
+    def __init__(self):
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.number += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **kwargs or {})
+
+
+def test_decoding_never_waits_for_the_device(monkeypatch):
+    """With FlexAttention (its kernel replaced by the dense mask of the same predicate: a dispatch mode and a compiled kernel exclude each other)."""
+
+    def dense_attention(query, key, value, *, block_mask, scale, enable_gqa):
+        row, index, keys = (torch.arange(size) for size in (query.shape[0], query.shape[2], key.shape[2]))
+        mask = block_mask.mask_mod(row[:, None, None], 0, index[:, None], keys[None])
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None], scale=scale, enable_gqa=enable_gqa)
+
+    monkeypatch.setattr(flex, "_compiled_flex_attention", dense_attention)
+    document, uniforms = random_tokens(2, 20), torch.rand(2, 3, NUM_SAMPLES, 4, generator=torch.Generator().manual_seed(2))
+    rollouts, waits = {}, {}
+    for implementation in ("strided_flex", "strided_sdpa"):
+        with Waits() as counted:
+            rollouts[implementation] = generate_rollouts(with_attention(tiny_model(), implementation), document, SEGMENTS, ANCHORS, VALID, 0.6, uniforms)
+        waits[implementation] = counted.number
+    assert torch.equal(rollouts["strided_flex"][VALID], rollouts["strided_sdpa"][VALID])
+    assert waits["strided_flex"] == 0 and waits["strided_sdpa"] > 3  # it cuts its blocks by the anchors
 
 
 def test_unknown_attention_is_refused():
