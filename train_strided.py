@@ -9,6 +9,7 @@ One training step, for each document (`train_step` below reads like this list):
     3. a rollout's reward: its features' cosine with the truth's, minus its similarity to its siblings (eq 7-9)     rewards.feature_matching_rewards
     4. advantage: reward minus the corrected leave-one-out baseline (eq 94)                                        rewards.rloo_advantages
     5. loss: rl_coef * policy gradient + ce_coef * cross-entropy, log-probs from one packed forward                 strided.strided_logprobs
+       of the rollouts that the gradient depends on: equal ones once, those without advantage not at all            strided.rollouts_to_train
 `ebft.rl_coef=0 ebft.ce_coef=1` leaves out 1-4 and is plain supervised fine-tuning.
 
 What differs from the paper's released code: the n rollouts of all anchors share ONE copy of the document (they copy it n times); rollouts
