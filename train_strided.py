@@ -45,6 +45,7 @@ from ebft_utils.distributed import (
 from ebft_utils.features import FeatureNetwork, strided_features
 from ebft_utils.losses import cross_entropy_loss, policy_gradient_loss
 from ebft_utils.loop import TrainingLoop, Update, evaluate_only
+from ebft_utils.memory import out_of_memory_advice
 from ebft_utils.metrics import MetricLogger, MetricSums, logged_evaluations, rollout_table, step_metrics
 from ebft_utils.models import StridedPolicy, check_vocabulary, load_feature_network, load_policy, load_tokenizer, model_card, set_attention
 from ebft_utils.preview import preview
@@ -144,7 +145,8 @@ def train_step(config: StridedConfig, accelerator: Accelerator, policy, network:
         if ebft.rl_coef > 0:
             groups = sample_and_score(config, accelerator, unwrapped, network, batch, config.train.seed)
             advantages = advantages_of(config, groups.rewards)
-            rollouts, anchors, valid, summed = rollouts_to_train(groups.rollouts, advantages, batch.anchors, batch.valid)
+            rounding = 4e-6 * (1.0 if ebft.advantage_estimator == "group_norm" else ebft.alignment_coef + ebft.diversity_coef)  # of float32, in rewards of this size
+            rollouts, anchors, valid, summed = rollouts_to_train(groups.rollouts, advantages, batch.anchors, batch.valid, rounding)
             parts = in_parts(agreed_parts(config, accelerator, anchors.shape[1], ebft.generate_max_len, batch), anchors, valid, rollouts, summed)
             rollout_tokens = batch.valid.sum() * ebft.n_samples_per_prompt * ebft.generate_max_len
             num_tokens = num_tokens + rollout_tokens
@@ -288,7 +290,7 @@ def main(argv: list[str]) -> None:
         accelerator.print(preview(config, accelerator))
         return
     torch.manual_seed(config.train.seed)  # the initial adapter; all else is drawn from (seed, step, row)
-    with output_folder(config, accelerator) as output_dir:
+    with output_folder(config, accelerator) as output_dir, out_of_memory_advice(config, accelerator):
         train_or_evaluate(config, accelerator, output_dir)
     accelerator.end_training()
 

@@ -51,6 +51,7 @@ from ebft_utils.distributed import (
 from ebft_utils.features import FeatureNetwork, completion_features
 from ebft_utils.losses import clipped_policy_loss, completion_token_weights, cross_entropy_loss, importance_weights
 from ebft_utils.loop import TrainingLoop, Update, evaluate_only
+from ebft_utils.memory import out_of_memory_advice
 from ebft_utils.metrics import MetricLogger, MetricSums, logged_evaluations, rollout_table, step_metrics
 from ebft_utils.models import StridedPolicy, check_vocabulary, load_feature_network, load_policy, load_tokenizer, model_card, set_attention, stop_token_ids
 from ebft_utils.preview import preview
@@ -344,7 +345,7 @@ def main(argv: list[str]) -> None:
         accelerator.print(preview(config, accelerator))
         return
     torch.manual_seed(config.train.seed)  # the initial adapter; all else is drawn from (seed, step, row)
-    with output_folder(config, accelerator) as output_dir:
+    with output_folder(config, accelerator) as output_dir, out_of_memory_advice(config, accelerator):
         train_or_evaluate(config, accelerator, output_dir)
     accelerator.end_training()
 

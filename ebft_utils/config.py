@@ -31,10 +31,10 @@ class ModelConfig(Section):
     )
     attn_implementation: Literal["auto", "flex_attention", "sdpa", "eager"] = option(
         "auto", "how the packed layout attends. flex_attention: a compiled kernel that skips what nobody sees (CUDA GPUs); sdpa: scaled_dot_product_attention in "
-        "blocks; eager: with the whole mask and all scores; auto: flex_attention where it runs and agrees with sdpa, else sdpa"
+        "blocks; eager: with the whole mask and all scores; auto: flex_attention in bfloat16 on a GPU where it runs and agrees with sdpa, else sdpa"
     )
     compile_decoding: bool = option(
-        False, "compile the step that writes one token of each rollout, on a GPU with a CUDA graph (flex_attention only; not under FSDP2): minutes at the start, and keys and values keep their memory"
+        False, "compile the step that writes one token of each rollout, on a GPU with a CUDA graph (flex_attention only; not under FSDP2, nor all weights in bfloat16): minutes at the start, and keys and values keep their memory"
     )
     gradient_checkpointing: bool = option(False, "recompute layers in the backward pass: less memory, about a third more time")
 
@@ -185,6 +185,11 @@ class Config(Section):
                 "model.compile_decoding", f"true needs flex_attention, whose shapes stay the same from step to step, and model.attn_implementation is {self.model.attn_implementation}; leave one of them out",
                 ("model.attn_implementation",),
             )
+        if self.model.compile_decoding and self.lora is None and self.model.dtype == "bfloat16":
+            raise ConfigError(
+                "model.compile_decoding", "true with full fine-tuning in bfloat16 would cast every float32 weight anew for each token, inside of what is compiled; leave it out, or train a lora",
+                ("model.dtype",),
+            )
         self._check_ebft()
         self._check_feature_network()
         if self.train.batch_size % self.train.per_device_batch_size:
@@ -291,6 +296,8 @@ class StructuredConfig(Config):
         for key, value, alone in (("async_prefetch", ebft.async_prefetch, False), ("vllm_sync_interval", ebft.vllm_sync_interval, 1)):
             if not ebft.use_vllm and value != alone:
                 raise ConfigError(f"ebft.{key}", f"{value!r} needs a server, and ebft.use_vllm is false; leave it out", ("ebft.use_vllm",))
+        if ebft.use_vllm and self.model.compile_decoding:
+            raise ConfigError("model.compile_decoding", "true compiles the trainer's own decoding, and with ebft.use_vllm the server writes the completions; leave it out", ("ebft.use_vllm",))
         longest, keys = self.longest_sequence
         one_turn = self.data.max_prompt_length + ebft.max_completion_length
         if longest < one_turn:

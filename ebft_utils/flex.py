@@ -3,13 +3,14 @@
 Registered with transformers as the attention implementation "strided_flex". transformers' own "flex_attention" is not used: it compiles anew whenever
 the model changes between training and evaluation mode, and with changing lengths for dynamic shapes, where FlexAttention has given NaN.
 
-What keeps the kernel from being compiled in every step: lengths are padded here, to a few values (`padded_length`; padding costs next to nothing, its
-blocks are empty), and all that a mask depends on is a tensor. A shape that would be the 65th is an error: FlexAttention by itself would go on without
-its kernel, with the whole matrix of scores.
+What keeps the kernel from being compiled in every step: lengths are padded here, to a few values (`padded_length`; padding costs no arithmetic, its
+blocks are empty), and all that a mask depends on is a tensor. It is compiled once for each padded shape. torch's own limit is 8 shapes, behind which
+FlexAttention silently goes on without its kernel, with the whole matrix of scores; here it is far off, and an error.
 
 Axis legend: B rows, H heads, Q queries, K keys, d head width, S document tokens, L packed tokens.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -24,15 +25,16 @@ from transformers.masking_utils import sdpa_mask
 STRIDED_FLEX = "strided_flex"
 BLOCK = 128
 QUERY_BLOCKS_AT_ONCE = 8  # of which the mask is evaluated cell by cell while a BlockMask is made
-OLDEST_TORCH, LARGEST_HEAD, OLDEST_GPU = (2, 7), 256, (8, 0)
+OLDEST_TORCH, SMALLEST_HEAD, LARGEST_HEAD, OLDEST_GPU = (2, 7), 16, 256, (8, 0)
 
-torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+for limit in ("recompile_limit", "accumulated_recompile_limit"):
+    setattr(torch._dynamo.config, limit, max(1024, getattr(torch._dynamo.config, limit)))
 _compiled_flex_attention = torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
 def padded_length(length: int) -> int:
-    """The next of the lengths that kernels are compiled for: four from one power of two to the next, all multiples of 128."""
-    unit = max(BLOCK, 1 << max(0, length.bit_length() - 3))
+    """The next of the lengths that kernels are compiled for: powers of two and one and a half times that, all multiples of 128."""
+    unit = max(BLOCK, 1 << max(0, (length - 1).bit_length() - 2))
     return -(-length // unit) * unit
 
 
@@ -65,7 +67,8 @@ def make_block_mask(predicate: Callable[[Tensor, Tensor, Tensor], Tensor], batch
 
 def _chosen_first(chosen: Tensor) -> tuple[Tensor, Tensor]:
     """(..., K/128) bool -> how many are True, and the indices with those first."""
-    return chosen.sum(-1, dtype=torch.int32), chosen.int().argsort(dim=-1, descending=True, stable=True).int()
+    order = chosen.int().argsort(dim=-1, descending=True, stable=True)
+    return chosen.sum(-1).to(torch.int32, memory_format=torch.contiguous_format), order.to(torch.int32, memory_format=torch.contiguous_format)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -82,14 +85,21 @@ def strided_flex_forward(
     if not isinstance(attention_mask, BlockMask):
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     num_queries, (padded_queries, padded_keys) = query.shape[2], attention_mask.seq_lengths
-    # autocast knows sdpa and not FlexAttention: rotary positions leave float32 queries beside bfloat16 values
-    dtype = torch.get_autocast_dtype(query.device.type) if torch.is_autocast_enabled(query.device.type) else value.dtype
-    query, key, value = (
-        pad(tensor.to(dtype), (0, 0, 0, length - tensor.shape[2])) for tensor, length in ((query, padded_queries), (key, padded_keys), (value, padded_keys))
-    )
+    dtype = _attended_dtype(value)
+    query, key, value = (_padded(tensor.to(dtype), length) for tensor, length in ((query, padded_queries), (key, padded_keys), (value, padded_keys)))
     attend = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention
     output = attend(query, key, value, block_mask=attention_mask, scale=scaling, enable_gqa=query.shape[1] != key.shape[1])
     return output[:, :, :num_queries].transpose(1, 2).contiguous(), None
+
+
+def _attended_dtype(value: Tensor) -> torch.dtype:
+    """Autocast knows sdpa and not FlexAttention: rotary positions leave float32 queries and keys beside bfloat16 values."""
+    return torch.get_autocast_dtype(value.device.type) if torch.is_autocast_enabled(value.device.type) else value.dtype
+
+
+def _padded(tensor: Tensor, length: int) -> Tensor:
+    """(B, H, T, d) -> (B, H, length, d), in the same order in memory whether there is something to pad or not (or two kernels would be compiled); no copy of static keys."""
+    return pad(tensor, (0, 0, 0, length - tensor.shape[2])).contiguous() if tensor.shape[2] < length else tensor.contiguous()
 
 
 AttentionInterface.register(STRIDED_FLEX, strided_flex_forward)
@@ -110,9 +120,9 @@ class StaticKeys(CacheLayerMixin):
         self.length, self.first, self.prefilled = length, first, 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        shape = (*key_states.shape[:2], self.length)
-        self.keys = key_states.new_zeros(*shape, key_states.shape[3])
-        self.values = value_states.new_zeros(*shape, value_states.shape[3])
+        shape, dtype = (*key_states.shape[:2], self.length), _attended_dtype(value_states)
+        self.keys = key_states.new_zeros(*shape, key_states.shape[3], dtype=dtype)
+        self.values = value_states.new_zeros(*shape, value_states.shape[3], dtype=dtype)
         self.is_initialized = True
         for buffer in (self.keys, self.values):
             torch._dynamo.mark_static_address(buffer)  # or a CUDA graph would copy them in and out
@@ -143,10 +153,9 @@ class StaticKeys(CacheLayerMixin):
 def static_cache(num_layers: int, batch: int, length: int, device: torch.device, kept: dict) -> tuple[Cache, Tensor]:
     """A cache of fixed size for a new document, and the () tensor that says where it is written next, behind the document.
 
-    kept: holds the cache of the last call: taken again, at the same addresses, when it has this size, and replaced when not.
+    kept: holds the caches of earlier calls, by size: taken again, at the same addresses, which a CUDA graph remembers.
     """
     if (batch, length) not in kept:
-        kept.clear()
         first = torch.zeros((), dtype=torch.long, device=device)
         torch._dynamo.mark_static_address(first)
         kept[batch, length] = Cache(layers=[StaticKeys(length, first) for _ in range(num_layers)]), first
@@ -170,16 +179,16 @@ def why_not_flex(head_width: int, device: torch.device, backward: bool) -> str |
         return f"FlexAttention does not train on {device.type}"
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < OLDEST_GPU:
         return f"{torch.cuda.get_device_name(device)} has compute capability {'.'.join(map(str, torch.cuda.get_device_capability(device)))}, and 8.0 is needed"
-    if head_width > LARGEST_HEAD:
-        return f"the model's heads are {head_width} wide, and FlexAttention's kernels end at {LARGEST_HEAD}"
+    if head_width > LARGEST_HEAD or (device.type == "cuda" and head_width < SMALLEST_HEAD):
+        return f"the model's heads are {head_width} wide, and its kernels are made for {SMALLEST_HEAD} to {LARGEST_HEAD}"
     return None
 
 
 def prove_flex_attention(num_heads: int, num_key_heads: int, head_width: int, dtype: torch.dtype, device: torch.device, backward: bool) -> str | None:
     """Runs the kernel once on that device, and sdpa on the same numbers: what is wrong with outputs or gradients, None when they agree."""
     generator = torch.Generator().manual_seed(0)
-    length = 3 * BLOCK
-    segments = torch.tensor([0, 1, 1, 1, -1, -1], device=device).repeat_interleave(BLOCK // 2)
+    length = 4 * BLOCK
+    segments = torch.tensor([0, 1, 1, 1, 1, 1, -1, -1], device=device).repeat_interleave(BLOCK // 2)  # full, partial and empty blocks
 
     def predicate(row, query, key):
         return ((segments[query] == segments[key]) & (key <= query)) | (query == key)
@@ -202,5 +211,5 @@ def prove_flex_attention(num_heads: int, num_key_heads: int, head_width: int, dt
         except Exception as error:  # compilers fail in many ways
             return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
     gaps = [((one - other).float().norm() / other.float().norm()).item() for one, other in pairs]
-    tolerance = 2e-2 if dtype == torch.bfloat16 else 2e-3
-    return None if max(gaps) <= tolerance else f"it differs from sdpa on this device by {max(gaps):.2g} of the result's size (allowed {tolerance})"
+    tolerance, worst = 2e-2 if dtype == torch.bfloat16 else 2e-3, max(gaps, key=lambda gap: (math.isnan(gap), gap))
+    return None if worst <= tolerance else f"it differs from sdpa on this device by {worst:.2g} of the result's size (allowed {tolerance})"

@@ -287,9 +287,9 @@ def set_attention(config: Config, model: PreTrainedModel | PeftModel, device: to
     model = base_causal_lm(model)
     if asked == "eager":
         model.set_attn_implementation("eager")
-    if asked in ("sdpa", "eager") or (asked == "auto" and device.type != "cuda"):
+    if asked in ("sdpa", "eager") or (asked == "auto" and (device.type != "cuda" or config.model.dtype == "float32")):  # its kernels in float32 work on 16 x 16 cells
         if config.model.compile_decoding:
-            raise UserError(f"model.compile_decoding: true needs flex_attention, and auto takes sdpa on {device}; leave it out")
+            raise UserError(f"model.compile_decoding: true needs flex_attention, and auto takes sdpa on {device} in {config.model.dtype}; leave it out, or ask for flex_attention")
         return
     settings, backward = model.config.get_text_config(), not config.eval.only
     heads = settings.num_attention_heads, getattr(settings, "num_key_value_heads", None) or settings.num_attention_heads

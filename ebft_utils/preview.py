@@ -8,19 +8,16 @@ from itertools import chain
 
 import torch
 from accelerate import Accelerator, DistributedType
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from .config import Config, UserError
 from .data import MixedRows, Rows, StreamedRows, load_rows, rows_of_step
 from .data_config import MIX_BLOCK
 from .distributed import main_process_first
 from .documents import Document, first_anchor
-from .features import cut_decoder, layer_indices
-from .losses import LOGITS_PER_CHUNK
-from .models import DTYPES, LOADING_ERRORS, base_causal_lm, first_line, load_tokenizer, refuse_short_context, refuse_unsupported, resolve_source, with_adapter
-from .strided import QUERIES_PER_BLOCK
+from .memory import GB, IN_TURN, in_words, memory_estimate, shape_of, ways_to_save
+from .models import load_tokenizer
 
-GB = 2**30
 NUM_EXAMPLES, SHOWN_TOKENS = 3, 200
 ANCHOR, START, END = "▸", "⟦", "⟧"
 
@@ -125,93 +122,18 @@ def marked(config: Config, tokenizer: PreTrainedTokenizerBase, documents: list[D
 # Memory
 
 
-@dataclass
-class Shape:
-    """What the estimate needs to know of a model. Parameters: all, trained, of the layers that the feature network keeps."""
-
-    parameters: int
-    trained: int
-    kept: int
-    layers: int
-    hidden: int
-    inner: int
-    key_value: int
-    vocabulary: int
-
-
-def shape_of(config: Config) -> Shape:
-    """Of the model that a configuration names. Raises UserError when its config cannot be read."""
-    source, gguf_file = resolve_source(config.model.name_or_path)
-    arguments = {"gguf_file": gguf_file} if gguf_file else {"revision": config.model.revision}
-    try:
-        settings = AutoConfig.from_pretrained(source, **arguments).get_text_config()
-        refuse_unsupported(settings, config.model.name_or_path)
-        refuse_short_context(settings, *config.longest_sequence, config.model.name_or_path)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(settings)
-            cut_decoder(model.get_decoder(), 0)  # or it refuses
-            policy = model if config.lora is None else with_adapter(config, model)
-    except LOADING_ERRORS as error:
-        raise UserError(f"model.name_or_path: {config.model.name_or_path!r} cannot be loaded: {first_line(error)}") from None
-    decoder = base_causal_lm(policy).get_decoder()
-    base = {name: parameter for name, parameter in policy.named_parameters() if "lora_" not in name}
-    layer = sum(parameter.numel() for name, parameter in decoder.layers[0].named_parameters() if "lora_" not in name)
-    deepest = max(layer_indices(config.ebft.feature_layers, len(decoder.layers)))
-    embedding = base_causal_lm(policy).get_input_embeddings().weight
-    heads = settings.num_attention_heads
-    known = settings.to_dict()
-    head = known.get("head_dim") or settings.hidden_size // heads
-    return Shape(
-        parameters=sum(parameter.numel() for parameter in base.values()),
-        trained=sum(parameter.numel() for parameter in policy.parameters() if parameter.requires_grad),
-        kept=embedding.numel() + deepest * layer,
-        layers=len(decoder.layers),
-        hidden=settings.hidden_size,
-        inner=settings.intermediate_size,
-        key_value=(known.get("num_key_value_heads") or heads) * head,
-        vocabulary=embedding.shape[0],
-    )
-
-
-def memory_estimate(config: Config, shape: Shape, document_tokens: int, anchors: int, num_processes: int, sharded: bool) -> dict[str, float]:
-    """Bytes of one process, by what they are for; the last entry is the peak: all that stays, and the larger of rollouts and training."""
-    width = DTYPES[config.model.dtype].itemsize
-    ebft, strided = config.ebft, config.mode == "strided"
-    samples, length = (ebft.n_samples_per_prompt, ebft.generate_max_len) if strided else (ebft.num_generations, document_tokens - config.data.max_prompt_length)
-    parts = num_processes if sharded else 1
-    rows = config.train.per_device_batch_size
-    rollout_tokens = anchors * samples * length if ebft.rl_coef > 0 else 0
-    tokens = rows * (document_tokens + rollout_tokens)
-    lora = config.lora is not None
-    stays = {
-        "weights": (shape.parameters * width + 4 * shape.trained if lora else 4 * shape.parameters) / parts,
-        "gradients": 4 * shape.trained / parts,
-        "optimizer": 8 * shape.trained / parts,
-        "feature network": 0 if lora or ebft.rl_coef == 0 else shape.kept * width / (num_processes if config.feature_network.shard else 1),
-    }
-    # what stands beside the weights while they are used: FSDP2 gathers them, autocast casts them
-    used = shape.parameters * width if sharded or (width < 4 and not lora) else 0
-    # what autograd keeps of a token in a layer, counted (saved_tensors_hooks) for the Llama architecture; autocast has a float32 residual stream
-    kept = 14 if width == 4 else 17 if lora or sharded else 22
-    per_layer = width * (kept * shape.hidden + 4 * shape.inner)
-    blocks = -(-rollout_tokens // QUERIES_PER_BLOCK)
-    per_layer_keys = width * rows * 2 * shape.hidden * blocks * (document_tokens // 2 + QUERIES_PER_BLOCK)
-    one_layer = tokens * per_layer + per_layer_keys
-    activations = tokens * shape.hidden * width * shape.layers + one_layer if config.model.gradient_checkpointing else one_layer * shape.layers
-    head = 3 * 4 * LOGITS_PER_CHUNK + tokens * shape.hidden * 4 + (4 * shape.vocabulary * shape.hidden if not lora else 0)
-    writes_itself = ebft.rl_coef > 0 and (strided or not ebft.use_vllm)
-    cache = tokens * 2 * shape.key_value * shape.layers * width + 6 * 4 * LOGITS_PER_CHUNK if writes_itself else 0
-    moves = {"rollouts": cache + used, "forward and backward": activations + head + used}
-    return {**stays, **moves, "peak": sum(stays.values()) + max(moves.values())}
-
-
 def _memory_lines(config: Config, accelerator: Accelerator, largest: tuple[int, int]) -> list[str]:
-    sharded = accelerator.distributed_type == DistributedType.FSDP
-    shape = shape_of(config)
-    found = memory_estimate(config, shape, *largest, accelerator.num_processes, sharded)
+    device, shape = accelerator.device, shape_of(config)
+    where = *largest, accelerator.num_processes, accelerator.distributed_type == DistributedType.FSDP, device
+    found = memory_estimate(config, shape, *where)
     parts = ", ".join(f"{name} {size / GB:.1f}" for name, size in found.items() if name != "peak" and size > 0)
-    have = f"; {accelerator.device} has {torch.cuda.get_device_properties(accelerator.device).total_memory / GB:.0f} GB" if accelerator.device.type == "cuda" else ""
-    return [
+    has = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+    turns = {2: " (the last two in turn)", 3: " (the last three in turn)"}.get(sum(found[name] > 0 for name in IN_TURN), "")
+    lines = [
         f"{shape.parameters:,} weights, {shape.trained:,} trained; largest row: {largest[0]:,} tokens, {largest[1]:,} anchors",
-        f"estimated memory of a process, GB (to a third, without the libraries' own 1): peak {found['peak'] / GB:.1f} = {parts} (the last two in turn){have}",
+        f"estimated memory of a process, GB (to a third, without the libraries' own 1): peak {found['peak'] / GB:.1f} = {parts}"
+        f"{turns}{'' if has is None else f'; {device} has {has / GB:.0f} GB'}",
     ]
+    if has is not None and found["peak"] > has:
+        lines.append(f"this does not fit; {in_words(found['peak'], ways_to_save(config, shape, *where))}")
+    return lines

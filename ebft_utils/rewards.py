@@ -142,8 +142,10 @@ def rloo_advantages(alignment: Tensor, diversity: Tensor, alignment_coef: float,
 
 
 def group_norm_advantages(reward: Tensor, eps: float = 1e-4) -> Tensor:
-    """(r - mean of the group) / (standard deviation of the group + eps), the GRPO estimator. (..., N) -> (..., N)."""
+    """(r - mean of the group) / (standard deviation of the group + eps), the GRPO estimator; 0 where all rewards are equal up to rounding. (..., N) -> (..., N)."""
     centred = reward - reward.mean(-1, keepdim=True)
+    equal = reward.amax(-1, keepdim=True) - reward.amin(-1, keepdim=True) <= 1e-6 * reward.abs().amax(-1, keepdim=True).clamp_min(1.0)
+    centred = torch.where(equal, 0.0, centred)  # else it is the rounding that is scaled up and trained on
     return centred / (centred.square().mean(-1, keepdim=True).sqrt() + eps)
 
 

@@ -12,6 +12,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -21,6 +22,12 @@ from conftest import ROOT, all_started, assert_equal_weights, config_tree, evalu
 from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+
+import train_strided
+from ebft_utils.config import load_config
+from ebft_utils.data import load_rows
+from ebft_utils.models import load_tokenizer
+from ebft_utils.strided import number_of_parts
 
 MODES = pytest.mark.parametrize("mode", ["full", "LoRA"])
 KINDS = pytest.mark.parametrize("launch", ["DDP x 2", "FSDP2 x 2"])
@@ -41,6 +48,8 @@ EVALUATION = dict(DESCENT, train__max_steps=1, eval__num_documents=3, eval__per_
 UNBROKEN = dict(ADAMW, train__max_steps=12, train__learning_rate=1e-2, train__lr_scheduler="cosine", eval__num_documents=3, eval__per_device_batch_size=2)
 LONG, SHARD = dict(ebft__generate_max_len=8), dict(feature_network__shard=True)
 GATHERS = dict(DESCENT, train__max_steps=1, gathers=True)
+WHOLE = dict(DESCENT, train__max_steps=3, eval__num_documents=3, eval__per_device_batch_size=1, train__seed=4, eval__seed=3)  # no token is drawn within 1e-6 of another
+PARTS = dict(WHOLE, ebft__max_packed_tokens=96)
 
 
 def both(name: str, **changes) -> dict[str, dict]:
@@ -69,13 +78,16 @@ RUNS = {
         **both("start", **dict(DESCENT, train__max_steps=1, train__learning_rate=1e-20)),
         **both("large steps", **dict(DESCENT, train__learning_rate=1.0)),
         "tied": dict(DESCENT, model__name_or_path="ROOT/tied"),
+        **both("whole", **WHOLE),
+        **both("whole, start", **dict(WHOLE, train__max_steps=1, train__learning_rate=1e-20, eval__num_documents=0)),
         **resumed("FSDP2 x 2"),
     },
-    "DDP x 2": {**COMMON, **both("2 at a time", **DESCENT_2), **resumed("1"), **resumed("FSDP2 x 2")},
+    "DDP x 2": {**COMMON, **both("2 at a time", **DESCENT_2), **both("parts", **PARTS), **resumed("1"), **resumed("FSDP2 x 2")},
     "DDP x 4": FEW,
     "FSDP2 x 2": {
         **COMMON,
         **both("2 at a time", **DESCENT_2),
+        **both("parts", **PARTS),
         **both("large steps", **dict(DESCENT, train__learning_rate=1.0)),
         **both("checkpointing", **DESCENT, model__gradient_checkpointing=True),
         **both("bfloat16", **ADAMW, model__dtype="bfloat16"),
@@ -234,6 +246,25 @@ def test_large_steps_of_lora_keep_the_base_features(runs, mode):
     if mode == "LoRA":
         assert max(tensor.abs().max().item() for name, tensor in weights(two).items() if "lora_B" in name) > 0.05
     assert abs(training(two)[0]["ebft/cfm_loss"] - training(two)[-1]["ebft/cfm_loss"]) > 1e-3
+
+
+@KINDS
+@MODES
+def test_parts_on_two_processes(runs, launch, mode):
+    """Guards against a process that runs fewer parts than another one waits for, and gradients that are reduced with each part, or only the first."""
+    config = load_config(str(runs.write(launch, "read only", PARTS)))
+    tokenizer = load_tokenizer(config.model)
+    rows, _ = load_rows(config, tokenizer)
+    needed = [
+        [
+            number_of_parts(batch.anchors.shape[1], 3 * 4, batch.document_ids.shape[1], 96)
+            for step in range(3)
+            for batch in train_strided.step_batches(config, SimpleNamespace(num_processes=2, process_index=process), rows, step, tokenizer.pad_token_id)
+        ]
+        for process in range(2)
+    ]
+    assert {1, 3} <= {*needed[0], *needed[1]} and sum(one != other for one, other in zip(*needed, strict=True)) >= 3
+    assert_same_training(runs("1", f"whole {mode}"), runs(launch, f"parts {mode}"), runs("1", f"whole, start {mode}"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------

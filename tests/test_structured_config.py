@@ -117,3 +117,10 @@ def test_what_it_prints_and_becomes(file, monkeypatch, capsys, host, key, warned
     assert environment["VLLM_SERVER_DEV_MODE"] == "1" and environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
     assert environment.get("VLLM_API_KEY") == key and "hush" not in printed + " ".join(command)
     assert ("WARNING" in printed) == (warned is not None) and (warned or "") in printed
+
+def test_compiled_decoding_that_would_do_nothing(file):
+    """With a server the trainer decodes nothing."""
+    overrides = ["model.compile_decoding=true", "model.attn_implementation=flex_attention", "lora.r=4"]
+    with pytest.raises(UserError, match="model.compile_decoding.*ebft.use_vllm"):
+        load_config(file, overrides, StructuredConfig)
+    assert load_config(file, [*overrides, "ebft.use_vllm=false"], StructuredConfig).model.compile_decoding
