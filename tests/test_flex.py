@@ -209,13 +209,14 @@ def test_results_under_autocast_equal_those_of_sdpa(monkeypatch):
 
     monkeypatch.setitem(AttentionInterface._global_mapping, "strided_flex", see)
     monkeypatch.setattr(flex, "_compiled_flex_attention", see_passed)
-    found = {}
+    found, kept = {}, {}
     for implementation in ("strided_sdpa", "strided_flex"):
         with_attention(model, implementation)
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             packed, document = strided_logprobs(model, documents, segments, rollouts, anchors, valid, 0.6, False)
-            written = generate_rollouts(model, documents, segments, anchors, valid, 0.6, uniforms_for(anchors))[valid]
+            written = generate_rollouts(model, documents, segments, anchors, valid, 0.6, uniforms_for(anchors), kept=kept)[valid]
         found[implementation] = packed[valid], document, written
+    assert {tensor.dtype for cache, _ in kept.values() for layer in cache.layers for tensor in (layer.keys, layer.values)} == {torch.bfloat16}  # no room for twice of it
     assert given == {(torch.float32, torch.bfloat16)} and passed == {(torch.bfloat16,) * 3}
     (packed, document, written), (expected, expected_document, expected_written) = found["strided_flex"], found["strided_sdpa"]
     assert (packed - expected).abs().mean() < 0.02 and (document - expected_document).abs().mean() < 0.02
@@ -302,7 +303,7 @@ def test_a_length_that_needs_no_padding_is_no_shape_of_its_own(compiled):
 
 def test_one_shape_too_many_is_an_error(compiled):
     """FlexAttention by itself would go on without its kernel, with the whole matrix of scores."""
-    assert torch._dynamo.config.recompile_limit >= 64
+    assert min(torch._dynamo.config.recompile_limit, torch._dynamo.config.accumulated_recompile_limit) >= 1024
     model = tiny_flex()
     run(model, short_example())
     with torch._dynamo.config.patch(recompile_limit=1), pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
@@ -348,7 +349,7 @@ def test_compiled_decoding_writes_the_same_rollouts(compiled, lora):
         return found
 
     before = both(*short_example())
-    assert compiled() <= 2  # the step, and the prefill of a document that fills its block
+    assert compiled() == 1  # the step; what reads the document there was already
     kept = compiling.kept[2, 256][0].layers[0].keys.data_ptr()
     assert torch.equal(both(*short_example()), before)
     both(*example(rows_of([70], [40, 20], length=70), [[4, 12, 0], [5, 17, 44]], seed=2))
@@ -389,9 +390,10 @@ def test_evaluation_with_it_on_the_cpu_equals_sdpa(train, compiled, capsys):
 def test_the_others_are_what_they_say(train, plain_descent, write_config, capsys, asked, expected, printed):
     """Guards against an attention that trains something else, and a setting that is read and then ignored. auto on the CPU is sdpa."""
     changes = dict(train__max_steps=2, train__learning_rate=0.1, ebft__ce_coef=0.3, model__attn_implementation=asked)
-    model = with_attention(tiny_model(), "strided_sdpa")
-    set_attention(load_config(str(write_config(**changes))), model, torch.device("cpu"))
-    assert model.config._attn_implementation == model.get_decoder().config._attn_implementation == expected
+    for only in (True, False):
+        model = with_attention(tiny_model(), "strided_sdpa")
+        set_attention(load_config(str(write_config(**changes, eval__only=only))), model, torch.device("cpu"))
+        assert model.config._attn_implementation == model.get_decoder().config._attn_implementation == expected and capsys.readouterr().out == ""
     folder = train("asked", **changes)
     assert f"attention: {printed}\n" in capsys.readouterr().out
     assert training(folder)[0]["train/grad_norm"] > 0.1

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from transformers.models.llama.modeling_llama import LlamaModel
 
 import train_strided
+from ebft_utils import models
 from ebft_utils.losses import policy_gradient_loss
 from ebft_utils.strided import in_parts, number_of_parts, rollouts_to_train, strided_logprobs
 
@@ -30,7 +31,7 @@ def test_rollouts_to_train_by_hand():
     """Row 0 has two groups, row 1 one and an invalid anchor.
 
     Row 0, anchor 3: [7 8] three times, +0.5 -0.25 +0.125 = 0.375, goes to the first; [7 9] alone. Anchor 6: the same tokens [7 8] are another rollout there;
-    [5 5] twice, +0.75 -0.75, is left out. Row 1, anchor 2: 1e-7 is left out, 1e-5 is not; the invalid anchor's advantages count nothing.
+    [5 5] twice, +0.75 -0.75, is left out. Row 1, anchor 2: 1e-7 is left out, 1e-5 is not (but is when that is rounding); the invalid anchor's advantages count nothing.
     """
     rollouts = torch.tensor(
         [
@@ -39,13 +40,15 @@ def test_rollouts_to_train_by_hand():
         ]
     )
     advantages = torch.tensor([[[0.5, -2.0, -0.25, 0.125], [0.75, 1.5, -0.75, -3.0]], [[1e-7, 1e-5, 0.5, 0.25], [4.0, 4.0, 4.0, 4.0]]])
-    tokens, anchors, valid, summed = rollouts_to_train(rollouts, advantages, torch.tensor([[3, 6], [2, 9]]), torch.tensor([[T, T], [T, F]]))
+    inputs = rollouts, advantages, torch.tensor([[3, 6], [2, 9]]), torch.tensor([[T, T], [T, F]])
+    tokens, anchors, valid, summed = rollouts_to_train(*inputs)
     assert tokens.shape == (2, 4, 1, 2) and tokens[0, :, 0].tolist() == [[7, 8], [7, 9], [7, 8], [8, 7]]
     assert tokens[1, :2, 0].tolist() == [[3, 4], [5, 6]]
     assert anchors.tolist() == [[3, 3, 6, 6], [2, 2, 1, 1]]
     assert valid.tolist() == [[T, T, T, T], [T, T, F, F]]
     assert summed.shape == (2, 4, 1)
     torch.testing.assert_close(summed[..., 0], torch.tensor([[0.375, -2.0, 1.5, -3.0], [1e-5, 0.75, 0.0, 0.0]]), atol=0, rtol=1e-6)
+    assert rollouts_to_train(*inputs, rounding=2e-5)[2].tolist() == [[T, T, T, T], [T, F, F, F]]
 
 
 def test_nothing_to_train():
@@ -100,7 +103,7 @@ def test_savings_change_no_gradient(num_generated):
 
 
 def counted_savings(seen) -> list[float]:
-    """For each step of one micro-batch, the share of rollouts that need no forward, counted group by group."""
+    """For each step of one micro-batch, the share of rollouts that need no forward, counted group by group. What counts is far above the rounding."""
     shares = []
     for config, batch, groups in seen:
         advantages, needed, total = train_strided.advantages_of(config, groups.rewards), 0, 0
@@ -108,7 +111,7 @@ def counted_savings(seen) -> list[float]:
             worth = defaultdict(float)
             for rollout, advantage in zip(groups.rollouts[row, slot].tolist(), advantages[row, slot].tolist(), strict=True):
                 worth[tuple(rollout)] += advantage
-            needed += sum(abs(value) > 1e-6 for value in worth.values())
+            needed += sum(abs(value) > 1e-5 * max(1.0, config.ebft.alignment_coef) for value in worth.values())
             total += groups.rollouts.shape[2]
         shares.append(1 - needed / total)
     return shares
@@ -116,8 +119,8 @@ def counted_savings(seen) -> list[float]:
 
 @pytest.mark.parametrize(
     "changes, low, high",
-    [({"ebft__generate_max_len": 1, "ebft__temperature": 0.3}, 0.2, 0.9), ({"ebft__generate_max_len": 4, "ebft__temperature": 1.5}, 0.0, 0.0), ({"ebft__temperature": 1e-4}, 1.0, 1.0)],
-    ids=["some", "none", "all"],
+    [({"ebft__generate_max_len": 1, "ebft__temperature": 0.3}, 0.2, 0.9), ({"ebft__generate_max_len": 4, "ebft__temperature": 1.5}, 0.0, 0.0), ({"ebft__temperature": 1e-4}, 1.0, 1.0), ({"ebft__temperature": 1e-4, "ebft__alignment_coef": 1000.0, "ebft__use_whitening": False, "ebft__n_samples_per_prompt": 5}, 1.0, 1.0)],
+    ids=["some", "none", "all", "all, of large rewards"],
 )
 def test_logged_savings_are_those_of_the_rollouts(train, monkeypatch, changes, low, high):
     """Guards against a metric that counts invalid anchors, or something else than what is saved; with nothing left to train (all), the run goes on."""
@@ -186,19 +189,35 @@ def forwards(monkeypatch):
     return seen
 
 
+@pytest.fixture
+def scored(monkeypatch):
+    """Of every policy forward: whether it also scored the document, and whether with a gradient."""
+    seen, forward = [], models.strided_logprobs
+
+    def see(*model, **inputs):
+        rollout_logps, document_logps = forward(*model, **inputs)
+        seen.append((document_logps is not None, document_logps is not None and document_logps.requires_grad))
+        return rollout_logps, document_logps
+
+    monkeypatch.setattr(models, "strided_logprobs", see)
+    return seen
+
+
 @pytest.mark.parametrize("ce_coef", [0.0, 0.3])
 @pytest.mark.parametrize("mode", [{}, {"lora": {"r": 4, "alpha": 8.0}}], ids=["full", "LoRA"])
-def test_parts_change_nothing(train, plain_descent, forwards, model_folder, mode, ce_coef):
+def test_parts_change_nothing(train, plain_descent, forwards, scored, model_folder, mode, ce_coef):
     """Guards against rollouts that are drawn with another part's numbers, a document's loss that counts once for each part, slots that only fill up, and a part too long."""
     changes = dict(**mode, ebft__ce_coef=ce_coef, train__max_steps=2, train__learning_rate=0.1, train__batch_size=4, train__per_device_batch_size=2, eval__num_documents=3, eval__per_device_batch_size=2, train__seed=4, eval__seed=3)
     whole = train("whole", **changes)
-    number, longest = len(forwards), max(tokens for *_, tokens in forwards)
+    number, longest, documents = len(forwards), max(tokens for *_, tokens in forwards), [kind for kind in scored if kind[0]]
     assert sum(trained for _, trained, *_ in forwards) == 4 and longest > 150
-    forwards.clear()
+    assert sum(gradient for _, gradient in documents) == 4 * (ce_coef > 0)
+    forwards.clear(), scored.clear()
     parts = train("parts", "ebft.max_packed_tokens=84", **changes)  # three anchors at a time beside 48 tokens, and nine rollouts in training
     assert max(tokens for *_, tokens in forwards) <= 84
     assert 8 <= sum(trained for _, trained, *_ in forwards) <= 16 and 2 * number <= len(forwards) <= 4 * number
     assert {kind for kind, *_ in forwards} == {"step", "prefill", "packed"} and max(rows for *_, rows, _ in forwards) == 2
+    assert [kind for kind in scored if kind[0]] == documents and len(scored) > len(documents)  # once for each batch
     assert_close_runs(whole, parts)
     assert training(whole)[0]["train/grad_norm"] > 0.1 and len(evaluations(whole)) == 2
     if not mode:
