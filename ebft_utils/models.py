@@ -298,7 +298,7 @@ def set_attention(config: Config, model: PreTrainedModel | PeftModel, device: to
     if reason is None:
         model.set_attn_implementation(STRIDED_FLEX)
     elif asked == "flex_attention":
-        raise UserError(f"model.attn_implementation: flex_attention cannot run on {device}: {reason}; set it to sdpa")
+        raise UserError(f"model.attn_implementation: flex_attention cannot run on {device}: {reason}; set it to sdpa{' and leave model.compile_decoding out' * config.model.compile_decoding}")
     elif config.model.compile_decoding:
         raise UserError(f"model.compile_decoding: true needs flex_attention, which cannot run on {device}: {reason}; leave it out")
     else:
