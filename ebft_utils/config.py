@@ -85,7 +85,7 @@ class StridedEBFTConfig(EBFTConfig):
     generate_max_len: int = option(8, "tokens of a rollout", minimum=1)
     n_samples_per_prompt: int = option(4, "rollouts at each anchor, 2 or more; with 2 the diversity part of the reward has no baseline (eq 94)", minimum=1)
     max_packed_tokens: int | None = option(
-        None, "most tokens of a row, document and rollouts, in one forward: rollouts that do not fit are run in further forwards, each with the document again, with the same results; null: no limit", minimum=1
+        None, "most tokens of a row, document and rollouts, in one forward: rollouts that do not fit are run in further forwards, each with the document again, with the same results up to rounding; null: no limit", minimum=1
     )
 
 
