@@ -145,8 +145,8 @@ def train_step(config: StridedConfig, accelerator: Accelerator, policy, network:
         if ebft.rl_coef > 0:
             groups = sample_and_score(config, accelerator, unwrapped, network, batch, config.train.seed)
             advantages = advantages_of(config, groups.rewards)
-            rounding = 4e-6 * (1.0 if ebft.advantage_estimator == "group_norm" else ebft.alignment_coef + ebft.diversity_coef)  # of float32, in rewards of this size
-            rollouts, anchors, valid, summed = rollouts_to_train(groups.rollouts, advantages, batch.anchors, batch.valid, rounding)
+            scale = 1.0 if ebft.advantage_estimator == "group_norm" else ebft.alignment_coef + ebft.diversity_coef
+            rollouts, anchors, valid, summed = rollouts_to_train(groups.rollouts, advantages, batch.anchors, batch.valid, scale)
             parts = in_parts(agreed_parts(config, accelerator, anchors.shape[1], ebft.generate_max_len, batch), anchors, valid, rollouts, summed)
             rollout_tokens = batch.valid.sum() * ebft.n_samples_per_prompt * ebft.generate_max_len
             num_tokens = num_tokens + rollout_tokens

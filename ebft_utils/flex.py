@@ -99,7 +99,9 @@ def _attended_dtype(value: Tensor) -> torch.dtype:
 
 def _padded(tensor: Tensor, length: int) -> Tensor:
     """(B, H, T, d) -> (B, H, length, d), in the same order in memory whether there is something to pad or not (or two kernels would be compiled); no copy of static keys."""
-    return pad(tensor, (0, 0, 0, length - tensor.shape[2])).contiguous() if tensor.shape[2] < length else tensor.contiguous()
+    if tensor.shape[2] < length:
+        tensor = pad(tensor, (0, 0, 0, length - tensor.shape[2]))
+    return tensor.contiguous()
 
 
 AttentionInterface.register(STRIDED_FLEX, strided_flex_forward)
@@ -112,8 +114,6 @@ AttentionMaskInterface.register(STRIDED_FLEX, sdpa_mask)
 
 class StaticKeys(CacheLayerMixin):
     """Keys and values of one layer, with room for all that decoding will write. first (): the index that the next tokens are written from, shared by the layers."""
-
-    is_compileable = True
 
     def __init__(self, length: int, first: Tensor):
         super().__init__()

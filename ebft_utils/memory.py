@@ -19,7 +19,7 @@ from .checkpoint import MAY_CHANGE
 from .config import Config, FeatureNetworkConfig, LoraConfig, UserError
 from .features import cut_decoder, layer_indices
 from .losses import LOGITS_PER_CHUNK
-from .models import DTYPES, LOADING_ERRORS, base_causal_lm, feature_device, first_line, refuse_short_context, refuse_unsupported, resolve_source, with_adapter
+from .models import DTYPES, LOADING_ERRORS, attention_heads, base_causal_lm, feature_device, first_line, refuse_short_context, refuse_unsupported, resolve_source, with_adapter
 from .strided import QUERIES_PER_BLOCK, number_of_parts
 
 GB = 2**30
@@ -66,9 +66,7 @@ def shape_of(config: Config) -> Shape:
     layer = sum(parameter.numel() for name, parameter in decoder.layers[0].named_parameters() if "lora_" not in name)
     deepest = max(layer_indices(config.ebft.feature_layers, len(decoder.layers)))
     embedding = base_causal_lm(policy).get_input_embeddings().weight
-    heads = settings.num_attention_heads
-    known = settings.to_dict()
-    head = known.get("head_dim") or settings.hidden_size // heads
+    heads, key_heads, width = attention_heads(settings)
     return Shape(
         parameters=sum(parameter.numel() for parameter in base.values()),
         trained=sum(parameter.numel() for parameter in policy.parameters() if parameter.requires_grad),
@@ -77,7 +75,7 @@ def shape_of(config: Config) -> Shape:
         hidden=settings.hidden_size,
         inner=settings.intermediate_size,
         heads=heads,
-        key_value=(known.get("num_key_value_heads") or heads) * head,
+        key_value=key_heads * width,
         vocabulary=embedding.shape[0],
     )
 

@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .attention import STRIDED_SDPA
 from .config import Config, ModelConfig, UserError
@@ -281,6 +281,13 @@ def stop_token_ids(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -
     return sorted({tokenizer.eos_token_id, *of_model})
 
 
+def attention_heads(settings: PretrainedConfig) -> tuple[int, int, int]:
+    """Query heads, key and value heads, and the width of a head, of a model's (text) config."""
+    known = settings.to_dict()
+    heads = settings.num_attention_heads
+    return heads, known.get("num_key_value_heads") or heads, known.get("head_dim") or settings.hidden_size // heads
+
+
 def set_attention(config: Config, model: PreTrainedModel | PeftModel, device: torch.device) -> None:
     """Makes the model, which was loaded with `strided_sdpa`, attend as the configuration says on that device. Raises UserError where that cannot be."""
     asked = config.model.attn_implementation
@@ -291,9 +298,7 @@ def set_attention(config: Config, model: PreTrainedModel | PeftModel, device: to
         if config.model.compile_decoding:
             raise UserError(f"model.compile_decoding: true needs flex_attention, and auto takes sdpa on {device} in {config.model.dtype}; leave it out, or ask for flex_attention")
         return
-    settings, backward = model.config.get_text_config(), not config.eval.only
-    heads = settings.num_attention_heads, getattr(settings, "num_key_value_heads", None) or settings.num_attention_heads
-    width = getattr(settings, "head_dim", None) or settings.hidden_size // heads[0]
+    backward, (*heads, width) = not config.eval.only, attention_heads(model.config.get_text_config())
     reason = why_not_flex(width, device, backward) or prove_flex_attention(*heads, width, DTYPES[config.model.dtype], device, backward)
     if reason is None:
         model.set_attn_implementation(STRIDED_FLEX)

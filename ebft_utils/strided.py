@@ -294,18 +294,18 @@ def rollout_logprobs(model: PreTrainedModel, document_ids: Tensor, rollouts: Ten
 # What need not be run, and what is run in parts
 
 
-def rollouts_to_train(rollouts: Tensor, advantages: Tensor, anchors: Tensor, valid: Tensor, rounding: float = 4e-6) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def rollouts_to_train(rollouts: Tensor, advantages: Tensor, anchors: Tensor, valid: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The rollouts that the gradient depends on, each with an anchor slot of its own: (B, R, 1, G), their anchors (B, R), validity (B, R), advantages (B, R, 1).
 
     sum over rollouts of advantage * log-prob stays the same, exactly: rollouts of a group that consist of the same tokens have the same log-prob, and are
     run once with their advantages added; those whose advantages add up to nothing are left out. R is the largest number in a row, and at least 1; other
     rows have invalid slots.
 
-    Args: rollouts (B, A, N, G); advantages (B, A, N); anchors, valid (B, A); rounding: sums of advantages up to this size are 0 (the default is float32 in rewards of order 1).
+    Args: rollouts (B, A, N, G); advantages (B, A, N); anchors, valid (B, A); scale: how large rewards are; sums of advantages up to 4e-6 of it are float32's rounding.
     """
     first = first_equal_rollout(rollouts)
     total = torch.zeros_like(advantages).scatter_add_(-1, first, advantages)  # of a copy: 0
-    needed = (valid.unsqueeze(-1) & ~(total.abs() <= rounding)).flatten(1)  # a NaN is needed: it has to be seen in the loss
+    needed = (valid.unsqueeze(-1) & ~(total.abs() <= 4e-6 * scale)).flatten(1)  # a NaN is needed: it has to be seen in the loss
     order = needed.int().argsort(dim=1, descending=True, stable=True)[:, : max(1, int(needed.sum(1).max()))]
     chosen = needed.gather(1, order)
     tokens = rollouts.flatten(1, 2).gather(1, order.unsqueeze(-1).expand(-1, -1, rollouts.shape[-1]))

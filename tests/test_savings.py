@@ -48,7 +48,7 @@ def test_rollouts_to_train_by_hand():
     assert valid.tolist() == [[T, T, T, T], [T, T, F, F]]
     assert summed.shape == (2, 4, 1)
     torch.testing.assert_close(summed[..., 0], torch.tensor([[0.375, -2.0, 1.5, -3.0], [1e-5, 0.75, 0.0, 0.0]]), atol=0, rtol=1e-6)
-    assert rollouts_to_train(*inputs, rounding=2e-5)[2].tolist() == [[T, T, T, T], [T, F, F, F]]
+    assert rollouts_to_train(*inputs, scale=5.0)[2].tolist() == [[T, T, T, T], [T, F, F, F]]
 
 
 def test_nothing_to_train():
