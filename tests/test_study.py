@@ -9,7 +9,6 @@ import torch
 from conftest import ROOT, evaluations, logged
 
 sys.path.insert(0, str(ROOT / "examples" / "study"))
-pytest.importorskip("matplotlib", reason="the study's report needs matplotlib")
 
 import report
 import study
@@ -69,8 +68,11 @@ def test_validation_and_test_documents_are_apart(tiny):
 
 def test_cfm_by_length(tiny):
     """Guards against another ruler: at the full length it is the evaluation's own CFM, and shorter ones are of the same rollouts' first tokens."""
-    run, trained = tiny(data__sequence_length=110, ebft__n_samples_per_prompt=3)
+    run, trained = tiny("train.learning_rate=0.1", "train.warmup_ratio=0", lora={"r": 4, "alpha": 8.0})
+    before = study.cfm_by_length(trained, run)
+    trained.take_step(0)
     found = study.cfm_by_length(trained, run)
+    assert found["cfm_unbiased@64"] != before["cfm_unbiased@64"]  # it is the trained policy that writes
     assert list(found) == [f"{name}@{length}" for length in (8, 16, 32, 64) for name in ("cfm_unbiased", "cfm_loss")]
     config = run.config("ebft.context_length=32", "ebft.stride=32", "ebft.generate_max_len=64", "eval.per_device_batch_size=4")
     with study.StopSignals() as signals:
@@ -83,11 +85,13 @@ def test_cfm_by_length(tiny):
 
 def test_human_eval_is_scored_as_transformers_does(tiny):
     """Guards against a cross-entropy over prompts or padding."""
-    run, trained = tiny("model.dtype=float32", "lora=null")
+    run, trained = tiny("train.learning_rate=0.1", "train.warmup_ratio=0", "ebft.rl_coef=0", "ebft.ce_coef=1")
+    trained.take_step(0)
     totals, weights = study.human_eval(trained, run, num_problems=12)["human_eval_cross_entropy"]
     config = run.config("eval.dataset=human_eval", "eval.transform=prompt_completion", "eval.num_documents=12", "data.sequence_length=512", "eval.only=true")
     _, problems = load_rows(config, trained.tokenizer)
     model = load_causal_lm(config.model, torch.float32)
+    model.load_state_dict(trained.policy.causal_lm.state_dict())
     model.set_attn_implementation("eager")
     for number in (0, 5, 11):
         (document,) = problems[number]
@@ -99,26 +103,43 @@ def test_human_eval_is_scored_as_transformers_does(tiny):
 
 
 def test_gradients_are_those_of_single_documents(tiny):
-    """Guards against gradients that add up over documents, and against a signal or noise that is another than it says: by loops over pairs."""
+    """Guards against gradients that add up over documents, or are of other settings than they say."""
     run, trained = tiny(*study.METHODS["ebft_0"], *study.ONE_DOCUMENT, lora={"r": 4, "alpha": 8.0})
-    measured = study.gradients(trained, run, num_documents=5)
+    measured = study.gradients(trained, run, num_documents=3)
     parameters = [parameter for parameter in trained.policy.parameters() if parameter.requires_grad]
-    batches = train_strided.step_batches(trained.config, trained.accelerator, trained.rows, 3, trained.tokenizer.pad_token_id)
-    train_strided.train_step(trained.config, trained.accelerator, trained.policy, trained.network, batches)
-    assert measured["own"][3][3] == pytest.approx(sum(parameter.grad.square().sum().item() for parameter in parameters), rel=1e-4)
+    vectors = {}
+    for name, config in (("own", trained.config), ("sft", run.config(*study.METHODS["sft"], *study.ONE_DOCUMENT))):
+        for document in range(3):
+            batches = train_strided.step_batches(config, trained.accelerator, trained.rows, document, trained.tokenizer.pad_token_id)
+            train_strided.train_step(config, trained.accelerator, trained.policy, trained.network, batches)
+            vectors.setdefault(name, []).append(torch.cat([parameter.grad.flatten().clone() for parameter in parameters]))
+            trained.optimizer.zero_grad()
+    for name, (left, right) in {"own": ("own", "own"), "with_sft": ("own", "sft"), "sft": ("sft", "sft")}.items():
+        products = torch.tensor([[(one @ other).item() for other in vectors[right]] for one in vectors[left]])
+        expected = torch.stack([products.sum(1), products.sum(0), products.diagonal()])
+        torch.testing.assert_close(torch.tensor(measured[name]), expected, rtol=1e-4, atol=1e-6)
+    assert measured["own"][2] != measured["sft"][2]
 
+
+def test_signal_and_noise():
+    """Guards against a signal with a document's own noise in it, and a wrong jackknife: by loops over pairs."""
     vectors = torch.randn(7, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 2
     other = torch.randn(7, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64) + 1
-    fake = {"measured": {"own": (vectors @ vectors.T).tolist(), "with_sft": (vectors @ other.T).tolist()}}
-    found = report.gradient_noise(fake, {"measured": {"own": (other @ other.T).tolist()}})
-    pairs = [(i, j) for i in range(7) for j in range(7) if i != j]
-    signal = sum((vectors[i] @ vectors[j]).item() for i, j in pairs) / 42
-    of_sft = sum((other[i] @ other[j]).item() for i, j in pairs) / 42
-    common = sum((vectors[i] @ other[j]).item() for i, j in pairs) / 42
-    noise = vectors.var(dim=0).sum().item()  # the trace of the sample covariance
-    assert found["signal"][0] == pytest.approx(signal) and found["noise"][0] == pytest.approx(noise)
-    assert found["documents"][0] == pytest.approx(noise / signal) and found["cosine"][0] == pytest.approx(common / math.sqrt(signal * of_sft))
-    assert all(error > 0 for _, error in found.values())
+    matrices = {"own": vectors @ vectors.T, "with_sft": vectors @ other.T, "sft": other @ other.T}
+    found = report.gradient_noise({"measured": {name: [matrix.sum(1).tolist(), matrix.sum(0).tolist(), matrix.diagonal().tolist()] for name, matrix in matrices.items()}})
+
+    def by_loops(kept: list[int]) -> tuple[float, ...]:
+        pairs = [(i, j) for i in kept for j in kept if i != j]
+        signal, of_sft, common = (sum((one[i] @ another[j]).item() for i, j in pairs) / len(pairs) for one, another in ((vectors, vectors), (other, other), (vectors, other)))
+        noise = vectors[kept].var(dim=0).sum().item()  # the trace of the sample covariance
+        return signal, noise, noise / signal, common / math.sqrt(signal * of_sft)
+
+    values = by_loops(list(range(7)))
+    left_out = torch.tensor([by_loops([document for document in range(7) if document != gone]) for gone in range(7)], dtype=torch.float64)
+    errors = (6 / 7 * (left_out - left_out.mean(0)).square().sum(0)).sqrt()
+    assert [value for value, _ in found.values()] == pytest.approx(values)
+    assert [error for _, error in found.values()] == pytest.approx(errors.tolist())
+    assert list(found) == ["signal", "noise", "documents", "cosine"]
 
 
 @pytest.mark.parametrize("samples", [3, 4, 8])
@@ -135,23 +156,46 @@ def test_the_naive_baseline_is_a_smaller_diversity_coefficient(samples):
 def test_statistics_by_hand():
     """Guards against a standard deviation of the wrong kind, and differences that are not paired."""
     assert report.over_seeds([1.0, 2.0, 3.0]) == (2.0, 1.0)
-    run = lambda *totals: {"measured": {"m": [list(totals), [1.0, 1.0]]}}
-    mean, error = report.difference([run(1.0, 11.0), run(3.0, 13.0)], [run(0.0, 10.0)], "m")
+    run = lambda *totals: {"name": "a run", "measured": {"m": [[*totals, 50.0], [1.0, 1.0, 1.0]], "copied_share": [[0.1, 0.5, 0.6], [1.0, 1.0, 1.0]]}}  # the third does not count
+    mean, error, spread = report.difference([run(1.0, 11.0), run(3.0, 13.0)], [run(0.0, 10.0)], "m")
     assert (mean, error) == (2.0, 0.0)  # documents differ by 10, the two methods by 2 on each of them
-    mean, error = report.difference([run(1.0, 13.0)], [run(0.0, 10.0)], "m")
-    assert mean == 2.0 and error == pytest.approx(1.0)
+    assert spread == pytest.approx(math.sqrt(2))  # of 1 and 3
+    mean, error, spread = report.difference([run(1.0, 13.0)], [run(0.0, 10.0)], "m")
+    assert mean == 2.0 and error == pytest.approx(1.0) and math.isnan(spread)
+    other = run(1.0, 2.0)
+    other["measured"]["m"][1] = [2.0, 1.0, 1.0]
+    with pytest.raises(ValueError, match="different documents"):
+        report.difference([run(1.0, 2.0)], [other], "m")
+    assert report.pass_at(1, [2.0, 0.0], [10.0, 10.0]) == pytest.approx(0.1)
+    assert report.pass_at(10, [1.0, 0.0], [10.0, 10.0]) == 0.5
+    assert report.pass_at(2, [1.0], [4.0]) == pytest.approx(0.5)  # 3 of the 6 pairs hold the one that passes
+
+
+def test_copied_documents_do_not_count(tiny):
+    """Guards against a gain on templates that stand in training documents: the share of windows, by loops."""
+    _, trained = tiny()
+    (shares, ones) = study.copied_share(trained.rows, trained.test, width=4)
+    training = [trained.rows[row][0].tokens for row in range(len(trained.rows))]
+    for row, share in enumerate(shares):
+        tokens = trained.test[row][0].tokens
+        found = [any(list(tokens[start : start + 4]) == list(other[at : at + 4]) for other in training for at in range(len(other))) for start in range(len(tokens) - 3)]
+        assert share == pytest.approx(sum(found) / len(found))
+    assert ones == [1.0] * len(shares) and 0 < sum(shares) < len(shares)
 
 
 def test_the_learning_rate_is_chosen_by_validation(monkeypatch, tmp_path):
-    """Guards against the wrong criterion: SFT's is cross-entropy, EBFT's the unbiased CFM; a missing run is named."""
+    """Guards against the wrong criterion: each method's own objective, reward / 8 - ce_coef * cross-entropy; a missing run is named."""
     monkeypatch.setattr(study, "RESULTS", tmp_path)
-    for method, rates in study.RATES["lora"].items():
-        for place, rate in enumerate(rates):
-            measured = {"cross_entropy": [[3.0 - place], [1.0]], "cfm_unbiased": [[1.0 if place == 1 else 2.0], [1.0]]}
-            (tmp_path / f"sweep-lora-{method}-{rate:g}.json").write_text(json.dumps({"measured": measured}))
+    for run in study.sweep():
+        method, place = run.name.split("-")[2], [other.name for other in study.sweep() if other.name.rpartition("-")[0] == run.name.rpartition("-")[0]].index(run.name)
+        # cross-entropy falls with the rate; reward is best at the first; on a document that does not count all is the other way round
+        measured = {"cross_entropy": [[3.0 - place, 10.0 * place], [1.0, 1.0]], "reward_pass@1": [[0.8 - 0.4 * place, 5.0 * place], [1.0, 1.0]], "copied_share": [[0.0, 0.9], [1.0, 1.0]]}
+        if run.name.startswith("sweep-lora"):
+            run.file.write_text(json.dumps({"base": run.base, "overrides": run.overrides, "measured": measured}))
     assert study.chosen_rate("lora", "sft") == study.RATES["lora"]["sft"][-1]
-    assert study.chosen_rate("lora", "ebft_0.03") == study.RATES["lora"]["ebft_0.1"][1]
-    with pytest.raises(SystemExit, match="sweep-full-sft-1e-05.json is missing"):
+    assert study.chosen_rate("lora", "ebft_0") == study.RATES["lora"]["ebft_0"][0]
+    assert study.chosen_rate("lora", "ebft_0.03") == study.RATES["lora"]["ebft_0.1"][-1]  # -0.4 / 8 < 0.1 * 1
+    with pytest.raises(study.UserError, match="sweep-full-sft-1e-05.json is missing"):
         study.chosen_rate("full", "sft")
 
 
@@ -178,11 +222,27 @@ def test_results_are_written_whole_and_once(tiny, monkeypatch):
     study.run_one(run)
     result = json.loads(run.file.read_text())
     assert result["documents"] == 4 and len(result["log"]) == 2 and result["overrides"] == ["train.max_steps=2"]
-    assert set(result["measured"]) == set(train_strided.EVALUATED)
+    assert set(result["measured"]) == {*train_strided.EVALUATED, "copied_share"}
     monkeypatch.setattr(study, "PARTS", {"one": lambda: [run]})
     monkeypatch.setattr(study, "run_one", lambda run: pytest.fail("run again"))
     monkeypatch.setattr(study.subprocess, "run", lambda *arguments, **how: None)
     study.main(["one"])
+    monkeypatch.setattr(study, "PARTS", {"one": lambda: [study.replace(run, overrides=("train.max_steps=3",))]})
+    with pytest.raises(study.UserError, match="holds the result of train.max_steps=2, and tiny-seed0 is now train.max_steps=3"):
+        study.main(["one"])
+
+
+def test_a_run_that_breaks_off_leaves_no_result(tiny, monkeypatch):
+    """Guards against half a result that counts as done."""
+    run, _ = tiny("train.max_steps=1")
+
+    def breaks(trained, run):
+        raise MemoryError
+
+    monkeypatch.setitem(study.MEASURES, "held_out", breaks)
+    with pytest.raises(MemoryError):
+        study.run_one(run)
+    assert not run.file.exists()
 
 
 def test_the_executor_only_runs_when_asked(capsys):

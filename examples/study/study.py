@@ -5,8 +5,8 @@
     python examples/study/study.py --list              what would be run
 
 Each run is a configuration (strided.yaml or structured.yaml, and what stands in METHODS, KINDS and ABLATIONS), a seed and a learning rate; it is trained with
-`train_step` of the training scripts, without their checkpoints and logs, and measured in the same process. Its result is one small file in results/: all
-settings, the log, and each held-out document's numbers. A run that has one is not run again, so the study can be stopped and continued.
+`train_step` of the training scripts, without their checkpoints and logs, and measured in the same process. Its result is one small file in results/: the
+settings that differ from its base file, the log, and each held-out document's numbers. A run that has one is not run again, so the study can be stopped and continued.
 
 Order: the learning rates are chosen first (part `sweep`, on the validation half of the held-out documents); everything else is measured on the other half.
 """
@@ -32,9 +32,10 @@ from tqdm import tqdm
 
 import train_strided
 import train_structured
-from ebft_utils.config import StridedConfig, StructuredConfig, load_config
+from ebft_utils.config import StridedConfig, StructuredConfig, UserError, load_config
 from ebft_utils.data import Rows, load_rows, rollout_uniforms
-from ebft_utils.distributed import StopSignals, clip_gradients, precision, prepare_accelerator, prepare_policy, run_as_command
+from ebft_utils.distributed import Stopped, StopSignals, clip_gradients, precision, prepare_accelerator, prepare_policy, run_as_command
+from ebft_utils.documents import documents_from
 from ebft_utils.features import strided_features
 from ebft_utils.loop import learning_rate
 from ebft_utils.metrics import step_metrics
@@ -49,6 +50,7 @@ from ebft_utils.rollouts import Rollouts
 RESULTS = HERE / "results"
 LENGTHS = (8, 16, 32, 64)  # tokens of a rollout, in CFM by length
 SEEDS = (0, 1, 2)
+MOST_COPIED = 0.5  # held-out documents with a larger share of 16-token windows that stand in training documents too do not count: templates, as in encodings/
 KINDS = {"lora": [], "full": ["lora=null"]}
 METHODS = {
     "sft": ["ebft.rl_coef=0", "ebft.ce_coef=1"],
@@ -57,8 +59,8 @@ METHODS = {
     "ebft_0.1": ["ebft.ce_coef=0.1"],
 }
 RATES = {
-    "lora": {"sft": (1e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3), "ebft_0": (1e-4, 5e-4, 2e-3), "ebft_0.1": (1e-4, 5e-4, 2e-3)},
-    "full": {"sft": (1e-5, 3e-5, 1e-4, 3e-4), "ebft_0": (3e-6, 2e-5, 1e-4), "ebft_0.1": (3e-6, 2e-5, 1e-4)},
+    "lora": {"sft": (1e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3), "ebft_0": (1e-4, 5e-4, 2e-3, 4e-3), "ebft_0.1": (1e-4, 5e-4, 2e-3, 4e-3)},
+    "full": {"sft": (1e-5, 3e-5, 1e-4, 3e-4, 1e-3), "ebft_0": (3e-6, 2e-5, 1e-4), "ebft_0.1": (3e-6, 2e-5, 1e-4, 3e-4)},
 }
 SWEPT = {"sft": "sft", "ebft_0": "ebft_0", "ebft_0.03": "ebft_0.1", "ebft_0.1": "ebft_0.1"}  # whose sweep gives a method's learning rate
 ABLATIONS = {
@@ -111,20 +113,38 @@ def sweep(base: str = "strided.yaml", prefix: str = "", kinds=RATES, steps: int 
 
 
 def chosen_rate(kind: str, method: str, prefix: str = "", kinds=RATES) -> float:
-    """The learning rate with the lowest unbiased CFM on the validation documents (SFT: the lowest cross-entropy, which is what it minimises)."""
-    measured = {}
+    """The learning rate with the best value of what the method is trained for, on the fresh validation documents: rl_coef * reward / tokens of a rollout - ce_coef * cross-entropy."""
+    reached = {}
     for rate in kinds[kind][SWEPT[method]]:
         file = RESULTS / f"{prefix}sweep-{kind}-{SWEPT[method]}-{rate:g}.json"
         if not file.is_file():
-            raise SystemExit(f"error: {file.name} is missing in {RESULTS}: run the part {prefix.replace('-', '_')}sweep first")
-        totals, weights = json.loads(file.read_text())["measured"]["cross_entropy" if method == "sft" else "cfm_unbiased"]
-        measured[rate] = sum(totals) / sum(weights)
-    return min(measured, key=measured.get)
+            raise UserError(f"{file.name} is missing in {RESULTS}: run the part {prefix.replace('-', '_')}sweep first")
+        done = json.loads(file.read_text())
+        ebft = load_config(str(HERE / done["base"]), done["overrides"], StructuredConfig if prefix else StridedConfig).ebft
+        reward, cross_entropy = (mean_of_fresh(done["measured"], name) for name in ("reward_pass@1", "cross_entropy"))
+        reached[rate] = ebft.rl_coef * reward / (ebft.max_completion_length if prefix else ebft.generate_max_len) - ebft.ce_coef * cross_entropy
+    return max(reached, key=reached.get)
+
+
+def fresh(measured: dict[str, list], metric: str) -> tuple[list[float], list[float]]:
+    """Totals and weights of the documents that are not mostly made of what stands in training documents too."""
+    totals, weights = measured[metric]
+    (shares, _) = measured["copied_share"]
+    if len(shares) != len(totals):  # HumanEval
+        return totals, weights
+    kept = [number for number, share in enumerate(shares) if share <= MOST_COPIED]
+    return [totals[number] for number in kept], [weights[number] for number in kept]
+
+
+def mean_of_fresh(measured: dict[str, list], metric: str) -> float:
+    """Over those documents."""
+    totals, weights = fresh(measured, metric)
+    return sum(totals) / sum(weights)
 
 
 def main_runs() -> list[Run]:
     """The comparison: methods x (LoRA, full) x seeds, and the base model."""
-    runs = [Run("base", "strided.yaml", ("lora=null",), "everything")]
+    runs = [Run("lora-base", "strided.yaml", (), "everything"), Run("full-base", "strided.yaml", ("lora=null",), "everything")]  # which round differently
     for seed in SEEDS:
         for kind in KINDS:
             for method, settings in METHODS.items():
@@ -161,7 +181,11 @@ def pass_at_k_runs() -> list[Run]:
 def gradient_runs() -> list[Run]:
     """How noisy the gradient is at the base model, document by document: no training."""
     variants = {"sft": METHODS["sft"], "ebft_0": METHODS["ebft_0"], **{name: [*METHODS["ebft_0"], *settings] for name, settings in ABLATIONS.items()}}
-    return [Run(f"gradient-{name}", "strided.yaml", (*settings, *ONE_DOCUMENT), "gradients") for name, settings in variants.items()]
+    more = {name: variants[name] for name in ("embed_completion_mean", "ebft_0")}
+    return [
+        *(Run(f"gradient-{name}", "strided.yaml", (*settings, *ONE_DOCUMENT), "gradients") for name, settings in variants.items()),
+        *(Run(f"gradient-{name}-192", "strided.yaml", (*settings, *ONE_DOCUMENT), "more_gradients") for name, settings in more.items()),
+    ]
 
 
 STRUCTURED = {"lora": {method: (1e-4, 5e-4, 2e-3) for method in ("sft", "ebft_0", "ebft_0.1")}}
@@ -243,7 +267,7 @@ def run_one(run: Run) -> None:
     """Trains, measures, and writes the result's file when it is whole."""
     trained, log = Trained(run.config(*run.overrides)), []
     started = time.perf_counter()
-    num_steps = 0 if run.measure == "gradients" or run.name.endswith("base") else trained.config.train.max_steps
+    num_steps = 0 if run.name.startswith("gradient-") or run.name.endswith("base") else trained.config.train.max_steps
     for step in tqdm(range(num_steps), desc=run.name):
         metrics = trained.take_step(step)
         log.append({"step": step + 1, "train/grad_norm": trained.grad_norm, **metrics})
@@ -259,6 +283,16 @@ def run_one(run: Run) -> None:
     unfinished.write_text(json.dumps(result) + "\n")
     unfinished.rename(run.file)
     trained.accelerator.free_memory()
+
+
+def is_done(run: Run) -> bool:
+    """Whether it has a result. Raises UserError when that is of other settings."""
+    if not run.file.is_file():
+        return False
+    done = json.loads(run.file.read_text())
+    if (done["base"], tuple(done["overrides"])) != (run.base, run.overrides):
+        raise UserError(f"{run.file}: holds the result of {' '.join(done['overrides'])}, and {run.name} is now {' '.join(run.overrides)}; move the file away")
+    return True
 
 
 def device_name(device: torch.device) -> str:
@@ -278,9 +312,21 @@ def held_out(trained: Trained, run: Run, rows: Rows | None = None) -> dict[str, 
             table = train_structured.evaluate(trained.structured, rows, 0, signals)
         else:
             table = train_strided.evaluate(run.config(), trained.accelerator, trained.policy, trained.network, rows, trained.tokenizer.pad_token_id, signals)
-    if table is None:
-        raise KeyboardInterrupt
-    return {name: rounded(values) for name, values in table.items()}
+    if table is None or signals.received:
+        raise Stopped(signals.received)
+    return {name: rounded(values) for name, values in table.items()} | {"copied_share": copied_share(trained.rows, rows)}
+
+
+def copied_share(rows: Rows, held_out: Rows, width: int = 16) -> list:
+    """Of each held-out document, the share of its windows of 16 tokens that stand in a training document too. (Whole copies are not trained on anyway.)"""
+
+    def windows(source: Rows) -> list[list[tuple]]:
+        documents = documents_from(source.documents[[number for members in source.members for number in members]])
+        return [[tuple(document.tokens[start : start + width]) for start in range(max(1, len(document.tokens) - width + 1))] for document in documents]
+
+    known = {window for document in windows(rows) for window in document}
+    shares = [sum(window in known for window in document) / len(document) for document in windows(held_out)]
+    return rounded(torch.tensor([shares, [1.0] * len(shares)]))
 
 
 def validation(trained: Trained, run: Run) -> dict[str, list]:
@@ -360,27 +406,31 @@ def pass_at_k(trained: Trained, run: Run, num_problems: int = 164, num_samples: 
         with precision(accelerator, policy):
             place = {name: tensor.to(accelerator.device) for name, tensor in place.items()}
             written = policy.generate(**place, temperature=trained.config.ebft.temperature, uniforms=uniforms.to(accelerator.device), stop_ids=stop_ids)
+        ended = torch.isin(written, stop_ids).int().cummax(-1).values.squeeze(1).tolist()  # what stands behind a stop token means nothing
         for row, number in enumerate(numbers):
-            texts = tokenizer.batch_decode(written[row, 0].tolist(), skip_special_tokens=True)
+            kept = [[token for token, end in zip(*pair, strict=True) if not end] for pair in zip(written[row, 0].tolist(), ended[row], strict=True)]
+            texts = tokenizer.batch_decode(kept)
             samples += [{"task_id": problems[number]["task_id"], "completion": re.split(r"\n(?=\S)", text, maxsplit=1)[0]} for text in texts]
     policy.train()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "samples.jsonl")
         file.write_text("".join(json.dumps(sample) + "\n" for sample in samples))
         command = [sys.executable, "-I", str(HERE / "execute.py"), str(file)]
-        output = subprocess.run(command, cwd=folder, env={}, check=True, capture_output=True, text=True, timeout=20 * len(samples)).stdout
+        output = subprocess.run(command, cwd=folder, env={"TMPDIR": folder}, check=True, capture_output=True, text=True, timeout=20 * len(samples)).stdout
     passed = json.loads(output)
     return {"human_eval_passed": [[float(sum(passed[problem["task_id"]])) for problem in problems], [float(num_samples)] * len(problems)]}
 
 
 def gradients(trained: Trained, run: Run, num_documents: int = 48) -> dict[str, list]:
-    """Inner products of the gradients of single documents, with each other and with those of the cross-entropy on the same documents.
+    """Inner products of the gradients of single documents, with each other (own), with those of the cross-entropy on the same documents (with_sft), and of those (sft).
 
-    From them follow the size of the signal (mean over pairs of different documents) and of the noise (report.py). Two matrices (documents, documents).
+    From them follow the size of the signal (mean over pairs of different documents) and of the noise (report.py). Kept of each matrix (documents, documents):
+    sums of rows, sums of columns, diagonal.
     """
     own = _gradients_of(trained, trained.config, num_documents)
     supervised = _gradients_of(trained, run.config(*METHODS["sft"], *ONE_DOCUMENT), num_documents)
-    return {"own": rounded(own @ own.T), "with_sft": rounded(own @ supervised.T)}
+    matrices = {"own": own @ own.T, "with_sft": own @ supervised.T, "sft": supervised @ supervised.T}
+    return {name: rounded(torch.stack([matrix.sum(1), matrix.sum(0), matrix.diagonal()])) for name, matrix in matrices.items()}
 
 
 def _gradients_of(trained: Trained, config: StridedConfig, num_documents: int) -> torch.Tensor:
@@ -395,11 +445,11 @@ def _gradients_of(trained: Trained, config: StridedConfig, num_documents: int) -
 
 
 def rounded(values: torch.Tensor) -> list:
-    """Seven digits: the files are read by people too."""
-    return [[float(f"{value:.7g}") for value in row] for row in values.tolist()]
+    """Eight digits: the files are read by people too."""
+    return [[float(f"{value:.8g}") for value in row] for row in values.tolist()]
 
 
-MEASURES = {"held_out": held_out, "validation": validation, "everything": everything, "without_lengths": without_lengths, "gradients": gradients, "pass_at_k": pass_at_k}
+MEASURES = {"held_out": held_out, "validation": validation, "everything": everything, "without_lengths": without_lengths, "gradients": gradients, "more_gradients": partial(gradients, num_documents=192), "pass_at_k": pass_at_k}
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -419,10 +469,13 @@ def main(argv: list[str]) -> None:
         if part == "pass_at_k" and not (arguments.execute or arguments.list):
             parser.error("pass_at_k runs code that a language model wrote, with your rights: add --execute where that is acceptable")
     for part in arguments.parts or [part for part in PARTS if part != "pass_at_k" or arguments.execute]:
-        missing = [run for run in PARTS[part]() if arguments.only in run.name and not run.file.is_file()]
+        missing = [run for run in PARTS[part]() if arguments.only in run.name and not is_done(run)]
         print(f"{part}: {len(missing)} runs to do")
         for run in missing:
-            print(f"  {run.name}: {' '.join(run.overrides)}") if arguments.list else run_one(run)
+            if arguments.list:
+                print(f"  {run.name}: {' '.join(run.overrides)}")
+            elif not is_done(run):  # by another process meanwhile
+                run_one(run)
     if not arguments.list:
         subprocess.run([sys.executable, str(HERE / "report.py")], check=True)
 
