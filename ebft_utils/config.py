@@ -69,7 +69,7 @@ class EBFTConfig(Section):
     alignment_coef: float = option(1.0, "weight of the alignment reward", minimum=0)
     diversity_coef: float = option(1.0, "weight of the diversity penalty", minimum=0)
     rl_coef: float = option(1.0, "weight of the feature-matching policy gradient; 0: no rollouts in training", minimum=0)
-    ce_coef: float = option(0.0, "weight of the cross-entropy on the ground truth; rl_coef 0 and ce_coef 1 is plain SFT", minimum=0)
+    ce_coef: float = option(0.1, "weight of the cross-entropy on the ground truth (the paper tries 0, 0.03, 0.1); rl_coef 0 and ce_coef 1 is plain SFT", minimum=0)
     temperature: float = option(0.6, "sampling temperature; the policy that is trained is softmax(logits / temperature)", above=0)
     top_p: float = option(1.0, "only 1.0: a truncated distribution would not be the policy that is scored", above=0, maximum=1)
     advantage_estimator: Literal["rloo", "group_norm", "reinforce"] = option(

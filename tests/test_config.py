@@ -14,7 +14,7 @@ EBFT_DEFAULTS = {  # the keys and defaults that users of EBFT know
     "whitening": "feature",
     "alignment_coef": 1.0,
     "diversity_coef": 1.0,
-    "ce_coef": 0.0,
+    "ce_coef": 0.1,
     "rl_coef": 1.0,
     "stride": 8,
     "context_length": 8,
@@ -184,7 +184,7 @@ REFUSALS = {
     "one rollout": ("ebft.n_samples_per_prompt=1", ["ebft.n_samples_per_prompt", "1", "2 or more"]),
     "no rollout": ("ebft.n_samples_per_prompt=0", ["ebft.n_samples_per_prompt", "0", "at least"]),
     "top_p": ("ebft.top_p=0.9", ["ebft.top_p", "0.9", "1.0", "ebft.temperature"]),
-    "nothing to train": ("ebft.rl_coef=0", ["ebft.rl_coef", "ebft.ce_coef", "0", "above 0"]),
+    "nothing to train": ("ebft={rl_coef: 0, ce_coef: 0}", ["ebft.rl_coef", "ebft.ce_coef", "0", "above 0"]),
     "no room for a rollout": ("data.sequence_length=15", ["data.sequence_length", "15", "ebft.context_length 8", "ebft.generate_max_len 8", "16"]),
     "rank 0": ("lora.r=0", ["lora.r", "0", "at least 1"]),
 }

@@ -354,7 +354,7 @@ def test_model_card(write_config, model_folder):
     lines = model_card(config, results).splitlines()
     assert lines[:5] == ["---", f'base_model: "{model_folder}"', "library_name: transformers", "tags: [ebft]", "---"]
     text = "\n".join(lines)
-    for fact in ("full fine-tuning", "7 steps", "rl_coef 1.0, ce_coef 0.0, learning rate 2e-05", "Held-out documents, mean"):
+    for fact in ("full fine-tuning", "7 steps", "rl_coef 1.0, ce_coef 0.1, learning rate 2e-05", "Held-out documents, mean"):
         assert fact in text, fact
     assert lines[-4:] == [
         "| metric | step 0 | step 7 |",

@@ -349,7 +349,8 @@ def test_one_step_is_the_naive_policy_gradient(train, plain_descent, monkeypatch
         return seen[-1][1]
 
     monkeypatch.setattr(train_strided, "sample_and_score", keep)
-    folder = train("run", "train.max_steps=1", "train.learning_rate=0.1", "ebft.temperature=0.6", "ebft.alignment_coef=0.7", "ebft.diversity_coef=0.4", "ebft.use_whitening=false")
+    settings = ("ebft.ce_coef=0", "ebft.temperature=0.6", "ebft.alignment_coef=0.7", "ebft.diversity_coef=0.4", "ebft.use_whitening=false")
+    folder = train("run", "train.max_steps=1", "train.learning_rate=0.1", *settings)
     ((batch, groups),) = seen
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     loss, count = 0.0, 0

@@ -229,6 +229,12 @@ def report(results: Results) -> str:
         few = {name: title for name, title in COLUMNS.items() if name != "human_eval_cross_entropy"}
         lines += ["## Structured mode (LoRA): signature and docstring → body", "", *rates(results, "structured-", study.STRUCTURED)]
         lines += [*levels(results, structured, "structured-base", few), *changes(results, structured, "structured-base", "structured-lora-sft", "SFT", both)]
+        rows = []
+        for label, prefix in structured.items():
+            logs = [run["log"] for run in results.seeds(prefix) if "rollout/length" in run["log"][0]]
+            for name in ("rollout/length", "rollout/truncated") if logs else ():
+                rows.append([label, name, *(f"{over_seeds([log[step][name] for log in logs])[0]:.2f}" for step in range(len(logs[0])))])
+        lines += ["The completions while training, step after step (at most 48 tokens), mean over seeds:", *table(["", "", *map(str, range(1, len(rows[0]) - 1))], rows)] if rows else []
     passed = {name.removeprefix("pass_at_k-"): run["measured"]["human_eval_passed"] for name, run in results.runs.items() if name.startswith("pass_at_k-")}
     if passed:
         lines += ["## HumanEval, executed", "", *table(["", "pass@1", "pass@10"], [[name, *(f"{pass_at(k, *counts):.4f}" for k in (1, 10))] for name, counts in passed.items()])]
@@ -244,19 +250,22 @@ def report(results: Results) -> str:
 def plot_comparison(results: Results, folder: Path) -> None:
     """Change since the base model of each method: a dot a seed, the mean with the error over documents."""
     metrics = {"cross_entropy": "cross-entropy", "cfm_unbiased": "CFM, unbiased", "reward_pass@1": "reward", "human_eval_cross_entropy": "HumanEval cross-entropy"}
-    figure, axes = plt.subplots(2, len(metrics), figsize=(13, 6), layout="constrained")
-    for row, (kind, title) in enumerate((("lora", "LoRA"), ("full", "full"))):
+    rows = {"strided, LoRA": ("lora-base", "main-lora"), "strided, full": ("full-base", "main-full"), "structured, LoRA": ("structured-base", "structured-lora")}
+    figure, axes = plt.subplots(len(rows), len(metrics), figsize=(13, 3 * len(rows)), layout="constrained")
+    for row, (title, (base, prefix)) in enumerate(rows.items()):
+        methods = [method for method in study.METHODS if results.seeds(f"{prefix}-{method}")]
         for axis, (metric, name) in zip(axes[row], metrics.items(), strict=True):
-            for place, method in enumerate(study.METHODS):
-                runs = results.seeds(f"main-{kind}-{method}")
-                if runs:
-                    base = results.runs[f"{kind}-base"]
-                    axis.plot([place] * len(runs), [mean_of(run, metric) - mean_of(base, metric) for run in runs], "o", ms=4, alpha=0.5, color=COLOURS[method])
-                    mean, error, _ = difference(runs, [base], metric)
-                    axis.errorbar([place + 0.2], [mean], [error], fmt="_", ms=12, color=COLOURS[method], capsize=3)
+            if not methods or base not in results.runs or metric not in results.runs[base]["measured"]:
+                axis.set_axis_off()
+                continue
+            for place, method in enumerate(methods):
+                runs, start = results.seeds(f"{prefix}-{method}"), results.runs[base]
+                axis.plot([place] * len(runs), [mean_of(run, metric) - mean_of(start, metric) for run in runs], "o", ms=4, alpha=0.5, color=COLOURS[method])
+                mean, error, _ = difference(runs, [start], metric)
+                axis.errorbar([place + 0.2], [mean], [error], fmt="_", ms=12, color=COLOURS[method], capsize=3)
             axis.axhline(0, color="black", lw=0.6)
-            axis.set_xticks(range(len(study.METHODS)), [NAMES[method].replace("EBFT ", "") for method in study.METHODS])
-            axis.set_title(f"{title}: {name}, change", fontsize=10)
+            axis.set_xticks(range(len(methods)), [NAMES[method].replace("EBFT ", "") for method in methods])
+            axis.set_title(f"{title}: {name}, change", fontsize=9)
     figure.savefig(folder / "comparison.png", dpi=110)
     plt.close(figure)
 
