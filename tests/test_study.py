@@ -10,6 +10,8 @@ from conftest import ROOT, evaluations, logged
 
 sys.path.insert(0, str(ROOT / "examples" / "study"))
 
+import grid
+import measure
 import report
 import study
 import train_strided
@@ -32,13 +34,13 @@ def text_file(tmp_path_factory):
 def tiny(write_config, monkeypatch, tmp_path):
     """tiny("train.seed=1", ..) -> (run, trained): the study on the tiny model, its base file a small configuration of its own."""
 
-    def make(*overrides: str, measure: str = "held_out", **changes):
+    def make(*overrides: str, **changes):
         file = write_config(**{"data__sequence_length": 110, "eval__num_documents": 8, **changes})
-        monkeypatch.setattr(study, "HERE", file.parent)
-        monkeypatch.setattr(study, "ROOT", tmp_path)
-        monkeypatch.setattr(study, "RESULTS", tmp_path / "results")
-        run = study.Run("tiny-seed0", file.name, overrides, measure)
-        return run, study.Trained(run.config(*overrides))
+        monkeypatch.setattr(grid, "HERE", file.parent)
+        monkeypatch.setattr(grid, "ROOT", tmp_path)
+        monkeypatch.setattr(grid, "RESULTS", tmp_path / "results")
+        run = grid.Run("tiny-seed0", file.name, overrides, "held_out")
+        return run, measure.Trained(run.config(*overrides))
 
     return make
 
@@ -53,7 +55,7 @@ def test_a_run_of_the_study_is_a_run_of_the_script(tiny, train):
     for ours, script in zip(log, entries, strict=True):
         assert {name: value for name, value in script.items() if name in ours} == {name: value for name, value in ours.items() if name != "tokens"}
     assert len(trained.validation) == len(trained.test) == 4
-    halves = [study.held_out(trained, run, rows) for rows in (trained.validation, trained.test)]
+    halves = [measure.held_out(trained, run, rows) for rows in (trained.validation, trained.test)]
     totals, weights = (sum(sum(half["cross_entropy"][index]) for half in halves) for index in (0, 1))
     assert totals / weights == pytest.approx(evaluations(folder)[-1]["eval/cross_entropy"], rel=1e-5)
 
@@ -69,13 +71,13 @@ def test_validation_and_test_documents_are_apart(tiny):
 def test_cfm_by_length(tiny):
     """Guards against another ruler: at the full length it is the evaluation's own CFM, and shorter ones are of the same rollouts' first tokens."""
     run, trained = tiny("train.learning_rate=0.1", "train.warmup_ratio=0", lora={"r": 4, "alpha": 8.0})
-    before = study.cfm_by_length(trained, run)
+    before = measure.cfm_by_length(trained, run)
     trained.take_step(0)
-    found = study.cfm_by_length(trained, run)
+    found = measure.cfm_by_length(trained, run)
     assert found["cfm_unbiased@64"] != before["cfm_unbiased@64"]  # it is the trained policy that writes
     assert list(found) == [f"{name}@{length}" for length in (8, 16, 32, 64) for name in ("cfm_unbiased", "cfm_loss")]
     config = run.config("ebft.context_length=32", "ebft.stride=32", "ebft.generate_max_len=64", "eval.per_device_batch_size=4")
-    with study.StopSignals() as signals:
+    with measure.StopSignals() as signals:
         table = train_strided.evaluate(config, trained.accelerator, trained.policy, trained.network, trained.test, trained.tokenizer.pad_token_id, signals)
     for name in ("cfm_unbiased", "cfm_loss"):
         assert sum(found[f"{name}@64"][1]) > 0
@@ -87,7 +89,7 @@ def test_human_eval_is_scored_as_transformers_does(tiny):
     """Guards against a cross-entropy over prompts or padding."""
     run, trained = tiny("train.learning_rate=0.1", "train.warmup_ratio=0", "ebft.rl_coef=0", "ebft.ce_coef=1")
     trained.take_step(0)
-    totals, weights = study.human_eval(trained, run, num_problems=12)["human_eval_cross_entropy"]
+    totals, weights = measure.human_eval(trained, run, num_problems=12)["human_eval_cross_entropy"]
     config = run.config("eval.dataset=human_eval", "eval.transform=prompt_completion", "eval.num_documents=12", "data.sequence_length=512", "eval.only=true")
     _, problems = load_rows(config, trained.tokenizer)
     model = load_causal_lm(config.model, torch.float32)
@@ -104,11 +106,11 @@ def test_human_eval_is_scored_as_transformers_does(tiny):
 
 def test_gradients_are_those_of_single_documents(tiny):
     """Guards against gradients that add up over documents, or are of other settings than they say."""
-    run, trained = tiny(*study.METHODS["ebft_0"], *study.ONE_DOCUMENT, lora={"r": 4, "alpha": 8.0})
-    measured = study.gradients(trained, run, num_documents=3)
+    run, trained = tiny(*grid.METHODS["ebft_0"], *grid.ONE_DOCUMENT, lora={"r": 4, "alpha": 8.0})
+    measured = measure.gradients(trained, run, num_documents=3)
     parameters = [parameter for parameter in trained.policy.parameters() if parameter.requires_grad]
     vectors = {}
-    for name, config in (("own", trained.config), ("sft", run.config(*study.METHODS["sft"], *study.ONE_DOCUMENT))):
+    for name, config in (("own", trained.config), ("sft", run.config(*grid.METHODS["sft"], *grid.ONE_DOCUMENT))):
         for document in range(3):
             batches = train_strided.step_batches(config, trained.accelerator, trained.rows, document, trained.tokenizer.pad_token_id)
             train_strided.train_step(config, trained.accelerator, trained.policy, trained.network, batches)
@@ -149,7 +151,7 @@ def test_the_naive_baseline_is_a_smaller_diversity_coefficient(samples):
     reward = alignment - 0.7 * diversity
     naive = torch.stack([reward[:, j] - sum(reward[:, k] for k in range(samples) if k != j) / (samples - 1) for j in range(samples)], dim=1)
     torch.testing.assert_close(rloo_advantages(alignment, diversity, 1.0, 0.7 * (samples - 2) / (samples - 1)), naive)
-    (setting,) = study.ABLATIONS["naive_baseline"]
+    (setting,) = grid.ABLATIONS["naive_baseline"]
     assert float(setting.partition("=")[2]) == pytest.approx(2 / 3, abs=1e-6)
 
 
@@ -174,7 +176,7 @@ def test_statistics_by_hand():
 def test_copied_documents_do_not_count(tiny):
     """Guards against a gain on templates that stand in training documents: the share of windows, by loops."""
     _, trained = tiny()
-    (shares, ones) = study.copied_share(trained.rows, trained.test, width=4)
+    (shares, ones) = measure.copied_share(trained.rows, trained.test, width=4)
     training = [trained.rows[row][0].tokens for row in range(len(trained.rows))]
     for row, share in enumerate(shares):
         tokens = trained.test[row][0].tokens
@@ -185,32 +187,32 @@ def test_copied_documents_do_not_count(tiny):
 
 def test_the_learning_rate_is_chosen_by_validation(monkeypatch, tmp_path):
     """Guards against the wrong criterion: each method's own objective, reward / 8 - ce_coef * cross-entropy; a missing run is named."""
-    monkeypatch.setattr(study, "RESULTS", tmp_path)
-    for run in study.sweep():
-        method, place = run.name.split("-")[2], [other.name for other in study.sweep() if other.name.rpartition("-")[0] == run.name.rpartition("-")[0]].index(run.name)
+    monkeypatch.setattr(grid, "RESULTS", tmp_path)
+    for run in grid.sweep():
+        method, place = run.name.split("-")[2], [other.name for other in grid.sweep() if other.name.rpartition("-")[0] == run.name.rpartition("-")[0]].index(run.name)
         # cross-entropy falls with the rate; reward is best at the first; on a document that does not count all is the other way round
         measured = {"cross_entropy": [[3.0 - place, 10.0 * place], [1.0, 1.0]], "reward_pass@1": [[0.8 - 0.4 * place, 5.0 * place], [1.0, 1.0]], "copied_share": [[0.0, 0.9], [1.0, 1.0]]}
         if run.name.startswith("sweep-lora"):
             run.file.write_text(json.dumps({"base": run.base, "overrides": run.overrides, "measured": measured}))
-    assert study.chosen_rate("lora", "sft") == study.RATES["lora"]["sft"][-1]
-    assert study.chosen_rate("lora", "ebft_0") == study.RATES["lora"]["ebft_0"][0]
-    assert study.chosen_rate("lora", "ebft_0.03") == study.RATES["lora"]["ebft_0.1"][-1]  # -0.4 / 8 < 0.1 * 1
+    assert grid.chosen_rate("lora", "sft") == grid.RATES["lora"]["sft"][-1]
+    assert grid.chosen_rate("lora", "ebft_0") == grid.RATES["lora"]["ebft_0"][0]
+    assert grid.chosen_rate("lora", "ebft_0.03") == grid.RATES["lora"]["ebft_0.1"][-1]  # -0.4 / 8 < 0.1 * 1
     with pytest.raises(study.UserError, match="sweep-full-sft-1e-05.json is missing"):
-        study.chosen_rate("full", "sft")
+        grid.chosen_rate("full", "sft")
 
 
 def test_every_run_of_the_study_is_a_valid_configuration():
     """Guards against a grid that stops in the middle of the night. (The learning rates are those that were chosen.)"""
-    runs = [run for part in study.PARTS.values() for run in part()]
+    runs = [run for part in grid.PARTS.values() for run in part()]
     assert len({run.name for run in runs}) == len(runs) > 60
     for run in runs:
-        load_config(str(ROOT / "examples" / "study" / run.base), run.overrides, study.StructuredConfig if run.base == "structured.yaml" else study.StridedConfig)
-        assert run.measure in study.MEASURES
+        load_config(str(ROOT / "examples" / "study" / run.base), run.overrides, grid.StructuredConfig if run.base == "structured.yaml" else grid.StridedConfig)
+        assert run.measure in measure.MEASURES
 
 
 def test_the_report_is_that_of_the_results():
     """Guards against a table that nobody can make again."""
-    results = report.Results(study.RESULTS)
+    results = report.Results(grid.RESULTS)
     assert (ROOT / "examples" / "study" / "results.md").read_text() == report.report(results)
     for name, run in results.runs.items():
         assert run["name"] == name and run["measured"] and all(math.isfinite(value) for entry in run["log"] for value in entry.values())
@@ -223,11 +225,11 @@ def test_results_are_written_whole_and_once(tiny, monkeypatch):
     result = json.loads(run.file.read_text())
     assert result["documents"] == 4 and len(result["log"]) == 2 and result["overrides"] == ["train.max_steps=2"]
     assert set(result["measured"]) == {*train_strided.EVALUATED, "copied_share"}
-    monkeypatch.setattr(study, "PARTS", {"one": lambda: [run]})
+    monkeypatch.setattr(grid, "PARTS", {"one": lambda: [run]})
     monkeypatch.setattr(study, "run_one", lambda run: pytest.fail("run again"))
     monkeypatch.setattr(study.subprocess, "run", lambda *arguments, **how: None)
     study.main(["one"])
-    monkeypatch.setattr(study, "PARTS", {"one": lambda: [study.replace(run, overrides=("train.max_steps=3",))]})
+    monkeypatch.setattr(grid, "PARTS", {"one": lambda: [grid.replace(run, overrides=("train.max_steps=3",))]})
     with pytest.raises(study.UserError, match="holds the result of train.max_steps=2, and tiny-seed0 is now train.max_steps=3"):
         study.main(["one"])
 
@@ -239,7 +241,7 @@ def test_a_run_that_breaks_off_leaves_no_result(tiny, monkeypatch):
     def breaks(trained, run):
         raise MemoryError
 
-    monkeypatch.setitem(study.MEASURES, "held_out", breaks)
+    monkeypatch.setitem(measure.MEASURES, "held_out", breaks)
     with pytest.raises(MemoryError):
         study.run_one(run)
     assert not run.file.exists()

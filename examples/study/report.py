@@ -20,7 +20,8 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
-import study
+import grid
+from ebft_utils.config import UserError
 from ebft_utils.metrics import mean_with_error
 
 NAMES = {"base": "base", "sft": "SFT", "ebft_0": "EBFT γ=0", "ebft_0.03": "EBFT γ=0.03", "ebft_0.1": "EBFT γ=0.1"}
@@ -53,7 +54,7 @@ class Results:
 
 def mean_of(run: dict, metric: str) -> float:
     """Over the fresh held-out documents."""
-    return study.mean_of_fresh(run["measured"], metric)
+    return grid.mean_of_fresh(run["measured"], metric)
 
 
 def over_seeds(values: list[float]) -> tuple[float, float]:
@@ -65,7 +66,7 @@ def over_seeds(values: list[float]) -> tuple[float, float]:
 def difference(runs: list[dict], others: list[dict], metric: str) -> tuple[float, float, float]:
     """Mean difference of two methods on the same documents (each averaged over its seeds), the standard error of the paired differences over documents, and the
     standard deviation over seeds of the differences (NaN for one seed). Raises ValueError when the documents are others."""
-    sides = [[study.fresh(run["measured"], metric) for run in side] for side in (runs, others)]
+    sides = [[grid.fresh(run["measured"], metric) for run in side] for side in (runs, others)]
     if any(weights != sides[0][0][1] for side in sides for _, weights in side):
         raise ValueError(f"{metric} of {runs[0]['name']} and {others[0]['name']} is of different documents: were they measured with another version of Python?")
     weights = torch.tensor(sides[0][0][1], dtype=torch.float64)
@@ -76,7 +77,7 @@ def difference(runs: list[dict], others: list[dict], metric: str) -> tuple[float
 
 
 def gradient_noise(run: dict) -> dict[str, tuple[float, float]]:
-    """From inner products of single documents' gradients (study.gradients): name -> (value, jackknife standard error over documents).
+    """From inner products of single documents' gradients (measure.gradients): name -> (value, jackknife standard error over documents).
 
     signal: ‖mean gradient‖^2, estimated without bias from pairs of different documents; noise: the trace of one document's gradient covariance.
     A batch of `documents` = noise / signal has a gradient whose squared error is as large as its signal (the noise scale of McCandlish et al. 2018,
@@ -153,7 +154,7 @@ def rates(results: Results, prefix: str, kinds: dict) -> list[str]:
         for method, tried in methods.items():
             runs = {rate: results.runs.get(f"{prefix}sweep-{kind}-{method}-{rate:g}") for rate in tried}
             if all(runs.values()):
-                chosen = study.chosen_rate(kind, method, prefix, kinds)
+                chosen = grid.chosen_rate(kind, method, prefix, kinds)
                 for rate, run in runs.items():
                     name = f"**{rate:g}**" if rate == chosen else f"{rate:g}"
                     to_chosen = ["" if rate == chosen else shown_change(*difference([run], [runs[chosen]], metric)) for metric in ("cfm_unbiased", "reward_pass@1")]
@@ -165,10 +166,10 @@ def rates(results: Results, prefix: str, kinds: dict) -> list[str]:
 def missing(results: Results) -> list[str]:
     """Names of the study's runs without a result."""
     names = []
-    for part, runs in study.PARTS.items():
+    for part, runs in grid.PARTS.items():
         try:
             names += [run.name for run in runs() if run.name not in results.runs]
-        except study.UserError:  # its learning rates are not chosen yet
+        except UserError:  # its learning rates are not chosen yet
             names.append(f"all of the part {part}")
     return names
 
@@ -181,7 +182,7 @@ def report(results: Results) -> str:
         f"SmolLM2-135M-Instruct, forwards in bfloat16, on the Python standard library's source, the first 128 tokens of each module, about {GROUPS_PER_DOCUMENT} groups each; 32 held-out documents "
         f"(another 32 for the learning rates). Trained on: {', '.join(devices)}.",
         "",
-        f"Held-out documents of which more than {study.MOST_COPIED:.0%} of the 16-token windows stand in training documents too (templates: 5 or 6 of 32) do not count, here and in the choice of learning rates.",
+        f"Held-out documents of which more than {grid.MOST_COPIED:.0%} of the 16-token windows stand in training documents too (templates: 5 or 6 of 32) do not count, here and in the choice of learning rates.",
         "",
         "Tables of levels: mean ± standard deviation over seeds. Tables of changes: ± is the standard error of paired differences over documents, the methods averaged over seeds; in brackets the "
         "standard deviation over seeds. Seconds are of training alone; where one CPU core is named, two runs shared a machine of two.",
@@ -189,18 +190,18 @@ def report(results: Results) -> str:
         "## Learning rates",
         "",
         "48 documents (6 steps), one seed. Chosen, in bold: the best value of what is trained, rl_coef * reward / 8 - ce_coef * cross-entropy. γ=0.03 takes the rate of γ=0.1.",
-        *rates(results, "", study.RATES),
+        *rates(results, "", grid.RATES),
     ]
     both = {"cross_entropy": "cross-entropy", "cfm_unbiased": "CFM, unbiased", "reward_pass@1": "reward pass@1"}
     for kind, title in (("lora", "LoRA"), ("full", "Full fine-tuning")):
-        prefixes = {NAMES[method]: f"main-{kind}-{method}" for method in study.METHODS}
+        prefixes = {NAMES[method]: f"main-{kind}-{method}" for method in grid.METHODS}
         if kind == "lora":
             prefixes["SFT, EBFT's time"] = "compute-lora-sft"
         lines += [f"## {title}", "", *levels(results, prefixes, f"{kind}-base", COLUMNS), *changes(results, prefixes, f"{kind}-base", f"main-{kind}-sft", "SFT", both)]
     if "lora-base" in results.runs:
         lines += ["## CFM by the rollout's length (LoRA)", "", "Unbiased CFM of the first tokens of the same rollouts of 64 tokens, at the same places.", ""]
-        by_length = {f"cfm_unbiased@{length}": f"{length} tokens" for length in study.LENGTHS}
-        prefixes = {NAMES[method]: f"main-lora-{method}" for method in study.METHODS}
+        by_length = {f"cfm_unbiased@{length}": f"{length} tokens" for length in grid.LENGTHS}
+        prefixes = {NAMES[method]: f"main-lora-{method}" for method in grid.METHODS}
         lines += [*levels(results, prefixes, "lora-base", by_length), *changes(results, prefixes, "lora-base", "main-lora-sft", "SFT", by_length)]
     if any(name.startswith("gradient-") for name in results.runs):
         rows = []
@@ -216,7 +217,7 @@ def report(results: Results) -> str:
             "with that of the cross-entropy; ± are jackknife errors over documents.",
             *table(["", "signal: ‖mean gradient‖²", "noise of one document", "documents", "cosine with SFT"], rows),
         ]
-    ablations = {name: f"ablation-{name}" for name in study.ABLATIONS}
+    ablations = {name: f"ablation-{name}" for name in grid.ABLATIONS}
     if any(results.seeds(prefix) for prefix in ablations.values()):
         few = {name: title for name, title in COLUMNS.items() if name != "human_eval_cross_entropy"}
         lines += [
@@ -227,7 +228,7 @@ def report(results: Results) -> str:
     structured = {NAMES[method]: f"structured-lora-{method}" for method in ("sft", "ebft_0", "ebft_0.1")}
     if any(results.seeds(prefix) for prefix in structured.values()):
         few = {name: title for name, title in COLUMNS.items() if name != "human_eval_cross_entropy"}
-        lines += ["## Structured mode (LoRA): signature and docstring → body", "", *rates(results, "structured-", study.STRUCTURED)]
+        lines += ["## Structured mode (LoRA): signature and docstring → body", "", *rates(results, "structured-", grid.STRUCTURED)]
         lines += [*levels(results, structured, "structured-base", few), *changes(results, structured, "structured-base", "structured-lora-sft", "SFT", both)]
         rows = []
         for label, prefix in structured.items():
@@ -253,7 +254,7 @@ def plot_comparison(results: Results, folder: Path) -> None:
     rows = {"strided, LoRA": ("lora-base", "main-lora"), "strided, full": ("full-base", "main-full"), "structured, LoRA": ("structured-base", "structured-lora")}
     figure, axes = plt.subplots(len(rows), len(metrics), figsize=(13, 3 * len(rows)), layout="constrained")
     for row, (title, (base, prefix)) in enumerate(rows.items()):
-        methods = [method for method in study.METHODS if results.seeds(f"{prefix}-{method}")]
+        methods = [method for method in grid.METHODS if results.seeds(f"{prefix}-{method}")]
         for axis, (metric, name) in zip(axes[row], metrics.items(), strict=True):
             if not methods or base not in results.runs or metric not in results.runs[base]["measured"]:
                 axis.set_axis_off()
@@ -273,18 +274,18 @@ def plot_comparison(results: Results, folder: Path) -> None:
 def plot_lengths(results: Results, folder: Path) -> None:
     """CFM by length, and the difference to the base model."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for method in ("base", *study.METHODS):
+    for method in ("base", *grid.METHODS):
         runs = [results.runs["lora-base"]] if method == "base" else results.seeds(f"main-lora-{method}")
         if runs:
-            values = [over_seeds([mean_of(run, f"cfm_unbiased@{length}") for run in runs])[0] for length in study.LENGTHS]
-            axes[0].plot(study.LENGTHS, values, "o-", color=COLOURS[method], label=NAMES[method])
+            values = [over_seeds([mean_of(run, f"cfm_unbiased@{length}") for run in runs])[0] for length in grid.LENGTHS]
+            axes[0].plot(grid.LENGTHS, values, "o-", color=COLOURS[method], label=NAMES[method])
             if method != "base":
-                found = [difference(runs, [results.runs["lora-base"]], f"cfm_unbiased@{length}")[:2] for length in study.LENGTHS]
-                axes[1].errorbar(study.LENGTHS, *zip(*found, strict=True), fmt="o-", color=COLOURS[method], capsize=3)
+                found = [difference(runs, [results.runs["lora-base"]], f"cfm_unbiased@{length}")[:2] for length in grid.LENGTHS]
+                axes[1].errorbar(grid.LENGTHS, *zip(*found, strict=True), fmt="o-", color=COLOURS[method], capsize=3)
     axes[1].axhline(0, color="black", lw=0.6)
     for axis, title in zip(axes, ("CFM, unbiased (LoRA)", "change since the base model, ± standard error over documents"), strict=True):
         axis.set_xscale("log", base=2)
-        axis.set_xticks(study.LENGTHS, study.LENGTHS)
+        axis.set_xticks(grid.LENGTHS, grid.LENGTHS)
         axis.set_xlabel("tokens of a rollout")
         axis.set_title(title, fontsize=10)
     axes[0].legend(fontsize=8)
@@ -298,7 +299,7 @@ def plot_cost(results: Results, folder: Path) -> None:
     for row, metric in enumerate(("cross_entropy", "cfm_unbiased")):
         for column, cost in enumerate(("documents", "seconds")):
             axis = axes[row, column]
-            for prefix, method, marker in [(f"main-{kind}-{method}", method, marker) for kind, marker in (("lora", "o"), ("full", "s")) for method in study.METHODS] + [("compute-lora-sft", "sft", "o")]:
+            for prefix, method, marker in [(f"main-{kind}-{method}", method, marker) for kind, marker in (("lora", "o"), ("full", "s")) for method in grid.METHODS] + [("compute-lora-sft", "sft", "o")]:
                 runs = results.seeds(prefix)
                 label = f"{NAMES[method]}, {'full' if marker == 's' else 'LoRA'}" if prefix.startswith("main") else None
                 if runs:
@@ -333,7 +334,7 @@ def plot_gradients(results: Results, folder: Path) -> None:
 
 
 def main() -> None:
-    results = Results(study.RESULTS)
+    results = Results(grid.RESULTS)
     folder = HERE / "plots"
     folder.mkdir(exist_ok=True)
     (HERE / "results.md").write_text(report(results))

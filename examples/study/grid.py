@@ -1,0 +1,181 @@
+"""The runs of the study: which methods, settings, learning rates and seeds. No training here: see study.py."""
+
+import json
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+sys.path.insert(0, str(ROOT))
+
+from ebft_utils.config import StridedConfig, StructuredConfig, UserError, load_config
+from ebft_utils.models import unpacked_model
+
+RESULTS = HERE / "results"
+LENGTHS = (8, 16, 32, 64)  # tokens of a rollout, in CFM by length
+SEEDS = (0, 1, 2)
+MOST_COPIED = 0.5  # held-out documents with a larger share of 16-token windows that stand in training documents too do not count: templates, as in encodings/
+KINDS = {"lora": [], "full": ["lora=null"]}
+METHODS = {
+    "sft": ["ebft.rl_coef=0", "ebft.ce_coef=1"],
+    "ebft_0": ["ebft.ce_coef=0"],
+    "ebft_0.03": ["ebft.ce_coef=0.03"],
+    "ebft_0.1": ["ebft.ce_coef=0.1"],
+}
+RATES = {
+    "lora": {"sft": (1e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3), "ebft_0": (1e-4, 5e-4, 2e-3, 4e-3), "ebft_0.1": (1e-4, 5e-4, 2e-3, 4e-3)},
+    "full": {"sft": (1e-5, 3e-5, 1e-4, 3e-4, 1e-3), "ebft_0": (3e-6, 2e-5, 1e-4), "ebft_0.1": (3e-6, 2e-5, 1e-4, 3e-4)},
+}
+SWEPT = {"sft": "sft", "ebft_0": "ebft_0", "ebft_0.03": "ebft_0.1", "ebft_0.1": "ebft_0.1"}  # whose sweep gives a method's learning rate
+ABLATIONS = {
+    "whitening_sample": ["ebft.whitening=sample"],
+    "whitening_none": ["ebft.use_whitening=false"],
+    "embed_completion_mean": ["ebft.embed_method=completion_mean"],
+    "embed_concat": ["ebft.embed_method=concat"],
+    "diversity_0": ["ebft.diversity_coef=0"],
+    "diversity_0.5": ["ebft.diversity_coef=0.5"],
+    "naive_baseline": ["ebft.diversity_coef=0.6666667"],  # the plain leave-one-out mean, exactly: see test_study.py
+    "samples_2": ["ebft.n_samples_per_prompt=2"],
+    "samples_8": ["ebft.n_samples_per_prompt=8", "train.per_device_batch_size=2"],
+    "temperature_1": ["ebft.temperature=1.0"],
+}
+ONE_DOCUMENT = ("train.batch_size=1", "train.per_device_batch_size=1")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One result: its name is that of its file. measure: what is measured after training (a function below)."""
+
+    name: str
+    base: str
+    overrides: tuple[str, ...]
+    measure: str
+
+    @property
+    def file(self) -> Path:
+        return RESULTS / f"{self.name}.json"
+
+    def config(self, *overrides: str) -> StridedConfig | StructuredConfig:
+        """Of its base file and these overrides. The model is read from a copy that is unpacked once: a GGUF file takes ten seconds each time."""
+        kind = StructuredConfig if self.base == "structured.yaml" else StridedConfig
+        packed = load_config(str(HERE / self.base), (), kind).model
+        unpacked = unpacked_model(replace(packed, dtype="float32"), ROOT / "runs" / "study-model")
+        return load_config(str(HERE / self.base), (*overrides, f"model.name_or_path={unpacked}"), kind)
+
+
+def sweep(base: str = "strided.yaml", prefix: str = "", kinds=RATES, steps: int = 6) -> list[Run]:
+    """Each method at several learning rates, one seed, a shorter run."""
+    return [
+        Run(
+            f"{prefix}sweep-{kind}-{method}-{rate:g}", base,
+            (*KINDS[kind], *METHODS[method], f"train.learning_rate={rate}", f"train.max_steps={steps}", "train.seed=100"), "validation",
+        )
+        for kind, methods in kinds.items() for method, rates in methods.items() for rate in rates
+    ]
+
+
+def chosen_rate(kind: str, method: str, prefix: str = "", kinds=RATES) -> float:
+    """The learning rate with the best value of what the method is trained for, on the fresh validation documents: rl_coef * reward / tokens of a rollout - ce_coef * cross-entropy."""
+    reached = {}
+    for rate in kinds[kind][SWEPT[method]]:
+        file = RESULTS / f"{prefix}sweep-{kind}-{SWEPT[method]}-{rate:g}.json"
+        if not file.is_file():
+            raise UserError(f"{file.name} is missing in {RESULTS}: run the part {prefix.replace('-', '_')}sweep first")
+        done = json.loads(file.read_text())
+        ebft = load_config(str(HERE / done["base"]), done["overrides"], StructuredConfig if prefix else StridedConfig).ebft
+        reward, cross_entropy = (mean_of_fresh(done["measured"], name) for name in ("reward_pass@1", "cross_entropy"))
+        reached[rate] = ebft.rl_coef * reward / (ebft.max_completion_length if prefix else ebft.generate_max_len) - ebft.ce_coef * cross_entropy
+    return max(reached, key=reached.get)
+
+
+def fresh(measured: dict[str, list], metric: str) -> tuple[list[float], list[float]]:
+    """Totals and weights of the documents that are not mostly made of what stands in training documents too."""
+    totals, weights = measured[metric]
+    (shares, _) = measured["copied_share"]
+    if len(shares) != len(totals):  # HumanEval
+        return totals, weights
+    kept = [number for number, share in enumerate(shares) if share <= MOST_COPIED]
+    return [totals[number] for number in kept], [weights[number] for number in kept]
+
+
+def mean_of_fresh(measured: dict[str, list], metric: str) -> float:
+    """Over those documents."""
+    totals, weights = fresh(measured, metric)
+    return sum(totals) / sum(weights)
+
+
+def main_runs() -> list[Run]:
+    """The comparison: methods x (LoRA, full) x seeds, and the base model."""
+    runs = [Run("lora-base", "strided.yaml", (), "everything"), Run("full-base", "strided.yaml", ("lora=null",), "everything")]  # which round differently
+    for seed in SEEDS:
+        for kind in KINDS:
+            for method, settings in METHODS.items():
+                rate = chosen_rate(kind, method)
+                overrides = (*KINDS[kind], *settings, f"train.learning_rate={rate}", f"train.seed={seed}")
+                runs.append(Run(f"main-{kind}-{method}-seed{seed}", "strided.yaml", overrides, "everything" if kind == "lora" else "without_lengths"))
+    return runs
+
+
+def compute_runs() -> list[Run]:
+    """SFT for as long as EBFT takes: about eight times the documents."""
+    rate = chosen_rate("lora", "sft")
+    return [Run(f"compute-lora-sft-seed{seed}", "strided.yaml", (*METHODS["sft"], f"train.learning_rate={rate}", "train.max_steps=64", f"train.seed={seed}"), "everything") for seed in SEEDS]
+
+
+def ablation_runs() -> list[Run]:
+    """One setting changed in EBFT without cross-entropy, LoRA. All are measured with the settings of strided.yaml."""
+    rate = chosen_rate("lora", "ebft_0")
+    return [
+        Run(f"ablation-{name}-seed0", "strided.yaml", (*METHODS["ebft_0"], f"train.learning_rate={rate}", "train.seed=0", *settings), "held_out")
+        for name, settings in ABLATIONS.items()
+    ]
+
+
+def pass_at_k_runs() -> list[Run]:
+    """HumanEval's pass@1 and pass@10: only with --execute, because it runs what the models write."""
+    trained = [
+        Run(f"pass_at_k-lora-{method}-seed0", "strided.yaml", (*settings, f"train.learning_rate={chosen_rate('lora', method)}", "train.seed=0"), "pass_at_k")
+        for method, settings in METHODS.items()
+    ]
+    return [Run("pass_at_k-base", "strided.yaml", (), "pass_at_k"), *trained]
+
+
+def gradient_runs() -> list[Run]:
+    """How noisy the gradient is at the base model, document by document: no training."""
+    variants = {"sft": METHODS["sft"], "ebft_0": METHODS["ebft_0"], **{name: [*METHODS["ebft_0"], *settings] for name, settings in ABLATIONS.items()}}
+    more = {name: variants[name] for name in ("embed_completion_mean", "ebft_0")}
+    return [
+        *(Run(f"gradient-{name}", "strided.yaml", (*settings, *ONE_DOCUMENT), "gradients") for name, settings in variants.items()),
+        *(Run(f"gradient-{name}-192", "strided.yaml", (*settings, *ONE_DOCUMENT), "more_gradients") for name, settings in more.items()),
+    ]
+
+
+STRUCTURED = {"lora": {method: (1e-4, 5e-4, 2e-3) for method in ("sft", "ebft_0", "ebft_0.1")}}
+
+
+def structured_sweep() -> list[Run]:
+    """The learning rates of structured mode."""
+    return sweep("structured.yaml", "structured-", STRUCTURED, steps=6)
+
+
+def structured_runs() -> list[Run]:
+    """The comparison in structured mode, LoRA."""
+    runs = [Run("structured-base", "structured.yaml", (), "held_out")]
+    for seed in SEEDS:
+        for method in ("sft", "ebft_0", "ebft_0.1"):
+            rate = chosen_rate("lora", method, "structured-", STRUCTURED)
+            runs.append(Run(f"structured-lora-{method}-seed{seed}", "structured.yaml", (*METHODS[method], f"train.learning_rate={rate}", f"train.seed={seed}"), "held_out"))
+    return runs
+
+
+PARTS = {
+    "sweep": sweep,
+    "main": main_runs,
+    "gradients": gradient_runs,
+    "ablations": ablation_runs,
+    "structured_sweep": structured_sweep,
+    "structured": structured_runs,
+    "compute": compute_runs,
+    "pass_at_k": pass_at_k_runs,
+}
