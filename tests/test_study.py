@@ -6,7 +6,10 @@ import sys
 
 import pytest
 import torch
+import yaml
+from accelerate.state import AcceleratorState
 from conftest import ROOT, evaluations, logged
+from real_vllm import prompts_file
 
 sys.path.insert(0, str(ROOT / "examples" / "study"))
 
@@ -15,6 +18,7 @@ import measure
 import report
 import study
 import train_strided
+import train_structured
 from ebft_utils.config import load_config
 from ebft_utils.data import load_rows
 from ebft_utils.models import load_causal_lm
@@ -58,6 +62,33 @@ def test_a_run_of_the_study_is_a_run_of_the_script(tiny, train):
     halves = [measure.held_out(trained, run, rows) for rows in (trained.validation, trained.test)]
     totals, weights = (sum(sum(half["cross_entropy"][index]) for half in halves) for index in (0, 1))
     assert totals / weights == pytest.approx(evaluations(folder)[-1]["eval/cross_entropy"], rel=1e-5)
+
+
+def test_a_structured_run_of_the_study_is_a_run_of_the_script(monkeypatch, tmp_path, model_folder):
+    """The same of train_structured.py."""
+    prompts = prompts_file(tmp_path / "rows.jsonl")
+    tree = {
+        "model": {"name_or_path": str(model_folder)},
+        "data": {"dataset": str(prompts), "max_prompt_length": 64},
+        "ebft": {"num_generations": 3, "max_completion_length": 24, "use_vllm": False, "embed_method": "completion_mean"},
+        "train": {"output_dir": str(tmp_path / "script"), "max_steps": 2, "batch_size": 4, "per_device_batch_size": 2, "learning_rate": 1e-2, "save_steps": 0},
+        "eval": {"num_documents": 4},
+        "lora": {"r": 4, "alpha": 8.0},
+    }
+    (tmp_path / "structured.yaml").write_text(yaml.safe_dump(tree))
+    for name in ("HERE", "ROOT"):
+        monkeypatch.setattr(grid, name, tmp_path)
+    run = grid.Run("tiny-seed0", "structured.yaml", (), "held_out")
+    trained = measure.Trained(run.config())
+    log = [trained.take_step(step) for step in range(2)]
+    found = [measure.held_out(trained, run, rows) for rows in (trained.validation, trained.test)]
+    AcceleratorState._reset_state(True)
+    train_structured.main(["--cfg", str(tmp_path / "structured.yaml")])
+    entries = [entry for entry in logged(tmp_path / "script") if "train/loss" in entry]
+    names = ("ebft/mean_reward", "ebft/ce_loss", "ebft/cfm_loss", "rollout/length")
+    assert [[entry[name] for name in names] for entry in log] == [[entry[name] for name in names] for entry in entries]
+    totals, weights = (sum(sum(half["cross_entropy"][index]) for half in found) for index in (0, 1))
+    assert totals / weights == pytest.approx(evaluations(tmp_path / "script")[-1]["eval/cross_entropy"], rel=1e-5)
 
 
 def test_validation_and_test_documents_are_apart(tiny):
