@@ -278,6 +278,36 @@ def test_a_run_that_breaks_off_leaves_no_result(tiny, monkeypatch):
     assert not run.file.exists()
 
 
+def test_a_run_that_is_not_finite_is_no_result(tiny):
+    """Guards against NaN in the tables."""
+    _, trained = tiny()
+    before = [parameter.clone() for parameter in trained.policy.parameters()]
+    with pytest.raises(grid.UserError, match="loss nan, .* not finite at train.learning_rate 0.001"):
+        trained.update(math.nan)
+    assert all(torch.equal(left, right) for left, right in zip(before, trained.policy.parameters(), strict=True))
+
+
+def test_completions_are_cut_where_they_end(tiny, monkeypatch):
+    """Guards against text behind a stop token, and against a completion that goes on with another function."""
+    run, trained = tiny("lora=null")
+    tokenizer, (stop,) = trained.tokenizer, measure.stop_token_ids(trained.policy.causal_lm, trained.tokenizer)
+    texts = ["  return 1\n  x = 2\ndef f", "  return 3"]
+    tokens = [tokenizer(text).input_ids for text in texts]
+    width = max(map(len, tokens)) + 4
+    written = torch.tensor([[(ids + [stop] + [tokens[0][0]] * width)[:width] for ids in tokens]])
+    monkeypatch.setattr(type(trained.policy), "generate", lambda self, **inputs: written.expand(len(inputs["document_ids"]), -1, -1).unsqueeze(1))
+    seen = []
+
+    def execute(command, **how):
+        seen.extend(json.loads(line) for line in open(command[-1]).read().splitlines())
+        return measure.subprocess.CompletedProcess(command, 0, json.dumps({sample["task_id"]: [True, False] for sample in seen}))
+
+    monkeypatch.setattr(measure.subprocess, "run", execute)
+    assert measure.pass_at_k(trained, run, num_problems=3, num_samples=2)["human_eval_passed"] == [[1.0] * 3, [2.0] * 3]
+    assert [sample["completion"] for sample in seen] == ["  return 1\n  x = 2", "  return 3"] * 3
+    assert sorted(sample["task_id"] for sample in seen) == [f"HumanEval/{number}" for number in (0, 0, 1, 1, 2, 2)]
+
+
 def test_the_executor_only_runs_when_asked(capsys):
     """Guards against model output that is executed without anybody having said so."""
     with pytest.raises(SystemExit):

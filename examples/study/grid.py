@@ -27,6 +27,7 @@ RATES = {
     "lora": {"sft": (1e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3), "ebft_0": (1e-4, 5e-4, 2e-3, 4e-3), "ebft_0.1": (1e-4, 5e-4, 2e-3, 4e-3)},
     "full": {"sft": (1e-5, 3e-5, 1e-4, 3e-4, 1e-3), "ebft_0": (3e-6, 2e-5, 1e-4), "ebft_0.1": (3e-6, 2e-5, 1e-4, 3e-4)},
 }
+STRUCTURED = {"lora": {method: (1e-4, 5e-4, 2e-3) for method in ("sft", "ebft_0", "ebft_0.1")}}  # as RATES, in structured mode
 SWEPT = {"sft": "sft", "ebft_0": "ebft_0", "ebft_0.03": "ebft_0.1", "ebft_0.1": "ebft_0.1"}  # whose sweep gives a method's learning rate
 ABLATIONS = {
     "whitening_sample": ["ebft.whitening=sample"],
@@ -149,9 +150,6 @@ def gradient_runs() -> list[Run]:
         *(Run(f"gradient-{name}", "strided.yaml", (*settings, *ONE_DOCUMENT), "gradients") for name, settings in variants.items()),
         *(Run(f"gradient-{name}-192", "strided.yaml", (*settings, *ONE_DOCUMENT), "more_gradients") for name, settings in more.items()),
     ]
-
-
-STRUCTURED = {"lora": {method: (1e-4, 5e-4, 2e-3) for method in ("sft", "ebft_0", "ebft_0.1")}}
 
 
 def structured_sweep() -> list[Run]:

@@ -4,6 +4,7 @@ A measurement is name -> (totals, weights) of each held-out document; the mean i
 """
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from tqdm import tqdm
 
 import train_strided
 import train_structured
-from ebft_utils.config import StridedConfig, StructuredConfig
+from ebft_utils.config import StridedConfig, StructuredConfig, UserError
 from ebft_utils.data import Rows, load_rows, rollout_uniforms
 from ebft_utils.distributed import Stopped, StopSignals, clip_gradients, precision, prepare_accelerator, prepare_policy
 from ebft_utils.documents import documents_from
@@ -66,8 +67,10 @@ class Trained:
         return step_metrics(self.accelerator, sums, len(batches))
 
     def update(self, loss: float) -> None:
-        """As in the training loop."""
+        """As in the training loop. Raises UserError when loss or gradient is not finite: such a run is no result."""
         self.grad_norm = clip_gradients(self.accelerator, self.policy, self.config.train.max_grad_norm)
+        if not (math.isfinite(loss) and math.isfinite(self.grad_norm)):
+            raise UserError(f"loss {loss}, gradient norm {self.grad_norm}: not finite at train.learning_rate {self.config.train.learning_rate}; take the rate out of RATES")
         self.optimizer.step()
         self.optimizer.zero_grad()
 

@@ -177,12 +177,14 @@ def missing(results: Results) -> list[str]:
 def report(results: Results) -> str:
     """results.md."""
     lines = ["# EBFT against supervised fine-tuning: results", "", "Made by `report.py` from the files in `results/`; what was run stands in `study.py`. Reading them: README.md, *Evidence*.", ""]
+    copied = {base: sorted({sum(share > grid.MOST_COPIED for share in run["measured"]["copied_share"][0]) for run in results.runs.values() if run["base"] == base and "copied_share" in run["measured"]}) for base in ("strided.yaml", "structured.yaml")}
+    counts = ", ".join(f"{base.removesuffix('.yaml')} {' or '.join(map(str, numbers))}" for base, numbers in copied.items())
     devices = sorted({run["device"] for run in results.runs.values()})
     lines += [
         f"SmolLM2-135M-Instruct, forwards in bfloat16, on the Python standard library's source, the first 128 tokens of each module, about {GROUPS_PER_DOCUMENT} groups each; 32 held-out documents "
         f"(another 32 for the learning rates). Trained on: {', '.join(devices)}.",
         "",
-        f"Held-out documents of which more than {grid.MOST_COPIED:.0%} of the 16-token windows stand in training documents too (templates: 5 or 6 of 32) do not count, here and in the choice of learning rates.",
+        f"Held-out documents of which more than {grid.MOST_COPIED:.0%} of the 16-token windows stand in training documents too (templates; of 32: {counts}) do not count, here and in the choice of learning rates.",
         "",
         "Tables of levels: mean ± standard deviation over seeds. Tables of changes: ± is the standard error of paired differences over documents, the methods averaged over seeds; in brackets the "
         "standard deviation over seeds. Seconds are of training alone; where one CPU core is named, two runs shared a machine of two.",
@@ -228,7 +230,7 @@ def report(results: Results) -> str:
     structured = {NAMES[method]: f"structured-lora-{method}" for method in ("sft", "ebft_0", "ebft_0.1")}
     if any(results.seeds(prefix) for prefix in structured.values()):
         few = {name: title for name, title in COLUMNS.items() if name != "human_eval_cross_entropy"}
-        lines += ["## Structured mode (LoRA): signature and docstring → body", "", *rates(results, "structured-", grid.STRUCTURED)]
+        lines += ["## Structured mode (LoRA): signature and docstring → body", "", "Learning rates as above, with reward / 48.", *rates(results, "structured-", grid.STRUCTURED)]
         lines += [*levels(results, structured, "structured-base", few), *changes(results, structured, "structured-base", "structured-lora-sft", "SFT", both)]
         rows = []
         for label, prefix in structured.items():
