@@ -130,6 +130,9 @@ def check_data(data: DataConfig, evaluation: EvalConfig, mode: str) -> None:
     for key in ("name", "revision", "split", "transform", "columns", "apply_chat_template", "file_pattern"):
         if evaluation.dataset is None and getattr(evaluation, key) is not None:
             raise ConfigError(f"eval.{key}", "does nothing without eval.dataset: held-out documents then come from the training data", ("eval.dataset",))
+    transforms = [source.transform or data.transform for source in (data.mix or [data])] + [evaluation.transform or data.transform]
+    if data.enable_thinking is not None and all(transform in RAW_TEXT for transform in transforms):
+        raise ConfigError("data.enable_thinking", f"does nothing with the transform {transforms[0]}, which makes no messages for a chat template; leave it out", ("data.transform",))
     if not data.streaming and data.shuffle_buffer != DataConfig().shuffle_buffer:
         raise ConfigError("data.shuffle_buffer", "does nothing without data.streaming: all rows are shuffled", ("data.streaming",))
     if data.streaming and data.num_proc != 1:

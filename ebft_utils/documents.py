@@ -228,12 +228,16 @@ class Tokenizing:
             raise BadRow(column, f"the tokenizer's chat template cannot render {shorten(messages)}: {error}") from None
         return opening, gaps
 
-    def _chat(self, messages: list[dict], generation_prompt: bool) -> str:
-        settings = {} if self.config.data.enable_thinking is None else {"enable_thinking": self.config.data.enable_thinking}
+    def _chat(self, messages: list[dict], generation_prompt: bool, **settings) -> str:
+        if self.config.data.enable_thinking is not None:
+            settings = {"enable_thinking": self.config.data.enable_thinking} | settings
         return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt, strftime_now=TEMPLATE_DAY.strftime, **settings)
 
     def _check_template(self, messages: list[dict], opening: str) -> None:
-        """Raises UserError for a template whose answered conversation is another text than its prompt and the answer; finds out whether it trims answers."""
+        """Raises UserError for a template whose answered conversation is another text than its prompt and the answer, and for a switch for thinking that it
+        does not have; finds out whether it trims answers."""
+        if self.config.data.enable_thinking is not None and self._chat(messages, True, enable_thinking=True) == self._chat(messages, True, enable_thinking=False):
+            raise UserError("data.enable_thinking: the tokenizer's chat template has no such switch: it writes the same with true and with false; leave it out")
         answered = [*messages, {"role": "assistant", "content": ANSWER}]
         self._gap(answered, False)
         before, asked = (THINKING_PART.sub("", text) for text in (self._chat(answered, False).partition(ANSWER)[0], opening))

@@ -60,6 +60,10 @@ def test_the_switch_for_thinking(tokenizer):
     assert tokenizer.decode(in_both_modes(tokenizer, row, transform="chat").tokens) == "<|user|>a<eos>\n<|assistant|>b<eos>"
     document = in_both_modes(tokenizer, row, transform="chat", enable_thinking=False)
     assert tokenizer.decode(document.tokens) == "<|user|>a<eos>\n<|assistant|><think>\n\n</think>\n\nb<eos>" and spoken(tokenizer, document) == ["b<eos>"]
+    tokenizer.chat_template = TEMPLATE
+    for value in (True, False):
+        message = refusal(document_of, structured("rows", transform="chat", enable_thinking=value), tokenizer, row)
+        assert message.startswith("data.enable_thinking: the tokenizer's chat template has no such switch") and "row 0" in message
 
 
 def test_a_template_that_tells_the_date(tokenizer):

@@ -547,6 +547,7 @@ REFUSED = {
         f"{key} of evaluation": (BOTH, {"data": PLAIN, "eval": {key: value}}, [f"eval.{key}", "does nothing without eval.dataset"])
         for key, value in {"name": "sub", "revision": "v2", "transform": "chat", "columns": {"prompt": "q"}, "apply_chat_template": True, "file_pattern": "*.json"}.items()
     },
+    "thinking in raw text": (ONLY_STRIDED, {"data": {**FILE, "enable_thinking": False}}, ["data.enable_thinking", "does nothing with the transform text"]),
     "buffer without stream": (BOTH, {"data": {**PLAIN, "shuffle_buffer": 50}}, ["data.shuffle_buffer", "does nothing without data.streaming"]),
     "no buffer": (BOTH, {"data": {**PLAIN, "streaming": True, "shuffle_buffer": 0}}, ["data.shuffle_buffer", "0", "at least 1"]),
     **{
