@@ -237,7 +237,7 @@ def test_every_run_of_the_study_is_a_valid_configuration():
     runs = [run for part in grid.PARTS.values() for run in part()]
     assert len({run.name for run in runs}) == len(runs) > 60
     for run in runs:
-        load_config(str(ROOT / "examples" / "study" / run.base), run.overrides, grid.StructuredConfig if run.base == "structured.yaml" else grid.StridedConfig)
+        load_config(str(ROOT / "examples" / "study" / run.base), run.overrides, grid.config_class(run.base))
         assert run.measure in measure.MEASURES
 
 

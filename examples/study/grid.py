@@ -28,6 +28,7 @@ RATES = {
     "full": {"sft": (1e-5, 3e-5, 1e-4, 3e-4, 1e-3), "ebft_0": (3e-6, 2e-5, 1e-4), "ebft_0.1": (3e-6, 2e-5, 1e-4, 3e-4)},
 }
 STRUCTURED = {"lora": {method: (1e-4, 5e-4, 2e-3) for method in ("sft", "ebft_0", "ebft_0.1")}}  # as RATES, in structured mode
+LARGER = {"lora": {"sft": (1e-3, 2e-3, 4e-3), "ebft_0": (2e-4, 5e-4, 2e-3), "ebft_0.1": (5e-4, 2e-3)}}  # as RATES, of strided_larger.yaml
 SWEPT = {"sft": "sft", "ebft_0": "ebft_0", "ebft_0.03": "ebft_0.1", "ebft_0.1": "ebft_0.1"}  # whose sweep gives a method's learning rate
 ABLATIONS = {
     "whitening_sample": ["ebft.whitening=sample"],
@@ -59,10 +60,15 @@ class Run:
 
     def config(self, *overrides: str) -> StridedConfig | StructuredConfig:
         """Of its base file and these overrides. The model is read from a copy that is unpacked once: a GGUF file takes ten seconds each time."""
-        kind = StructuredConfig if self.base == "structured.yaml" else StridedConfig
+        kind = config_class(self.base)
         packed = load_config(str(HERE / self.base), (), kind).model
         unpacked = unpacked_model(replace(packed, dtype="float32"), ROOT / "runs" / "study-model")
         return load_config(str(HERE / self.base), (*overrides, f"model.name_or_path={unpacked}"), kind)
+
+
+def config_class(base: str) -> type[StridedConfig | StructuredConfig]:
+    """Of the script that a base file is for."""
+    return StructuredConfig if base == "structured.yaml" else StridedConfig
 
 
 def sweep(base: str = "strided.yaml", prefix: str = "", kinds=RATES, steps: int = 6) -> list[Run]:
@@ -84,9 +90,10 @@ def chosen_rate(kind: str, method: str, prefix: str = "", kinds=RATES) -> float:
         if not file.is_file():
             raise UserError(f"{file.name} is missing in {RESULTS}: run the part {prefix.replace('-', '_')}sweep first")
         done = json.loads(file.read_text())
-        ebft = load_config(str(HERE / done["base"]), done["overrides"], StructuredConfig if prefix else StridedConfig).ebft
+        config = load_config(str(HERE / done["base"]), done["overrides"], config_class(done["base"]))
+        ebft, length = config.ebft, config.ebft.max_completion_length if config.mode == "structured" else config.ebft.generate_max_len
         reward, cross_entropy = (mean_of_fresh(done["measured"], name) for name in ("reward_pass@1", "cross_entropy"))
-        reached[rate] = ebft.rl_coef * reward / (ebft.max_completion_length if prefix else ebft.generate_max_len) - ebft.ce_coef * cross_entropy
+        reached[rate] = ebft.rl_coef * reward / length - ebft.ce_coef * cross_entropy
     return max(reached, key=reached.get)
 
 
@@ -167,6 +174,21 @@ def structured_runs() -> list[Run]:
     return runs
 
 
+def larger_sweep() -> list[Run]:
+    """The learning rates of the larger runs."""
+    return sweep("strided_larger.yaml", "larger-", LARGER, steps=6)
+
+
+def larger_runs() -> list[Run]:
+    """The comparison where the gradient of EBFT can be seen: features are means over a rollout, twice the groups a step, four times the documents. LoRA."""
+    runs = [Run("larger-base", "strided_larger.yaml", (), "everything")]
+    for seed in SEEDS:
+        for method in ("sft", "ebft_0", "ebft_0.1"):
+            rate = chosen_rate("lora", method, "larger-", LARGER)
+            runs.append(Run(f"larger-lora-{method}-seed{seed}", "strided_larger.yaml", (*METHODS[method], f"train.learning_rate={rate}", f"train.seed={seed}"), "everything"))
+    return runs
+
+
 PARTS = {
     "sweep": sweep,
     "main": main_runs,
@@ -175,5 +197,7 @@ PARTS = {
     "structured_sweep": structured_sweep,
     "structured": structured_runs,
     "compute": compute_runs,
+    "larger_sweep": larger_sweep,
+    "larger": larger_runs,
     "pass_at_k": pass_at_k_runs,
 }

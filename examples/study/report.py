@@ -177,14 +177,18 @@ def missing(results: Results) -> list[str]:
 def report(results: Results) -> str:
     """results.md."""
     lines = ["# EBFT against supervised fine-tuning: results", "", "Made by `report.py` from the files in `results/`; what was run stands in `study.py`. Reading them: README.md, *Evidence*.", ""]
-    copied = {base: sorted({sum(share > grid.MOST_COPIED for share in run["measured"]["copied_share"][0]) for run in results.runs.values() if run["base"] == base and "copied_share" in run["measured"]}) for base in ("strided.yaml", "structured.yaml")}
-    counts = ", ".join(f"{base.removesuffix('.yaml')} {' or '.join(map(str, numbers))}" for base, numbers in copied.items())
+    copied = {}
+    for run in results.runs.values():
+        shares = run["measured"].get("copied_share", [()])[0]
+        if shares:
+            copied.setdefault((run["base"], len(shares)), set()).add(sum(share > grid.MOST_COPIED for share in shares))
+    counts = ", ".join(f"{base.removesuffix('.yaml')} {' or '.join(map(str, sorted(numbers)))} of {of}" for (base, of), numbers in sorted(copied.items()))
     devices = sorted({run["device"] for run in results.runs.values()})
     lines += [
         f"SmolLM2-135M-Instruct, forwards in bfloat16, on the Python standard library's source, the first 128 tokens of each module, about {GROUPS_PER_DOCUMENT} groups each; 32 held-out documents "
-        f"(another 32 for the learning rates). Trained on: {', '.join(devices)}.",
+        f"(another 32 for the learning rates), of the larger runs 96 (and 96). Trained on: {', '.join(devices)}.",
         "",
-        f"Held-out documents of which more than {grid.MOST_COPIED:.0%} of the 16-token windows stand in training documents too (templates; of 32: {counts}) do not count, here and in the choice of learning rates.",
+        f"Held-out documents of which more than {grid.MOST_COPIED:.0%} of the 16-token windows stand in training documents too (templates: {counts}) do not count, here and in the choice of learning rates.",
         "",
         "Tables of levels: mean ± standard deviation over seeds. Tables of changes: ± is the standard error of paired differences over documents, the methods averaged over seeds; in brackets the "
         "standard deviation over seeds. Seconds are of training alone; where one CPU core is named, two runs shared a machine of two.",
@@ -200,11 +204,20 @@ def report(results: Results) -> str:
         if kind == "lora":
             prefixes["SFT, EBFT's time"] = "compute-lora-sft"
         lines += [f"## {title}", "", *levels(results, prefixes, f"{kind}-base", COLUMNS), *changes(results, prefixes, f"{kind}-base", f"main-{kind}-sft", "SFT", both)]
+    by_length = {f"cfm_unbiased@{length}": f"{length} tokens" for length in grid.LENGTHS}
     if "lora-base" in results.runs:
         lines += ["## CFM by the rollout's length (LoRA)", "", "Unbiased CFM of the first tokens of the same rollouts of 64 tokens, at the same places.", ""]
-        by_length = {f"cfm_unbiased@{length}": f"{length} tokens" for length in grid.LENGTHS}
         prefixes = {NAMES[method]: f"main-lora-{method}" for method in grid.METHODS}
         lines += [*levels(results, prefixes, "lora-base", by_length), *changes(results, prefixes, "lora-base", "main-lora-sft", "SFT", by_length)]
+    larger = {NAMES[method]: f"larger-lora-{method}" for method in grid.LARGER["lora"]}
+    if any(results.seeds(prefix) for prefix in larger.values()):
+        lines += [
+            "## Larger runs (LoRA): the feature is the mean over a rollout", "",
+            "`strided_larger.yaml`: `embed_method: completion_mean`, in training and in what is measured (so CFM and reward are not those of the tables above); 16 steps of 16 documents.", "",
+            "Learning rates: 96 documents (6 steps), one seed, chosen as above.", *rates(results, "larger-", grid.LARGER),
+            *levels(results, larger, "larger-base", COLUMNS), *changes(results, larger, "larger-base", "larger-lora-sft", "SFT", both),
+            "CFM by the rollout's length:", *levels(results, larger, "larger-base", by_length), *changes(results, larger, "larger-base", "larger-lora-sft", "SFT", by_length),
+        ]
     if any(name.startswith("gradient-") for name in results.runs):
         rows = []
         for name, run in results.runs.items():
@@ -253,7 +266,10 @@ def report(results: Results) -> str:
 def plot_comparison(results: Results, folder: Path) -> None:
     """Change since the base model of each method: a dot a seed, the mean with the error over documents."""
     metrics = {"cross_entropy": "cross-entropy", "cfm_unbiased": "CFM, unbiased", "reward_pass@1": "reward", "human_eval_cross_entropy": "HumanEval cross-entropy"}
-    rows = {"strided, LoRA": ("lora-base", "main-lora"), "strided, full": ("full-base", "main-full"), "structured, LoRA": ("structured-base", "structured-lora")}
+    rows = {
+        "strided, LoRA": ("lora-base", "main-lora"), "strided, full": ("full-base", "main-full"), "larger, LoRA": ("larger-base", "larger-lora"),
+        "structured, LoRA": ("structured-base", "structured-lora"),
+    }
     figure, axes = plt.subplots(len(rows), len(metrics), figsize=(13, 3 * len(rows)), layout="constrained")
     for row, (title, (base, prefix)) in enumerate(rows.items()):
         methods = [method for method in grid.METHODS if results.seeds(f"{prefix}-{method}")]
@@ -273,16 +289,16 @@ def plot_comparison(results: Results, folder: Path) -> None:
     plt.close(figure)
 
 
-def plot_lengths(results: Results, folder: Path) -> None:
+def plot_lengths(results: Results, base: str, prefix: str, file: Path) -> None:
     """CFM by length, and the difference to the base model."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for method in ("base", *grid.METHODS):
-        runs = [results.runs["lora-base"]] if method == "base" else results.seeds(f"main-lora-{method}")
+        runs = [results.runs[base]] if method == "base" else results.seeds(f"{prefix}-{method}")
         if runs:
             values = [over_seeds([mean_of(run, f"cfm_unbiased@{length}") for run in runs])[0] for length in grid.LENGTHS]
             axes[0].plot(grid.LENGTHS, values, "o-", color=COLOURS[method], label=NAMES[method])
             if method != "base":
-                found = [difference(runs, [results.runs["lora-base"]], f"cfm_unbiased@{length}")[:2] for length in grid.LENGTHS]
+                found = [difference(runs, [results.runs[base]], f"cfm_unbiased@{length}")[:2] for length in grid.LENGTHS]
                 axes[1].errorbar(grid.LENGTHS, *zip(*found, strict=True), fmt="o-", color=COLOURS[method], capsize=3)
     axes[1].axhline(0, color="black", lw=0.6)
     for axis, title in zip(axes, ("CFM, unbiased (LoRA)", "change since the base model, ± standard error over documents"), strict=True):
@@ -291,7 +307,7 @@ def plot_lengths(results: Results, folder: Path) -> None:
         axis.set_xlabel("tokens of a rollout")
         axis.set_title(title, fontsize=10)
     axes[0].legend(fontsize=8)
-    figure.savefig(folder / "cfm_by_length.png", dpi=110)
+    figure.savefig(file, dpi=110)
     plt.close(figure)
 
 
@@ -342,8 +358,10 @@ def main() -> None:
     (HERE / "results.md").write_text(report(results))
     if {"lora-base", "full-base"} <= results.runs.keys():
         plot_comparison(results, folder)
-        plot_lengths(results, folder)
+        plot_lengths(results, "lora-base", "main-lora", folder / "cfm_by_length.png")
         plot_cost(results, folder)
+    if "larger-base" in results.runs:
+        plot_lengths(results, "larger-base", "larger-lora", folder / "cfm_by_length_larger.png")
     if any(name.startswith("gradient-") for name in results.runs):
         plot_gradients(results, folder)
     print(f"{len(results.runs)} results in {HERE / 'results.md'} and {folder}")
