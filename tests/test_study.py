@@ -230,6 +230,13 @@ def test_the_learning_rate_is_chosen_by_validation(monkeypatch, tmp_path):
     assert grid.chosen_rate("lora", "ebft_0.03") == grid.RATES["lora"]["ebft_0.1"][-1]  # -0.4 / 8 < 0.1 * 1
     with pytest.raises(study.UserError, match="sweep-full-sft-1e-05.json is missing"):
         grid.chosen_rate("full", "sft")
+    for runs, prefix, kinds in ((grid.structured_sweep(), "structured-", grid.STRUCTURED), (grid.larger_sweep(), "larger-", grid.LARGER)):
+        for run in runs:
+            place = kinds["lora"][run.name.split("-")[3]].index(float(run.overrides[-3].partition("=")[2]))
+            measured = {"cross_entropy": [[3.0 - 0.2 * place], [1.0]], "reward_pass@1": [[0.8 - 0.4 * place], [1.0]], "copied_share": [[0.0], [1.0]]}
+            run.file.write_text(json.dumps({"base": run.base, "overrides": run.overrides, "measured": measured}))
+    assert grid.chosen_rate("lora", "ebft_0.1", "structured-", grid.STRUCTURED) == grid.STRUCTURED["lora"]["ebft_0.1"][-1]  # -0.4 / 48 + 0.1 * 0.2 > 0
+    assert grid.chosen_rate("lora", "ebft_0.1", "larger-", grid.LARGER) == grid.LARGER["lora"]["ebft_0.1"][0]  # -0.4 / 8 + 0.1 * 0.2 < 0
 
 
 def test_every_run_of_the_study_is_a_valid_configuration():

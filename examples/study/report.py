@@ -236,7 +236,7 @@ def report(results: Results) -> str:
     if any(results.seeds(prefix) for prefix in ablations.values()):
         few = {name: title for name, title in COLUMNS.items() if name != "human_eval_cross_entropy"}
         lines += [
-            "## Ablations (EBFT γ=0, LoRA)", "", "One setting changed, seed 0, all measured with the same settings; differences are to seed 0 of the comparison, *as it stands*.",
+            "## Ablations (EBFT γ=0, LoRA)", "", "One setting changed, all measured with the same settings; differences are to the same seeds of the comparison, *as it stands*: seed 0, or all three.",
             *levels(results, {"as it stands": "main-lora-ebft_0", **ablations}, "lora-base", few),
             *changes(results, ablations, "lora-base", "main-lora-ebft_0", "as it stands", both),
         ]
@@ -284,7 +284,8 @@ def plot_comparison(results: Results, folder: Path) -> None:
                 axis.errorbar([place + 0.2], [mean], [error], fmt="_", ms=12, color=COLOURS[method], capsize=3)
             axis.axhline(0, color="black", lw=0.6)
             axis.set_xticks(range(len(methods)), [NAMES[method].replace("EBFT ", "") for method in methods])
-            axis.set_title(f"{title}: {name}, change", fontsize=9)
+            axis.set_title(f"{title}: {name}", fontsize=9)
+    figure.suptitle("change since the base model", fontsize=10)
     figure.savefig(folder / "comparison.png", dpi=110)
     plt.close(figure)
 
