@@ -252,6 +252,7 @@ def test_the_report_is_that_of_the_results():
     """Guards against a table that nobody can make again."""
     results = report.Results(grid.RESULTS)
     assert (ROOT / "examples" / "study" / "results.md").read_text() == report.report(results)
+    assert "\n".join(report.summary(results)).strip() in (ROOT / "README.md").read_text()
     for name, run in results.runs.items():
         assert run["name"] == name and run["measured"] and all(math.isfinite(value) for entry in run["log"] for value in entry.values())
 

@@ -147,6 +147,21 @@ def changes(results: Results, prefixes: dict[str, str], base: str, rival: str, r
     return table(["", "seeds", *(f"{name}: change" for name in columns.values()), *(f"{name}: minus {rival_name}" for name in columns.values())], rows)
 
 
+def summary(results: Results) -> list[str]:
+    """The table of README.md, *Evidence*: each method's change since its base model. Part -> base model, prefix of the runs, digits of CFM."""
+    parts = {"strided, LoRA": ("lora-base", "main-lora", 3), "strided, full": ("full-base", "main-full", 3), "larger, LoRA": ("larger-base", "larger-lora", 4), "structured, LoRA": ("structured-base", "structured-lora", 3)}
+    rows = []
+    for part, (base, prefix, digits) in parts.items():
+        prefixes = {f"{part}: SFT": f"{prefix}-sft", **({"SFT, given EBFT's time": "compute-lora-sft"} if part == "strided, LoRA" else {})}
+        prefixes |= {NAMES[method]: f"{prefix}-{method}" for method in grid.METHODS if method != "sft"}
+        for label, runs in ((label, results.seeds(prefix)) for label, prefix in prefixes.items()):
+            if runs and base in results.runs:
+                found = {metric: difference(runs, [results.runs[base]], metric) for metric in ("cross_entropy", "cfm_unbiased", "reward_pass@1")}
+                cells = [f"{mean:+.{places}f} ± {error:.{places}f}" for (mean, error, _), places in zip(found.values(), (3, digits, 3), strict=True)]
+                rows.append([label, f"{runs[0]['documents']}", *cells, f"{over_seeds([run['seconds'] for run in runs])[0]:.0f}"])
+    return table(["", "documents", "cross-entropy", "CFM, unbiased", "reward", "seconds of training"], rows)
+
+
 def rates(results: Results, prefix: str, kinds: dict) -> list[str]:
     """The sweep on the validation documents, with the paired differences of CFM and reward to the chosen rate, which is in bold."""
     rows = []
@@ -193,6 +208,8 @@ def report(results: Results) -> str:
         "Tables of levels: mean ± standard deviation over seeds. Tables of changes: ± is the standard error of paired differences over documents, the methods averaged over seeds; in brackets the "
         "standard deviation over seeds. Seconds are of training alone; where one CPU core is named, two runs shared a machine of two.",
         "",
+        "## Changes since the base model",
+        *summary(results),
         "## Learning rates",
         "",
         "48 documents (6 steps), one seed. Chosen, in bold: the best value of what is trained, rl_coef * reward / 8 - ce_coef * cross-entropy. γ=0.03 takes the rate of γ=0.1.",
