@@ -219,12 +219,16 @@ def read_in(row: dict) -> str:
 # Two steps of each
 
 
+EMPTY = "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"  # Qwen3's switch
+THINKING_TEMPLATE = TEMPLATE.replace("<|assistant|>{% endif %}", f"<|assistant|>{EMPTY}{{% endif %}}")
+
+
 @pytest.fixture(scope="session")
 def chat_model(tmp_path_factory) -> Path:
     """The tiny llama with a chat template, whose answers end in <eos>."""
     folder = tmp_path_factory.mktemp("chat-model")
     tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = TEMPLATE
+    tokenizer.chat_template = THINKING_TEMPLATE
     tiny_model().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -360,7 +364,7 @@ def server(tmp_path_factory):
     vllm_python()
     server = Server(tmp_path_factory.mktemp("served"), tied=False, lora={"r": 16, "alpha": 32})
     tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = TEMPLATE
+    tokenizer.chat_template = THINKING_TEMPLATE
     tokenizer.save_pretrained(server.model)
     try:
         yield server.start().wait()

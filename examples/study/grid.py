@@ -159,19 +159,24 @@ def gradient_runs() -> list[Run]:
     ]
 
 
+def lora_runs(base: str, prefix: str, kinds: dict, measure: str) -> list[Run]:
+    """A comparison with LoRA alone: the methods of kinds x seeds, and the base model."""
+    runs = [Run(f"{prefix}base", base, (), measure)]
+    for seed in SEEDS:
+        for method in kinds["lora"]:
+            rate = chosen_rate("lora", method, prefix, kinds)
+            runs.append(Run(f"{prefix}lora-{method}-seed{seed}", base, (*METHODS[method], f"train.learning_rate={rate}", f"train.seed={seed}"), measure))
+    return runs
+
+
 def structured_sweep() -> list[Run]:
     """The learning rates of structured mode."""
     return sweep("structured.yaml", "structured-", STRUCTURED, steps=6)
 
 
 def structured_runs() -> list[Run]:
-    """The comparison in structured mode, LoRA."""
-    runs = [Run("structured-base", "structured.yaml", (), "held_out")]
-    for seed in SEEDS:
-        for method in ("sft", "ebft_0", "ebft_0.1"):
-            rate = chosen_rate("lora", method, "structured-", STRUCTURED)
-            runs.append(Run(f"structured-lora-{method}-seed{seed}", "structured.yaml", (*METHODS[method], f"train.learning_rate={rate}", f"train.seed={seed}"), "held_out"))
-    return runs
+    """The comparison in structured mode."""
+    return lora_runs("structured.yaml", "structured-", STRUCTURED, "held_out")
 
 
 def larger_sweep() -> list[Run]:
@@ -180,13 +185,8 @@ def larger_sweep() -> list[Run]:
 
 
 def larger_runs() -> list[Run]:
-    """The comparison where the gradient of EBFT can be seen: features are means over a rollout, twice the groups a step, four times the documents. LoRA."""
-    runs = [Run("larger-base", "strided_larger.yaml", (), "everything")]
-    for seed in SEEDS:
-        for method in ("sft", "ebft_0", "ebft_0.1"):
-            rate = chosen_rate("lora", method, "larger-", LARGER)
-            runs.append(Run(f"larger-lora-{method}-seed{seed}", "strided_larger.yaml", (*METHODS[method], f"train.learning_rate={rate}", f"train.seed={seed}"), "everything"))
-    return runs
+    """The comparison where the gradient of EBFT can be seen: features are means over a rollout, twice the groups a step, four times the documents."""
+    return lora_runs("strided_larger.yaml", "larger-", LARGER, "everything")
 
 
 PARTS = {
