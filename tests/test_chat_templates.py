@@ -11,7 +11,7 @@ from ebft_utils.config import ModelConfig
 from ebft_utils.models import load_tokenizer
 from ebft_utils.transforms import TRANSFORMS, load_transform
 from test_transforms import (  # noqa: F401  fixtures too
-    CHATML, END, TALK, TEMPLATE, THOUGHT, TOKENS, assistant, by_word, document_of, in_both_modes, own_cache, refusal, spoken, strided, structured, tokenizer, user, words,
+    CHATML, END, TALK, TEMPLATE, THINKING_TEMPLATE, THOUGHT, TOKENS, assistant, by_word, document_of, in_both_modes, own_cache, refusal, spoken, strided, structured, tokenizer, user, words,
 )  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -54,8 +54,7 @@ def test_an_answer_without_thinking_behind_a_template_that_thinks(tokenizer, tra
 
 def test_the_switch_for_thinking(tokenizer):
     """Guards against Qwen3's template thinking before solutions that have no thinking."""
-    empty = "{{ '<think>\\n\\n</think>\\n\\n' }}"
-    tokenizer.chat_template = TEMPLATE.replace("<|assistant|>{% endif %}", f"<|assistant|>{{% if enable_thinking is defined and not enable_thinking %}}{empty}{{% endif %}}{{% endif %}}")
+    tokenizer.chat_template = THINKING_TEMPLATE
     row = {"messages": [user("a"), assistant("b")]}
     assert tokenizer.decode(in_both_modes(tokenizer, row, transform="chat").tokens) == "<|user|>a<eos>\n<|assistant|>b<eos>"
     document = in_both_modes(tokenizer, row, transform="chat", enable_thinking=False)

@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState
 from conftest import ROOT, evaluations, logged, tiny_model, tiny_tokenizer
 from real_vllm import Server, vllm_python
 from safetensors.torch import load_file
-from test_prompts import TEMPLATE
+from test_transforms import THINKING_TEMPLATE
 
 import train_strided
 import train_structured
@@ -217,10 +217,6 @@ def read_in(row: dict) -> str:
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
 # Two steps of each
-
-
-EMPTY = "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"  # Qwen3's switch
-THINKING_TEMPLATE = TEMPLATE.replace("<|assistant|>{% endif %}", f"<|assistant|>{EMPTY}{{% endif %}}")
 
 
 @pytest.fixture(scope="session")

@@ -25,6 +25,8 @@ from ebft_utils.transforms import TRANSFORMS
 from train_strided import batch_of, document_targets
 
 TEMPLATE = "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<eos>\n{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+EMPTY = "{{ '<think>\\n\\n</think>\\n\\n' }}"
+THINKING_TEMPLATE = TEMPLATE.replace("<|assistant|>{% endif %}", f"<|assistant|>{{% if enable_thinking is defined and not enable_thinking %}}{EMPTY}{{% endif %}}{{% endif %}}")  # Qwen3's switch
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<eos>' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"

@@ -185,7 +185,7 @@ def larger_sweep() -> list[Run]:
 
 
 def larger_runs() -> list[Run]:
-    """The comparison where the gradient of EBFT can be seen: features are means over a rollout, twice the groups a step, four times the documents."""
+    """The comparison with features whose gradient can be seen in fewer groups: features are means over a rollout, twice the groups a step, four times the documents."""
     return lora_runs("strided_larger.yaml", "larger-", LARGER, "everything")
 
 

@@ -35,6 +35,12 @@ COLUMNS = {
     "human_eval_cross_entropy": "HumanEval cross-entropy",
 }
 GROUPS_PER_DOCUMENT = 15
+COMPARISONS = {  # part -> base model, what the names of its runs begin with
+    "strided, LoRA": ("lora-base", "main-lora"),
+    "strided, full": ("full-base", "main-full"),
+    "larger, LoRA": ("larger-base", "larger-lora"),
+    "structured, LoRA": ("structured-base", "structured-lora"),
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -148,18 +154,31 @@ def changes(results: Results, prefixes: dict[str, str], base: str, rival: str, r
 
 
 def summary(results: Results) -> list[str]:
-    """The table of README.md, *Evidence*: each method's change since its base model. Part -> base model, prefix of the runs, digits of CFM."""
-    parts = {"strided, LoRA": ("lora-base", "main-lora", 3), "strided, full": ("full-base", "main-full", 3), "larger, LoRA": ("larger-base", "larger-lora", 4), "structured, LoRA": ("structured-base", "structured-lora", 3)}
+    """The table of README.md, *Evidence*: each method's change since its base model."""
     rows = []
-    for part, (base, prefix, digits) in parts.items():
-        prefixes = {f"{part}: SFT": f"{prefix}-sft", **({"SFT, given EBFT's time": "compute-lora-sft"} if part == "strided, LoRA" else {})}
-        prefixes |= {NAMES[method]: f"{prefix}-{method}" for method in grid.METHODS if method != "sft"}
-        for label, runs in ((label, results.seeds(prefix)) for label, prefix in prefixes.items()):
+    for part, (base, prefix) in COMPARISONS.items():
+        prefixes = {f"{part}: {NAMES[method]}": f"{prefix}-{method}" for method in grid.METHODS}
+        if part == "strided, LoRA":
+            prefixes[f"{part}: SFT, given EBFT's time"] = "compute-lora-sft"
+        for label, name in prefixes.items():
+            runs = results.seeds(name)
             if runs and base in results.runs:
-                found = {metric: difference(runs, [results.runs[base]], metric) for metric in ("cross_entropy", "cfm_unbiased", "reward_pass@1")}
-                cells = [f"{mean:+.{places}f} ± {error:.{places}f}" for (mean, error, _), places in zip(found.values(), (3, digits, 3), strict=True)]
+                found = [difference(runs, [results.runs[base]], metric) for metric in ("cross_entropy", "cfm_unbiased", "reward_pass@1")]
+                cells = [f"{mean:+.4f} ± {error:.4f}" for mean, error, _ in found]
                 rows.append([label, f"{runs[0]['documents']}", *cells, f"{over_seeds([run['seconds'] for run in runs])[0]:.0f}"])
     return table(["", "documents", "cross-entropy", "CFM, unbiased", "reward", "seconds of training"], rows)
+
+
+def gradient_table(results: Results) -> list[str]:
+    """Signal and noise of the gradient, a row a setting; what is less than two errors away from nothing is a bound."""
+    rows = []
+    for name, run in results.runs.items():
+        if name.startswith("gradient-"):
+            found = gradient_noise(run)
+            signal, error = found["signal"]
+            needed = f"{found['documents'][0]:.0f} ± {found['documents'][1]:.0f}" if signal > 2 * error else f"more than {found['noise'][0] / (max(signal, 0) + 2 * error):.0f}"
+            rows.append([name.removeprefix("gradient-"), f"{signal:.3g} ± {error:.2g}", f"{found['noise'][0]:.3g}", needed, shown(*found["cosine"]) if signal > 2 * error else "–"])
+    return table(["", "signal: ‖mean gradient‖²", "noise of one document", "documents", "cosine with SFT"], rows)
 
 
 def rates(results: Results, prefix: str, kinds: dict) -> list[str]:
@@ -236,18 +255,11 @@ def report(results: Results) -> str:
             "CFM by the rollout's length:", *levels(results, larger, "larger-base", by_length), *changes(results, larger, "larger-base", "larger-lora-sft", "SFT", by_length),
         ]
     if any(name.startswith("gradient-") for name in results.runs):
-        rows = []
-        for name, run in results.runs.items():
-            if name.startswith("gradient-"):
-                found = gradient_noise(run)
-                signal, error = found["signal"]
-                needed = f"{found['documents'][0]:.0f} ± {found['documents'][1]:.0f}" if signal > 2 * error else f"more than {found['noise'][0] / (max(signal, 0) + 2 * error):.0f}"
-                rows.append([name.removeprefix("gradient-"), f"{signal:.3g} ± {error:.2g}", f"{found['noise'][0]:.3g}", needed, shown(*found["cosine"]) if signal > 2 * error else "–"])
         lines += [
             "## The gradient at the base model (LoRA)", "",
             "Of single documents (48, or 192 where the name says so), with respect to the adapter as it is initialised (so to its matrices B, seen through one random A). *documents*: how many a step needs until the error of its gradient is as large as the gradient (noise / signal). *cosine*: of the mean gradient "
             "with that of the cross-entropy; ± are jackknife errors over documents.",
-            *table(["", "signal: ‖mean gradient‖²", "noise of one document", "documents", "cosine with SFT"], rows),
+            *gradient_table(results),
         ]
     ablations = {name: f"ablation-{name}" for name in grid.ABLATIONS}
     if any(results.seeds(prefix) for prefix in ablations.values()):
@@ -283,12 +295,8 @@ def report(results: Results) -> str:
 def plot_comparison(results: Results, folder: Path) -> None:
     """Change since the base model of each method: a dot a seed, the mean with the error over documents."""
     metrics = {"cross_entropy": "cross-entropy", "cfm_unbiased": "CFM, unbiased", "reward_pass@1": "reward", "human_eval_cross_entropy": "HumanEval cross-entropy"}
-    rows = {
-        "strided, LoRA": ("lora-base", "main-lora"), "strided, full": ("full-base", "main-full"), "larger, LoRA": ("larger-base", "larger-lora"),
-        "structured, LoRA": ("structured-base", "structured-lora"),
-    }
-    figure, axes = plt.subplots(len(rows), len(metrics), figsize=(13, 3 * len(rows)), layout="constrained")
-    for row, (title, (base, prefix)) in enumerate(rows.items()):
+    figure, axes = plt.subplots(len(COMPARISONS), len(metrics), figsize=(13, 3 * len(COMPARISONS)), layout="constrained")
+    for row, (title, (base, prefix)) in enumerate(COMPARISONS.items()):
         methods = [method for method in grid.METHODS if results.seeds(f"{prefix}-{method}")]
         for axis, (metric, name) in zip(axes[row], metrics.items(), strict=True):
             if not methods or base not in results.runs or metric not in results.runs[base]["measured"]:
