@@ -19,7 +19,8 @@ import shlex
 import sys
 from pathlib import Path
 
-from ebft_utils.config import StructuredConfig, UserError, parse_command_line
+from ebft_utils.config.modes import StructuredConfig, parse_command_line
+from ebft_utils.config.settings import UserError
 from ebft_utils.models import resolve_source, unpacked_model
 
 ADAPTER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM can be built for

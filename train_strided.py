@@ -26,39 +26,19 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-from ebft_utils.checkpoint import RunState, check_same_run, continue_with, export_final, find_checkpoint, launch_of, load_checkpoint, output_folder
-from ebft_utils.config import StridedConfig, parse_command_line
-from ebft_utils.data import Batch, Rows, load_rows, make_batch, rollout_uniforms, rows_of_step
-from ebft_utils.distributed import (
-    StopSignals,
-    describe_run,
-    gradient_sync,
-    main_process_first,
-    micro_batches_per_step,
-    precision,
-    prepare_accelerator,
-    prepare_policy,
-    run_as_command,
-    together,
-    whole_weights,
-)
-from ebft_utils.features import FeatureNetwork, strided_features
-from ebft_utils.losses import cross_entropy_loss, policy_gradient_loss
-from ebft_utils.loop import TrainingLoop, Update, evaluate_only
-from ebft_utils.memory import out_of_memory_advice
-from ebft_utils.metrics import MetricLogger, MetricSums, logged_evaluations, rollout_table, step_metrics
+from ebft_utils.run.checkpoint import RunState, check_same_run, continue_with, export_final, find_checkpoint, launch_of, load_checkpoint, output_folder
+from ebft_utils.config.modes import StridedConfig, parse_command_line
+from ebft_utils.data.rows import Batch, Rows, load_rows, make_batch, rollout_uniforms, rows_of_step
+from ebft_utils.run.distributed import StopSignals, describe_run, gradient_sync, main_process_first, micro_batches_per_step, precision, prepare_accelerator, prepare_policy, run_as_command, together, whole_weights
+from ebft_utils.algorithm.features import FeatureNetwork, strided_features
+from ebft_utils.algorithm.losses import cross_entropy_loss, policy_gradient_loss
+from ebft_utils.run.loop import TrainingLoop, Update, evaluate_only
+from ebft_utils.run.memory import out_of_memory_advice
+from ebft_utils.run.metrics import MetricLogger, MetricSums, logged_evaluations, rollout_table, step_metrics
 from ebft_utils.models import StridedPolicy, check_vocabulary, load_feature_network, load_policy, load_tokenizer, model_card, set_attention
-from ebft_utils.preview import preview
-from ebft_utils.rewards import (
-    FeatureRewards,
-    feature_matching_rewards,
-    first_equal_rollout,
-    group_norm_advantages,
-    rloo_advantages,
-    share_equal_rollouts,
-    unbiased_cfm,
-)
-from ebft_utils.strided import in_parts, number_of_parts, rollouts_to_train, truth_windows
+from ebft_utils.run.preview import preview
+from ebft_utils.algorithm.rewards import FeatureRewards, feature_matching_rewards, first_equal_rollout, group_norm_advantages, rloo_advantages, share_equal_rollouts, unbiased_cfm
+from ebft_utils.algorithm.strided import in_parts, number_of_parts, rollouts_to_train, truth_windows
 
 SHOWN = {"reward": "ebft/mean_reward", "cfm": "ebft/cfm_loss", "ce": "ebft/ce_loss", "tok/s": "train/tokens_per_second"}
 EVALUATED = ("cross_entropy", "cfm_loss", "cfm_unbiased", "reward_pass@1", "reward_best_of_n")

@@ -32,34 +32,22 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ebft_utils.checkpoint import RunState, check_same_run, continue_with, export_final, find_checkpoint, launch_of, load_checkpoint, output_folder
-from ebft_utils.config import StructuredConfig, parse_command_line
-from ebft_utils.data import MixedRows, Rows, StreamedRows, load_rows, rows_of_step
-from ebft_utils.distributed import (
-    StopSignals,
-    describe_run,
-    gradient_sync,
-    main_process_first,
-    micro_batches_per_step,
-    precision,
-    prepare_accelerator,
-    prepare_policy,
-    run_as_command,
-    together,
-    whole_weights,
-)
-from ebft_utils.features import FeatureNetwork, completion_features
-from ebft_utils.losses import clipped_policy_loss, completion_token_weights, cross_entropy_loss, importance_weights
-from ebft_utils.loop import TrainingLoop, Update, evaluate_only
-from ebft_utils.memory import out_of_memory_advice
-from ebft_utils.metrics import MetricLogger, MetricSums, logged_evaluations, rollout_table, step_metrics
+from ebft_utils.run.checkpoint import RunState, check_same_run, continue_with, export_final, find_checkpoint, launch_of, load_checkpoint, output_folder
+from ebft_utils.config.modes import StructuredConfig, parse_command_line
+from ebft_utils.data.rows import MixedRows, Rows, StreamedRows, load_rows, rows_of_step
+from ebft_utils.run.distributed import StopSignals, describe_run, gradient_sync, main_process_first, micro_batches_per_step, precision, prepare_accelerator, prepare_policy, run_as_command, together, whole_weights
+from ebft_utils.algorithm.features import FeatureNetwork, completion_features
+from ebft_utils.algorithm.losses import clipped_policy_loss, completion_token_weights, cross_entropy_loss, importance_weights
+from ebft_utils.run.loop import TrainingLoop, Update, evaluate_only
+from ebft_utils.run.memory import out_of_memory_advice
+from ebft_utils.run.metrics import MetricLogger, MetricSums, logged_evaluations, rollout_table, step_metrics
 from ebft_utils.models import StridedPolicy, check_vocabulary, load_feature_network, load_policy, load_tokenizer, model_card, set_attention, stop_token_ids
-from ebft_utils.preview import preview
-from ebft_utils.prompts import Completion, PromptBatch, conversation_of, make_prompt_batch, padded, thinking_opened, without_thinking
-from ebft_utils.rewards import FeatureRewards, feature_matching_rewards, first_equal_rollout, group_norm_advantages, rloo_advantages, share_equal_rollouts, unbiased_cfm
-from ebft_utils.rollouts import Rollouts
-from ebft_utils.vllm_client import VLLMServer
-from ebft_utils.weight_sync import ServedPolicy
+from ebft_utils.run.preview import preview
+from ebft_utils.data.prompts import Completion, PromptBatch, conversation_of, make_prompt_batch, padded, thinking_opened, without_thinking
+from ebft_utils.algorithm.rewards import FeatureRewards, feature_matching_rewards, first_equal_rollout, group_norm_advantages, rloo_advantages, share_equal_rollouts, unbiased_cfm
+from ebft_utils.server.rollouts import Rollouts
+from ebft_utils.server.client import VLLMServer
+from ebft_utils.server.weight_sync import ServedPolicy
 
 SHOWN = {
     "reward": "ebft/mean_reward", "cfm": "ebft/cfm_loss", "ce": "ebft/ce_loss", "length": "rollout/length", "kl": "vllm/kl", "stale": "vllm/staleness",

@@ -16,11 +16,12 @@ from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from .attention import STRIDED_SDPA
-from .config import Config, ModelConfig, UserError
-from .features import FeatureNetwork, cut_decoder, layer_indices
-from .flex import STRIDED_FLEX, prove_flex_attention, why_not_flex
-from .strided import decode_step, generate_rollouts, in_few_shapes, rollout_logprobs, strided_logprobs
+from .algorithm.attention import STRIDED_SDPA
+from .config.modes import Config, ModelConfig
+from .config.settings import UserError
+from .algorithm.features import FeatureNetwork, cut_decoder, layer_indices
+from .algorithm.flex import STRIDED_FLEX, prove_flex_attention, why_not_flex
+from .algorithm.strided import decode_step, generate_rollouts, in_few_shapes, rollout_logprobs, strided_logprobs
 
 LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)  # what a missing or damaged file can end in
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

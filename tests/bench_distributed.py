@@ -36,7 +36,7 @@ def peak_memory(reset: bool) -> float:
 def worker(report: str, arguments: list[str]) -> None:
     """The training script with its steps, saves and loads measured; one JSON line a process."""
     import train_strided
-    from ebft_utils import loop
+    from ebft_utils.run import loop
 
     measured = {"peak_gb": 0.0, "save_s": 0.0, "resume_s": 0.0}
 
@@ -78,7 +78,7 @@ def main() -> None:
     options, rest = parser.parse_known_args()
     if options.worker:
         return worker(options.worker, rest)
-    from ebft_utils.config import ModelConfig
+    from ebft_utils.config.modes import ModelConfig
     from ebft_utils.models import load_causal_lm, load_tokenizer
 
     with tempfile.TemporaryDirectory() as folder:

@@ -48,14 +48,15 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ebft_utils.attention import STRIDED_SDPA
-from ebft_utils.config import ModelConfig, StridedConfig, TrainConfig, UserError
-from ebft_utils.data_config import TextDataConfig
-from ebft_utils.features import FeatureNetwork, layer_indices, strided_features
-from ebft_utils.losses import policy_gradient_loss, token_logprobs
+from ebft_utils.algorithm.attention import STRIDED_SDPA
+from ebft_utils.config.modes import ModelConfig, StridedConfig, TrainConfig
+from ebft_utils.config.settings import UserError
+from ebft_utils.config.data import TextDataConfig
+from ebft_utils.algorithm.features import FeatureNetwork, layer_indices, strided_features
+from ebft_utils.algorithm.losses import policy_gradient_loss, token_logprobs
 from ebft_utils.models import DTYPES, StridedPolicy, cast_weights, load_causal_lm, set_attention
-from ebft_utils.rewards import feature_matching_rewards, rloo_advantages, share_equal_rollouts
-from ebft_utils.strided import Layout, attention_arguments, dense_mask, find_anchors, pack_layout, rollouts_to_train, sample_tokens
+from ebft_utils.algorithm.rewards import feature_matching_rewards, rloo_advantages, share_equal_rollouts
+from ebft_utils.algorithm.strided import Layout, attention_arguments, dense_mask, find_anchors, pack_layout, rollouts_to_train, sample_tokens
 
 TEMPERATURE, STRIDE, CONTEXT, GENERATED = 0.6, 8, 8, 8
 FEATURE_LAYERS = [0.25, 0.5, 0.75]

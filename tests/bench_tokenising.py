@@ -48,8 +48,9 @@ def reset_peak() -> None:
 def measure(path: str, way: str) -> None:
     """Reads all documents once and prints what that took, as JSON."""
     sys.path.insert(0, str(ROOT))
-    from ebft_utils.config import ModelConfig, StridedConfig, TextDataConfig, TrainConfig, EvalConfig
-    from ebft_utils.data import load_rows
+    from ebft_utils.config.data import TextDataConfig, EvalConfig
+    from ebft_utils.config.modes import ModelConfig, StridedConfig, TrainConfig
+    from ebft_utils.data.rows import load_rows
     from ebft_utils.models import load_tokenizer
 
     data = TextDataConfig(path, sequence_length=SEQUENCE_LENGTH, on_bad_row="skip", streaming=way == "streamed", num_proc=2 if way == "two processes" else 1)

@@ -143,7 +143,8 @@ WAIT = 150  # seconds that anything may take on a busy machine
 SABOTAGE = """
 import os, resource, runpy, signal, sys
 sys.path.insert(0, {root!r})
-from ebft_utils import checkpoint, losses
+from ebft_utils.algorithm import losses
+from ebft_utils.run import checkpoint
 rank, scored, num_calls = int(os.environ["RANK"]), losses.policy_gradient_loss, 0
 
 

@@ -15,8 +15,8 @@ sys.path.insert(0, str(ROOT))
 
 import yaml
 
-from ebft_utils.config import LoraConfig, StridedConfig, StructuredConfig
-from ebft_utils.settings import alternatives, describe_type
+from ebft_utils.config.modes import LoraConfig, StridedConfig, StructuredConfig
+from ebft_utils.config.settings import alternatives, describe_type
 
 BEGIN, END = "<!-- {name}: begin (made by tests/readme_tables.py) -->", "<!-- {name}: end -->"
 SECTIONS = ("model", "lora", "data", "ebft", "train", "eval", "feature_network", "vllm")

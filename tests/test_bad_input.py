@@ -20,7 +20,9 @@ import torch.distributed.checkpoint as dcp
 from conftest import ROOT, assert_holds, saved_tensors, tiny_model, tiny_tokenizer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ebft_utils.config import StridedConfig, TextDataConfig, StridedEBFTConfig, ModelConfig, TrainConfig, UserError
+from ebft_utils.config.data import TextDataConfig
+from ebft_utils.config.modes import StridedConfig, StridedEBFTConfig, ModelConfig, TrainConfig
+from ebft_utils.config.settings import UserError
 from ebft_utils.models import load_feature_network, load_policy
 
 

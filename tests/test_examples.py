@@ -12,11 +12,11 @@ from accelerate.state import AcceleratorState
 from conftest import ROOT, evaluations, logged, tiny_model, tiny_tokenizer
 from real_vllm import Server, vllm_python
 from safetensors.torch import load_file
-from test_transforms import THINKING_TEMPLATE
+from data.test_transforms import THINKING_TEMPLATE
 
 import train_strided
 import train_structured
-from ebft_utils.config import StridedConfig, StructuredConfig, load_config
+from ebft_utils.config.modes import StridedConfig, StructuredConfig, load_config
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
 SCRIPTS = {"train_strided.py": StridedConfig, "train_structured.py": StructuredConfig}

@@ -8,22 +8,11 @@ from conftest import TINY, tiny_model, tiny_tokenizer
 from transformers import AttentionInterface, CONFIG_MAPPING, PreTrainedTokenizerFast
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from ebft_utils.attention import STRIDED_SDPA
-from ebft_utils.config import ModelConfig, UserError, load_config
-from ebft_utils.models import (
-    StridedPolicy,
-    base_causal_lm,
-    load_causal_lm,
-    load_policy,
-    load_tokenizer,
-    model_card,
-    prove_strided_mask,
-    refuse_short_context,
-    refuse_unsupported,
-    resolve_source,
-    load_feature_network,
-)
-from ebft_utils.strided import strided_logprobs
+from ebft_utils.algorithm.attention import STRIDED_SDPA
+from ebft_utils.config.modes import ModelConfig, load_config
+from ebft_utils.config.settings import UserError
+from ebft_utils.models import StridedPolicy, base_causal_lm, load_causal_lm, load_policy, load_tokenizer, model_card, prove_strided_mask, refuse_short_context, refuse_unsupported, resolve_source, load_feature_network
+from ebft_utils.algorithm.strided import strided_logprobs
 
 
 def tiny_config(model_type: str, **changes):

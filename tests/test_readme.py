@@ -8,8 +8,8 @@ from readme_tables import with_tables
 
 import train_strided
 import train_structured
-from ebft_utils.metrics import evaluation_metrics
-from ebft_utils.transforms import TRANSFORMS
+from ebft_utils.run.metrics import evaluation_metrics
+from ebft_utils.data.transforms import TRANSFORMS
 
 README = (ROOT / "README.md").read_text()
 
@@ -27,7 +27,7 @@ def test_the_generated_tables_are_up_to_date():
 
 def test_every_metric_is_explained():
     """Guards against a number in TensorBoard that nobody explains, and one in the table that nobody logs: names out of the code that logs them."""
-    code = "".join((ROOT / name).read_text() for name in ("train_strided.py", "train_structured.py", "ebft_utils/loop.py", "ebft_utils/metrics.py"))
+    code = "".join((ROOT / name).read_text() for name in ("train_strided.py", "train_structured.py", "ebft_utils/run/loop.py", "ebft_utils/run/metrics.py"))
     logged = set(re.findall(r"\"((?:ebft|train|rollout|vllm|time|eval)/[a-z_]+)\"", code)) - {"vllm/ratio_least"}  # becomes ratio_min
     logged |= {f"eval/{name}" for name in (*train_strided.EVALUATED, *train_structured.EVALUATED)}
     logged = {name for name in logged if not name.endswith("_se")}

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from ebft_utils.config import load_config
-from ebft_utils.data import load_rows, make_batch, rollout_uniforms
+from ebft_utils.config.modes import load_config
+from ebft_utils.data.rows import load_rows, make_batch, rollout_uniforms
 from ebft_utils.models import base_causal_lm, load_feature_network, load_policy, load_tokenizer
-from ebft_utils.features import strided_features
-from ebft_utils.strided import generate_rollouts, rollout_logprobs
+from ebft_utils.algorithm.features import strided_features
+from ebft_utils.algorithm.strided import generate_rollouts, rollout_logprobs
 from conftest import ROOT
 
 

@@ -19,10 +19,10 @@ import report
 import study
 import train_strided
 import train_structured
-from ebft_utils.config import load_config
-from ebft_utils.data import load_rows
+from ebft_utils.config.modes import load_config
+from ebft_utils.data.rows import load_rows
 from ebft_utils.models import load_causal_lm
-from ebft_utils.rewards import rloo_advantages
+from ebft_utils.algorithm.rewards import rloo_advantages
 
 
 @pytest.fixture(scope="module")

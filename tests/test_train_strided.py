@@ -21,10 +21,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train_strided
-from ebft_utils.config import UserError, load_config
-from ebft_utils.data import Rows, load_rows, rows_of_step
-from ebft_utils.loop import learning_rate
-from ebft_utils.metrics import evaluation_metrics
+from ebft_utils.config.modes import load_config
+from ebft_utils.config.settings import UserError
+from ebft_utils.data.rows import Rows, load_rows, rows_of_step
+from ebft_utils.run.loop import learning_rate
+from ebft_utils.run.metrics import evaluation_metrics
 from ebft_utils.models import load_tokenizer
 
 METRIC_NAMES = {

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from real_vllm import prompts_file
 
 import train_structured
-from ebft_utils.rewards import feature_matching_rewards, rloo_advantages
+from ebft_utils.algorithm.rewards import feature_matching_rewards, rloo_advantages
 
 TIMES = {"time/generate", "time/wait", "time/features", "time/train", "time/step"}
 LENGTH, SAMPLES, TEMPERATURE = 24, 3, 0.8

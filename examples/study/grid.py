@@ -9,7 +9,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from ebft_utils.config import StridedConfig, StructuredConfig, UserError, load_config
+from ebft_utils.config.modes import StridedConfig, StructuredConfig, load_config
+from ebft_utils.config.settings import UserError
 from ebft_utils.models import unpacked_model
 
 RESULTS = HERE / "results"

@@ -18,17 +18,18 @@ from tqdm import tqdm
 
 import train_strided
 import train_structured
-from ebft_utils.config import StridedConfig, StructuredConfig, UserError
-from ebft_utils.data import Rows, load_rows, rollout_uniforms
-from ebft_utils.distributed import Stopped, StopSignals, clip_gradients, precision, prepare_accelerator, prepare_policy
-from ebft_utils.documents import documents_from
-from ebft_utils.features import strided_features
-from ebft_utils.loop import learning_rate
-from ebft_utils.metrics import step_metrics
+from ebft_utils.config.modes import StridedConfig, StructuredConfig
+from ebft_utils.config.settings import UserError
+from ebft_utils.data.rows import Rows, load_rows, rollout_uniforms
+from ebft_utils.run.distributed import Stopped, StopSignals, clip_gradients, precision, prepare_accelerator, prepare_policy
+from ebft_utils.data.documents import documents_from
+from ebft_utils.algorithm.features import strided_features
+from ebft_utils.run.loop import learning_rate
+from ebft_utils.run.metrics import step_metrics
 from ebft_utils.models import StridedPolicy, load_feature_network, load_policy, load_tokenizer, set_attention, stop_token_ids
-from ebft_utils.prompts import conversation_of
-from ebft_utils.rewards import feature_matching_rewards, share_equal_rollouts, unbiased_cfm
-from ebft_utils.rollouts import Rollouts
+from ebft_utils.data.prompts import conversation_of
+from ebft_utils.algorithm.rewards import feature_matching_rewards, share_equal_rollouts, unbiased_cfm
+from ebft_utils.server.rollouts import Rollouts
 from grid import LENGTHS, METHODS, ONE_DOCUMENT, Run
 
 

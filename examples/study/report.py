@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 import grid
-from ebft_utils.config import UserError
-from ebft_utils.metrics import mean_with_error
+from ebft_utils.config.settings import UserError
+from ebft_utils.run.metrics import mean_with_error
 
 NAMES = {"base": "base", "sft": "SFT", "ebft_0": "EBFT γ=0", "ebft_0.03": "EBFT γ=0.03", "ebft_0.1": "EBFT γ=0.1"}
 COLOURS = {"base": "#777777", "sft": "#d95f02", "ebft_0": "#1b9e77", "ebft_0.03": "#7570b3", "ebft_0.1": "#1f78b4"}

@@ -24,8 +24,8 @@ import grid
 import torch
 from tqdm import tqdm
 
-from ebft_utils.config import UserError
-from ebft_utils.distributed import run_as_command
+from ebft_utils.config.settings import UserError
+from ebft_utils.run.distributed import run_as_command
 from measure import MEASURES, Trained
 
 

@@ -1,0 +1,311 @@
+"""What a run runs on: one process, DDP or FSDP2, as the accelerate config says, or not at all where accelerate would quietly do something else.
+
+Every process calls every function here: most of them communicate.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+import time
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
+from accelerate.utils import broadcast_object_list, gather_object
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+
+from ..algorithm.attention import STRIDED_SDPA
+from ..config.modes import Config
+from ..config.settings import UserError
+from ..algorithm.features import FeatureNetwork
+from ..algorithm.flex import STRIDED_FLEX
+from ..models import DTYPES, feature_device
+
+PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>: the signal that a process gets when its parent ends
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# The accelerator
+
+
+def prepare_accelerator(config: Config) -> Accelerator:
+    """The accelerator, with the precision that model.dtype asks for. Raises UserError where the launch asks for what would not happen."""
+    fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    _refuse_contradicting_launch(config)
+    if fsdp:
+        _refuse_fsdp_settings()
+    handlers = [
+        InitProcessGroupKwargs(timeout=timedelta(minutes=config.train.process_timeout_minutes)),
+        DistributedDataParallelKwargs(broadcast_buffers=False),  # they are constants
+    ]
+    accelerator = Accelerator(mixed_precision={"bfloat16": "bf16", "float32": "no"}[config.model.dtype], kwargs_handlers=handlers)
+    kind = accelerator.distributed_type
+    if fsdp and kind != DistributedType.FSDP:
+        raise UserError(
+            "distributed_type: FSDP in the accelerate config would silently run unsharded here (on the CPU, or as one process); "
+            "use accelerate_configs/cpu.yaml, ddp.yaml or single_gpu.yaml"
+        )
+    if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP):
+        raise UserError(f"distributed_type: {kind.value} in the accelerate config is not supported; allowed: NO, MULTI_GPU, FSDP")
+    _refuse_missing_gpus(accelerator)
+    feature_device(config.feature_network.device, accelerator.device)  # or it refuses
+    if kind == DistributedType.FSDP:
+        # accelerate's own policy would reduce gradients, and return log-probs, in bfloat16; inputs stay as they are: uniform numbers in bfloat16 would repeat
+        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=DTYPES[config.model.dtype], reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+        if config.model.compile_decoding:
+            raise UserError("model.compile_decoding: true and FSDP2 exclude each other: it gathers and frees weights in the middle of what would be compiled; leave it out")
+    elif config.feature_network.shard:
+        raise UserError("feature_network.shard: true needs a launch that shards: --config_file accelerate_configs/fsdp2.yaml")
+    return accelerator
+
+
+def _refuse_contradicting_launch(config: Config) -> None:
+    """What accelerate passes on in environment variables and this program does not do, or does by its own configuration."""
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched not in ("no", {"bfloat16": "bf16", "float32": "no"}[config.model.dtype]):
+        raise UserError(f"mixed_precision: {launched} in the accelerate config contradicts model.dtype: {config.model.dtype}; set mixed_precision: 'no' there")
+    steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if steps != "1":
+        raise UserError(
+            f"gradient_accumulation_steps: {steps} in the accelerate config would divide the loss once more; leave it out there: "
+            "accumulation follows from train.batch_size"
+        )
+    processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if 0 < gpus < processes and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true":
+        raise UserError(f"num_processes: {processes} processes were launched on a machine with {gpus} GPUs; launch with --num_processes {gpus}")
+    backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
+    if backend.lower() != "no":
+        raise UserError(f"dynamo_backend: {backend} in the accelerate config is not supported; leave it out there")
+    if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() == "true":
+        raise UserError("parallelism_config in the accelerate config is not supported; leave it out there: FSDP2 shards over all processes")
+    if {"MASTER_ADDR", "MASTER_PORT", "ACCELERATE_USE_CPU"} <= os.environ.keys() and "WORLD_SIZE" not in os.environ:
+        raise UserError(
+            "num_processes: accelerate launch silently starts one process where distributed_type is 'NO'; several processes on the CPU: "
+            "ACCELERATE_USE_CPU=true accelerate launch --config_file accelerate_configs/ddp.yaml --num_processes 2 .. (If one process is what you want: "
+            "unset MASTER_ADDR and MASTER_PORT.)"
+        )
+
+
+def _refuse_missing_gpus(accelerator: Accelerator) -> None:
+    """Accelerate falls back to the CPU where there is no GPU, and to one process in each of several."""
+    asked = os.environ.get("ACCELERATE_USE_CPU", "unsaid").lower()
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.device.type == "cpu" and (asked == "false" or (asked == "unsaid" and launched > 1)):
+        raise UserError(
+            "use_cpu: false in the accelerate config, and no GPU is visible; on the CPU: accelerate_configs/cpu.yaml, or for several "
+            "processes ACCELERATE_USE_CPU=true and accelerate_configs/ddp.yaml"
+        )
+    if launched != accelerator.num_processes:
+        raise UserError(f"num_processes: {launched} processes were launched, and accelerate would run each by itself; check num_processes and the GPUs that are visible")
+
+
+def _refuse_fsdp_settings() -> None:
+    """FSDP settings that would not be honoured, or would break the rollouts."""
+    version = os.environ.get("FSDP_VERSION", "1")
+    if version != "2":
+        raise UserError(f"fsdp_version: {version} in the accelerate config is not supported; set fsdp_version: 2")
+    if os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", "false").lower() == "true":
+        raise UserError(
+            "fsdp_activation_checkpointing: true in the accelerate config: leave it out there and set model.gradient_checkpointing: true, which "
+            "does the same under every launch"
+        )
+    if os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true":
+        raise UserError("fsdp_offload_params: true in the accelerate config is not supported; leave it out there")
+    policy = os.environ.get("FSDP_AUTO_WRAP_POLICY", "NO_WRAP").upper()
+    if policy != "TRANSFORMER_BASED_WRAP":
+        raise UserError(f"fsdp_auto_wrap_policy: {policy} in the accelerate config would not shard layer by layer; set TRANSFORMER_BASED_WRAP")
+    if os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP"):
+        raise UserError("fsdp_transformer_layer_cls_to_wrap in the accelerate config: leave it out there; the model's own decoder layers are sharded")
+    if os.environ.get("FSDP_IGNORED_MODULES"):
+        raise UserError("fsdp_ignored_modules in the accelerate config: leave it out there; the gradients of ignored modules would not be reduced")
+    kind = os.environ.get("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT").upper()
+    if kind != "SHARDED_STATE_DICT":
+        raise UserError(f"fsdp_state_dict_type: {kind} in the accelerate config: checkpoints are always sharded and the final model is always whole; set SHARDED_STATE_DICT")
+
+
+def micro_batches_per_step(config: Config, accelerator: Accelerator) -> int:
+    """Forwards of one optimizer step on each process. Raises UserError when train.batch_size cannot be split evenly."""
+    train, processes = config.train, accelerator.num_processes
+    at_once = train.per_device_batch_size * processes
+    if train.batch_size % at_once:
+        below = train.batch_size // at_once * at_once
+        near = f"{below} or {below + at_once}" if below else f"{at_once}"
+        raise UserError(
+            f"train.batch_size: {train.batch_size} rows cannot be split over {processes} processes x train.per_device_batch_size "
+            f"{train.per_device_batch_size}; the nearest that can: {near}"
+        )
+    return train.batch_size // at_once
+
+
+def main_process_first(accelerator: Accelerator, action):
+    """action() on the main process, then on the first of each machine, then on the others. A UserError of the main one is raised on all: nobody waits."""
+    result, error = None, None
+    if accelerator.is_main_process:
+        try:
+            result = action()
+        except UserError as problem:
+            error = str(problem)
+    (error,) = broadcast_object_list([error])
+    if error is not None:
+        raise UserError(error)
+    with accelerator.local_main_process_first():
+        return result if accelerator.is_main_process else action()
+
+
+class AgreedError(UserError):
+    """An error that all processes raise at the same place: what they do together, as saving, still works."""
+
+
+def agree(accelerator: Accelerator, error: str | None) -> None:
+    """Raises AgreedError on all processes when one of them has an error."""
+    errors = gather_object([error])
+    message = next((message for message in errors if message is not None), None)
+    if message is not None:
+        raise AgreedError(message)
+
+
+def together(accelerator: Accelerator, action):
+    """action() on all processes; a UserError of one of them is raised on all."""
+    result, error = None, None
+    try:
+        result = action()
+    except UserError as problem:
+        error = str(problem)
+    agree(accelerator, error)
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# The prepared policy
+
+
+def prepare_policy(accelerator: Accelerator, policy: torch.nn.Module, optimizer: torch.optim.Optimizer):
+    """Policy and optimizer as DDP, FSDP2 or one process need them. Under FSDP2 each decoder layer is a unit and the rest (embedding, norm, head) one more."""
+    policy, optimizer = accelerator.prepare(policy, optimizer)
+    register_fsdp_forward_method(policy, "generate")
+    if accelerator.distributed_type == DistributedType.FSDP:
+        layers = accelerator.unwrap_model(policy).decoder.layers
+        whole = sum(not isinstance(layer, FSDPModule) for layer in layers)
+        if whole:
+            raise UserError(f"FSDP2: {whole} of {len(layers)} decoder layers would not be sharded: this architecture names no layer class to split at")
+        if not all(isinstance(parameter, DTensor) for parameter in policy.parameters()):
+            raise UserError("FSDP2: some weights would not be sharded, and their gradients not reduced; use accelerate_configs/fsdp2.yaml as it is")
+    return policy, optimizer
+
+
+@contextmanager
+def whole_weights(accelerator: Accelerator, policy: torch.nn.Module):
+    """Inside, what FSDP2 gathers stays gathered: one all-gather of each layer for a whole rollout, not one for each token. Else it does nothing."""
+    if not isinstance(policy, FSDPModule):
+        yield
+        return
+    policy.set_reshard_after_forward(False)
+    try:
+        yield
+    finally:
+        policy.set_reshard_after_forward(accelerator.state.fsdp_plugin.reshard_after_forward)
+        policy.set_reshard_after_forward(False, recurse=False)  # the root's weights are used until the end of the backward pass
+        for module in policy.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+
+def precision(accelerator: Accelerator, policy: torch.nn.Module) -> AbstractContextManager:
+    """For generation and features, what the prepared forward has: autocast, or under FSDP2 nothing, because there the weights themselves are cast."""
+    return nullcontext() if isinstance(policy, FSDPModule) else accelerator.autocast()
+
+
+def gradient_sync(accelerator: Accelerator, policy: torch.nn.Module, last: bool) -> AbstractContextManager:
+    """For the backward pass of a micro-batch. DDP sums gradients over the processes with the last one only; FSDP2 with each, because gradients
+    that wait would be whole on every process."""
+    return nullcontext() if last or isinstance(policy, FSDPModule) else accelerator.no_sync(policy)
+
+
+def clip_gradients(accelerator: Accelerator, policy: torch.nn.Module, max_norm: float) -> float:
+    """Scales the gradients down to max_norm; returns the norm before, over all processes."""
+    norm = accelerator.clip_grad_norm_(policy.parameters(), max_norm)
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+
+
+def describe_run(config: Config, accelerator: Accelerator, policy: torch.nn.Module, network: FeatureNetwork) -> str:
+    """What this run really runs on."""
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    units = sum(isinstance(module, FSDPModule) for module in policy.modules())
+    processes = accelerator.num_processes
+    how = f", FSDP2 in {units} units" if units else ", DDP" if processes > 1 else ""
+    if config.lora:
+        features = "the policy with its adapter off"
+    else:
+        spread = "split over the processes" if config.feature_network.shard else "whole on each process" if processes > 1 else "a frozen copy"
+        features = f"{spread}, {config.model.dtype}, {network.device}"
+    attention = accelerator.unwrap_model(policy).decoder.config._attn_implementation
+    attention = {STRIDED_SDPA: "sdpa in blocks", STRIDED_FLEX: "flex_attention"}.get(attention, attention)
+    return (
+        f"{processes} process{'es' if processes > 1 else ''} on {accelerator.device.type}{how}; forwards in {config.model.dtype}, attention: {attention}"
+        f"{', decoding compiled' * config.model.compile_decoding}\n"
+        f"{'LoRA' if config.lora else 'full fine-tuning'}: {sum(parameter.numel() for parameter in trained):,} trained weights in "
+        f"{', '.join(sorted({str(parameter.dtype).removeprefix('torch.') for parameter in trained}))}; feature network: {features}\n"
+        f"{config.train.batch_size} rows a step: {processes} x {config.train.per_device_batch_size} at a time, {micro_batches_per_step(config, accelerator)} times"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# Stopping
+
+
+class Stopped(Exception):
+    """The run was asked to stop, and has. number: the signal's."""
+
+    def __init__(self, number: int):
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.number = number
+
+
+class StopSignals:
+    """Inside, SIGINT, SIGTERM or SIGUSR1 asks the run to stop: it does so after its step, on all processes together. A second Ctrl-C ends it at once."""
+
+    def __enter__(self) -> "StopSignals":
+        self.received, self.at_once = 0, False
+        self.before = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame) -> None:
+        if number == self.received == signal.SIGINT:  # clusters may send the others twice
+            self.at_once = True
+            raise KeyboardInterrupt
+        self.received = number
+
+    def agreed(self, accelerator: Accelerator) -> int:
+        """The signal that any process has received, 0 when none has: the same answer on each."""
+        if accelerator.num_processes == 1:
+            return self.received
+        return int(accelerator.gather(torch.tensor([self.received], device=accelerator.device)).max())
+
+
+def run_as_command(main) -> None:
+    """Runs a script's main(argv), and ends the process with one message for whatever the user can mend."""
+    process = int(os.environ.get("RANK", "0"))
+    if sys.platform == "linux" and {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys():
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)  # a launcher that dies leaves no orphans: they save and stop
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        if process:
+            time.sleep(5)  # nearly always the main process has said the same by now, and the launcher ends this one
+        sys.exit(f"error{f' on process {process}' if process else ''}: {error}")
+    except Stopped as stopped:
+        if not process:
+            print(f"{stopped}; train.resume=latest goes on from the last checkpoint, where there is one", file=sys.stderr)
+        sys.exit(128 + stopped.number)
+    except KeyboardInterrupt:
+        sys.exit("interrupted; train.resume=latest goes on from the last checkpoint, where there is one")

@@ -1,0 +1,153 @@
+"""The loop around an algorithm's steps: learning rate, updates, logging, evaluation, checkpoints. Whatever ends it, what was trained is saved."""
+
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from accelerate import Accelerator
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from tqdm import tqdm
+
+from .checkpoint import RunState, save_checkpoint
+from ..config.modes import Config
+from ..config.settings import UserError
+from .distributed import AgreedError, Stopped, StopSignals, clip_gradients
+from .metrics import MetricLogger, evaluation_metrics, summary_of
+
+Update = Callable[[float], None]
+
+
+def learning_rate(config: Config, step: int) -> float:
+    """Learning rate of a step (counted from 0): linear warm-up to the peak, then constant, cosine or linear decay to 0."""
+    train = config.train
+    warmup_steps = round(train.warmup_ratio * train.max_steps)
+    if step < warmup_steps:
+        return train.learning_rate * (step + 1) / (warmup_steps + 1)
+    done = (step - warmup_steps) / max(1, train.max_steps - warmup_steps)
+    return train.learning_rate * {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[train.lr_scheduler]
+
+
+class TrainingLoop:
+    """One run of training.
+
+    Args:
+        run: where it starts; results: evaluation metrics by step, added to here; logger: None but on the main process.
+        take_step(step, update) -> (metrics, table): an algorithm's step, counted from 0. It leaves gradients and calls update(loss), once for each update that it
+            makes; "tokens" among its metrics becomes tokens per second; table() gives sample rollouts as text, or table is None.
+        evaluate() -> name -> (2, documents), totals and weights; None when the run was asked to stop in the middle. None: there is no evaluation.
+        shown: label -> metric, for the console.
+    """
+
+    def __init__(self, config: Config, accelerator: Accelerator, policy, optimizer, run: RunState, results: dict[int, dict[str, float]], logger: MetricLogger | None, *, take_step, evaluate, shown):
+        self.config, self.accelerator, self.policy, self.optimizer = config, accelerator, policy, optimizer
+        self.run, self.results, self.logger = run, results, logger
+        self.take_step, self.evaluate, self.shown = take_step, evaluate, shown
+        self.saved, self.updating, self.grad_norm, self.loss = run.step, False, 0.0, 0.0
+
+    def train(self, signals: StopSignals) -> None:
+        """Runs to train.max_steps. Raises Stopped when the run was asked to stop, UserError when the loss is not finite or a step cannot be done."""
+        config, accelerator, run, train = self.config, self.accelerator, self.run, self.config.train
+        finished = False
+        self.progress = tqdm(total=train.max_steps, initial=run.step, desc="training", disable=not accelerator.is_main_process)
+        self.policy.train()
+        try:
+            if run.step == 0 and config.eval.at_start:
+                self._evaluate_now()
+            while run.step < train.max_steps and not signals.agreed(accelerator):
+                self._step()
+                if config.eval.every_steps and run.step % config.eval.every_steps == 0 and run.step < train.max_steps:
+                    self._evaluate_now()
+                if train.save_steps and run.step % train.save_steps == 0:
+                    self._save()
+            if config.eval.at_end and not signals.agreed(accelerator):
+                self._evaluate_now()
+            self._save()
+            finished = True
+        except AgreedError as error:
+            if run.step > self.saved and not self.updating:
+                self._save()
+            kept = f"step {self.saved} is saved: train.resume=latest goes on from it" if self.saved else "nothing was trained yet"
+            finished = True
+            raise UserError(f"{error} ({kept})") from None
+        finally:
+            if run.step > self.saved and not (finished or self.updating or signals.at_once):  # an error, perhaps on this process alone
+                if isinstance(self.policy, FSDPModule) and accelerator.num_processes > 1:
+                    accelerator.print(f"step {run.step} cannot be saved without all processes, which hold a part of the weights each; the last checkpoint is of step {self.saved}")
+                elif accelerator.is_main_process:
+                    self._save(alone=True)
+            self.progress.close()
+        if number := signals.agreed(accelerator):
+            raise Stopped(number)
+
+    def _step(self) -> None:
+        run, train, started = self.run, self.config.train, time.perf_counter()
+        rate = learning_rate(self.config, run.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        metrics, table = self.take_step(run.step, self._update)
+        run.step, self.updating = run.step + 1, False
+        metrics |= {"train/loss": self.loss, "train/learning_rate": rate, "train/grad_norm": self.grad_norm}
+        metrics["train/tokens_per_second"] = metrics.pop("tokens") / (time.perf_counter() - started)
+        if self.logger is not None and (run.step % train.logging_steps == 0 or run.step == train.max_steps):
+            self.logger.log(run.step, metrics)
+            line = ", ".join(f"{label} {metrics[name]:.4g}" for label, name in self.shown.items() if name in metrics)
+            self.progress.set_postfix_str(line)
+            self.progress.write(f"step {run.step}: {line}")
+        self.progress.update()
+        if self.logger is not None and table is not None and train.rollout_table_steps and (run.step % train.rollout_table_steps == 0 or run.step == 1):
+            self.logger.text(run.step, "rollouts", table())
+
+    def _update(self, loss: float) -> None:
+        self.loss, self.grad_norm = loss, clip_gradients(self.accelerator, self.policy, self.config.train.max_grad_norm)
+        step = self.run.step
+        if not (math.isfinite(self.loss) and math.isfinite(self.grad_norm)):  # the same numbers on every process
+            if not self.updating:
+                self._save(keep_all=True)  # these weights may already be bad
+            kept = f"the weights after step {self.saved} are saved as checkpoint-{self.saved}, beside earlier ones" if self.saved else "nothing was trained yet"
+            raise UserError(
+                f"step {step + 1}: loss {self.loss}, gradient norm {self.grad_norm}: not finite, stopped before the update; {kept}. Going on would end here again: "
+                "start a new run with a lower train.learning_rate"
+            )
+        self.updating = True  # until the step is counted, the weights are of no step
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def _evaluate_now(self) -> None:
+        if self.evaluate is None or self.run.step in self.results:
+            return
+        table: dict[str, Tensor] | None = self.evaluate()
+        if table is None:
+            return
+        results = self.results[self.run.step] = evaluation_metrics(table, self.run.before)
+        self.run.before = table if self.run.step == 0 else self.run.before
+        if self.logger is not None:
+            self.logger.log(self.run.step, results)
+            self.progress.write(_evaluation_text(self.run.step, table, results))
+
+    def _save(self, **how) -> None:
+        if self.run.step > self.saved:
+            self.saved = self.run.step  # one attempt: a full disk stays full
+            target = save_checkpoint(self.config, self.accelerator, self.policy, self.optimizer, self.run, **how)
+            self.accelerator.print(f"saved {target}")
+
+
+def evaluate_only(accelerator: Accelerator, output_dir: Path, step: int, evaluate, signals: StopSignals) -> None:
+    """eval.only: evaluates once, prints the results and writes them to eval.json. Raises Stopped when the run was asked to stop."""
+    if evaluate is None:
+        raise UserError("eval.only: true without held-out documents leaves nothing to do; set eval.num_documents above 0")
+    table = evaluate()
+    if table is None:
+        raise Stopped(signals.agreed(accelerator))
+    results = evaluation_metrics(table, None)
+    accelerator.print(_evaluation_text(step, table, results))
+    if accelerator.is_main_process:
+        finite = {name: value if math.isfinite(value) else None for name, value in results.items()}
+        (output_dir / "eval.json").write_text(json.dumps({"step": step, **finite}, indent=2) + "\n")
+
+
+def _evaluation_text(step: int, table: dict[str, Tensor], results: dict[str, float]) -> str:
+    documents = next(iter(table.values())).shape[1]
+    return f"step {step}, {documents} held-out documents, mean ± standard error:\n{summary_of(results)}"

@@ -1,0 +1,150 @@
+"""Where the completions of a step come from: the rollout server, perhaps one step ahead, or the policy itself."""
+
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from transformers import PreTrainedTokenizerBase
+
+from ..config.modes import StructuredConfig
+from ..config.settings import UserError
+from ..data.rows import rollout_uniforms
+from ..run.distributed import agree, precision, whole_weights
+from ..data.prompts import Completion, PromptBatch, converse, padded, seed_of
+from .client import ForgottenWeights
+from .weight_sync import ServedPolicy
+
+
+@dataclass
+class Written:
+    """completions[micro-batch][row][sample], the version of the weights that wrote them (optimizer steps), and the seconds that it took."""
+
+    completions: list[list[list[Completion]]]
+    version: int
+    seconds: float
+
+
+class Rollouts:
+    """Completions for one step after another.
+
+    Every process calls every method that is not private, and asks for its own rows. What they are depends on the seed, the step, the row and the
+    weights; not on the process, and not on when they are asked for.
+
+    Args:
+        policy: prepared; served: the policy as the server has it, None without a server.
+        step_batches: this process's micro-batches of a step.
+    """
+
+    def __init__(
+        self, config: StructuredConfig, accelerator: Accelerator, policy: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, stop_ids: list[int],
+        served: ServedPolicy | None, step_batches,
+    ):
+        self.config, self.accelerator, self.policy = config, accelerator, policy
+        self.tokenizer, self.stop_ids, self.served, self.step_batches = tokenizer, stop_ids, served, step_batches
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+        self.ahead: dict[int, Future] = {}
+        self.now = 0  # optimizer steps of the policy's weights
+
+    def of_step(self, step: int) -> Written:
+        """The completions of a step (counted from 0), and with ebft.async_prefetch the start of the next one's. Raises AgreedError when there are none to be had."""
+        served, ebft, self.now = self.served, self.config.ebft, step
+        if served is None:
+            return self._by_policy(self.step_batches(step), self.config.train.seed, step)
+        early = self._collect(step) if step in self.ahead else None  # before the weights change under it
+        if served.version is None or step - served.version >= ebft.vllm_sync_interval:
+            served.sync(step)
+        written = early or self._collect(step)
+        if ebft.async_prefetch and step + 1 < self.config.train.max_steps:
+            self.ahead[step + 1] = self._start(self.step_batches(step + 1), self.config.train.seed)
+        return written
+
+    def write(self, batches: list[PromptBatch], seed: int) -> Written:
+        """Completions now, with the weights that are there."""
+        if self.served is None:
+            return self._by_policy(batches, seed, 0)
+        return self._agreed(lambda: self._start(batches, seed))
+
+    def bring_up_to(self, step: int) -> None:
+        """Sees to it that the server has the weights of a step. What is being written ahead is finished first."""
+        self.now = step
+        for future in self.ahead.values():
+            future.exception()
+        if self.served is not None and self.served.version != step:
+            self.served.sync(step)
+
+    def close(self) -> None:
+        """Gives up what is being written ahead."""
+        self.thread.shutdown(wait=False, cancel_futures=True)
+
+    # --- from the server ---------------------------------------------------------------------------------------------------------------
+
+    def _collect(self, step: int) -> Written:
+        return self._agreed(lambda: self.ahead.pop(step, None) or self._start(self.step_batches(step), self.config.train.seed))
+
+    def _start(self, batches: list[PromptBatch], seed: int) -> Future:
+        return self.thread.submit(self._by_server, batches, seed, self.served.version, self.served.name)
+
+    def _by_server(self, batches: list[PromptBatch], seed: int, version: int, name: str) -> Written:
+        """All prompts at once: the server decides how many it runs together."""
+        started, served, config = time.perf_counter(), self.served, self.config
+        longest = served.server.max_model_len
+
+        def complete(contexts: list[list[int]], limits: list[int], keys: list[tuple[int, int, int]], n: int):
+            for context, limit in zip(contexts, limits, strict=True):
+                if len(context) + limit > longest:
+                    raise UserError(f"vllm.max_model_len: a conversation of {len(context)} tokens and its next answer of up to {limit} are more than the server's {longest}; raise it")
+            return served.server.complete(name, contexts, limits, [seed_of(seed, *key) for key in keys], n, config.ebft.temperature, self.stop_ids)
+
+        conversations = [conversation for batch in batches for conversation in batch.conversations]
+        rows = iter(converse(config, conversations, [key for batch in batches for key in batch.keys], complete, self.tokenizer.eos_token_id))
+        served.check_version()
+        return Written([[next(rows) for _ in batch.keys] for batch in batches], version, time.perf_counter() - started)
+
+    def _agreed(self, start) -> Written:
+        """The result of start(), when all processes have theirs. Weights that the server has lost are sent again, once."""
+        for again in (False, True):
+            written, lost, error = None, False, None
+            try:
+                written = start().result()
+            except ForgottenWeights:
+                lost = True
+            except UserError as problem:
+                error = str(problem)
+            agree(self.accelerator, error)
+            if not self.accelerator.reduce(torch.tensor(int(lost), device=self.accelerator.device), reduction="sum").item():
+                return written
+            if not again:
+                self.accelerator.print(f"the vLLM server at {self.served.server.url} has lost the weights (was it started again?): they are sent once more")
+                self.served.sync(self.now)
+        agree(self.accelerator, f"the vLLM server at {self.served.server.url} loses the weights that it is given: does another run send its own?")
+
+    # --- from the policy itself --------------------------------------------------------------------------------------------------------
+
+    def _by_policy(self, batches: list[PromptBatch], seed: int, version: int) -> Written:
+        started, policy, device = time.perf_counter(), self.accelerator.unwrap_model(self.policy), self.accelerator.device
+        stop_ids = torch.tensor(self.stop_ids, device=device)
+
+        def complete(contexts: list[list[int]], limits: list[int], keys: list[tuple[int, int, int]], n: int):
+            document_ids = padded(contexts, self.tokenizer.pad_token_id, device)
+            lengths = torch.tensor([len(context) for context in contexts], device=device)
+            width = self.config.ebft.max_completion_length  # of all draws, whatever the limits of the rows beside it
+            uniforms = torch.cat([rollout_uniforms(seed_of(seed, *key), [0], 1, n, width) for key in keys])[..., : max(limits)]
+            tokens = policy.generate(
+                document_ids=document_ids,
+                segment_ids=torch.where(torch.arange(document_ids.shape[1], device=device) < lengths.unsqueeze(-1), 0, -1),
+                anchors=lengths.unsqueeze(-1),
+                valid=torch.ones(len(contexts), 1, dtype=torch.bool, device=device),
+                temperature=self.config.ebft.temperature,
+                uniforms=uniforms.to(device),
+                stop_ids=stop_ids,
+            ).squeeze(1)  # (B, N, G)
+            stops = torch.isin(tokens, stop_ids)
+            ends = torch.where(stops.any(-1), stops.int().argmax(-1) + 1, tokens.shape[-1] + 1).tolist()  # one more than there are: no end among them
+            rows = zip(tokens.tolist(), ends, limits, strict=True)
+            return [[(sample[: min(end, limit)], None, end > limit) for sample, end in zip(samples, row, strict=True)] for samples, row, limit in rows]
+
+        with precision(self.accelerator, policy), whole_weights(self.accelerator, policy):
+            completions = [converse(self.config, batch.conversations, batch.keys, complete, self.tokenizer.eos_token_id) for batch in batches]
+        return Written(completions, version, time.perf_counter() - started)

@@ -1,0 +1,299 @@
+"""The configuration: defaults, overrides, and one test for each refusal. No model is loaded here."""
+
+import dataclasses
+
+import pytest
+import yaml
+
+from ebft_utils.config.modes import StridedConfig, load_config, parse_command_line
+from ebft_utils.config.settings import UserError
+
+EBFT_DEFAULTS = {  # the keys and defaults that users of EBFT know
+    "feature_layers": [0.25, 0.5, 0.75],
+    "embed_method": "last_token",
+    "use_whitening": True,
+    "whitening": "feature",
+    "alignment_coef": 1.0,
+    "diversity_coef": 1.0,
+    "ce_coef": 0.1,
+    "rl_coef": 1.0,
+    "stride": 8,
+    "context_length": 8,
+    "generate_max_len": 8,
+    "n_samples_per_prompt": 4,
+    "temperature": 0.6,
+    "top_p": 1.0,
+    "advantage_estimator": "rloo",
+    "min_completion_prefix": 0,
+}
+REQUIRED = {"model": {"name_or_path": "m"}, "data": {"dataset": "d"}, "train": {"output_dir": "o"}}
+
+
+@pytest.fixture
+def minimal(tmp_path):
+    """A configuration file with the required keys alone."""
+    path = tmp_path / "minimal.yaml"
+    path.write_text(yaml.safe_dump(REQUIRED))
+    return path
+
+
+def refusal(file, *overrides) -> str:
+    """The message that load_config refuses with."""
+    with pytest.raises(UserError) as caught:
+        load_config(str(file), overrides)
+    return str(caught.value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def test_ebft_defaults_are_the_documented_ones(minimal):
+    """Guards against a default that drifts away from the names and values that users of EBFT know."""
+    ebft = dataclasses.asdict(load_config(str(minimal)).ebft)
+    assert {name: ebft[name] for name in EBFT_DEFAULTS} == EBFT_DEFAULTS
+
+
+@pytest.mark.parametrize("estimator", ["rloo", "group_norm", "reinforce"])
+@pytest.mark.parametrize("whitening", ["feature", "sample"])
+def test_documented_choices_are_accepted(minimal, estimator, whitening):
+    """Guards against a documented choice that the type does not have."""
+    config = load_config(str(minimal), [f"ebft.advantage_estimator={estimator}", f"ebft.whitening={whitening}"])
+    assert (config.ebft.advantage_estimator, config.ebft.whitening) == (estimator, whitening)
+
+
+def test_overrides_replace_the_file(minimal):
+    """Guards against overrides that are dropped, applied to the wrong section, or kept as text."""
+    config = load_config(str(minimal), ["train.max_steps=10", "ebft.ce_coef=0.03", "ebft.feature_layers=[0, 1]", "data.packing=true", "model.dtype=bfloat16"])
+    assert config.train.max_steps == 10 and isinstance(config.train.max_steps, int)
+    assert config.ebft.ce_coef == 0.03
+    assert config.ebft.feature_layers == [0.0, 1.0]
+    assert config.data.packing is True
+    assert config.model.dtype == "bfloat16"
+    assert config.data.dataset == "d" and config.train.learning_rate == 1e-6
+
+
+def test_a_later_override_wins(minimal):
+    """Guards against the first of two equal overrides being kept."""
+    assert load_config(str(minimal), ["train.seed=1", "train.seed=2"]).train.seed == 2
+
+
+def test_an_equals_sign_in_a_value_is_kept(minimal):
+    """Guards against splitting an override at every '='."""
+    assert load_config(str(minimal), ["train.output_dir=runs/lr=3"]).train.output_dir == "runs/lr=3"
+
+
+def test_lora_override_creates_the_section_and_null_removes_it(minimal):
+    """Guards against `lora.r=8` failing on a file without lora, and against `lora=null` leaving the file's adapter on."""
+    assert load_config(str(minimal)).lora is None
+    created = load_config(str(minimal), ["lora.r=8"])
+    assert (created.lora.r, created.lora.alpha, created.lora.target_modules) == (8, 32.0, "all-linear")
+    minimal.write_text(yaml.safe_dump({**REQUIRED, "lora": {"r": 4}}))
+    assert load_config(str(minimal)).lora.r == 4
+    assert load_config(str(minimal), ["lora=null"]).lora is None
+    assert load_config(str(minimal), ["lora.alpha=1"]).lora.r == 4
+
+
+@pytest.mark.parametrize("text, number", [("1e-5", 1e-5), ("3e-4", 3e-4), ("1E6", 1e6), ("1", 1.0), ("2.5e-3", 2.5e-3)])
+def test_exponents_without_a_point_are_numbers(minimal, text, number):
+    """YAML 1.1 reads 1e-5 as text. Guards against a learning rate that is refused, or kept as a string."""
+    overridden = load_config(str(minimal), [f"train.learning_rate={text}"]).train.learning_rate
+    minimal.write_text(minimal.read_text() + f"  learning_rate: {text}\n")  # train is the last section
+    written = load_config(str(minimal)).train.learning_rate
+    assert overridden == written == number and isinstance(written, float)
+
+
+def test_an_empty_section_means_its_defaults(minimal):
+    """Guards against `ebft:` with nothing under it (all lines commented out) being an error."""
+    minimal.write_text(minimal.read_text() + "ebft:\n")
+    assert load_config(str(minimal)).ebft == load_config(str(minimal), ["ebft={}"]).ebft
+    assert load_config(str(minimal)).ebft.stride == 8
+
+
+def test_an_empty_lora_section_is_refused(minimal):
+    """Guards against full fine-tuning at an adapter's learning rate because every line under `lora:` was commented out."""
+    minimal.write_text(minimal.read_text() + "lora:\n")
+    with pytest.raises(UserError, match="lora: is an empty section; write lora: null"):
+        load_config(str(minimal))
+    minimal.write_text(minimal.read_text().replace("lora:\n", "lora: null\n"))
+    assert load_config(str(minimal)).lora is None
+
+
+def test_print_config_loads_back_to_the_same_configuration(minimal, tmp_path, capsys):
+    """Guards against a printed configuration that is not the merged one, or cannot be used as --cfg."""
+    overrides = ["lora.r=3", "lora.target_modules=[q_proj, v_proj]", "train.learning_rate=1e-5", "ebft.feature_layers=[0.5]", "data.name='no'"]
+    assert parse_command_line(["--cfg", str(minimal), "--print-config", *overrides], "") is None
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(capsys.readouterr().out)
+    expected = load_config(str(minimal), overrides)
+    assert load_config(str(printed)) == expected
+    assert expected.data.name == "no" and expected.lora.target_modules == ["q_proj", "v_proj"]
+    assert set(yaml.safe_load(printed.read_text())) == {"model", "lora", "data", "feature_network", "eval", "ebft", "train"}
+
+
+@pytest.mark.parametrize("argv", [["train.seed=7", "--cfg", "FILE"], ["--cfg", "FILE", "train.seed=7"], ["train.seed=7", "--cfg", "FILE", "train.max_steps=9"]])
+def test_overrides_may_stand_on_either_side_of_cfg(minimal, argv):
+    """Guards against argparse refusing overrides on both sides of an option."""
+    config = parse_command_line([str(minimal) if word == "FILE" else word for word in argv], "")
+    assert config.train.seed == 7
+    assert config.train.max_steps == (9 if "train.max_steps=9" in argv else 1000)
+
+
+def test_every_option_is_described():
+    """Guards against an option that only its author understands."""
+    sections = [field.default_factory for field in dataclasses.fields(StridedConfig) if field.default_factory is not dataclasses.MISSING]
+    undescribed = [field.name for section in sections for field in dataclasses.fields(section) if len(field.metadata.get("description", "")) < 10]
+    assert len(sections) == 6 and undescribed == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# Refusals: (override, words that the message must hold). Each is tried in the file and on the command line.
+
+REFUSALS = {
+    "misspelt key": ("ebft.n_sample_per_prompt=4", ["ebft.n_sample_per_prompt", "did you mean ebft.n_samples_per_prompt?"]),
+    "misspelt section": ("trian.max_steps=4", ["trian", "did you mean train?"]),
+    "key like no other": ("train.zzz=4", ["train.zzz", "unknown key", "allowed", "max_steps", "learning_rate"]),
+    "key at the top": ("learning_rate=1e-5", ["learning_rate", "unknown key", "allowed", "train"]),
+    "text for a whole number": ("train.max_steps=many", ["train.max_steps", "'many'", "whole number"]),
+    "fraction for a whole number": ("train.max_steps=1.5", ["train.max_steps", "1.5", "whole number"]),
+    "true for a whole number": ("train.max_steps=true", ["train.max_steps", "True", "whole number"]),
+    "true for a number": ("ebft.ce_coef=true", ["ebft.ce_coef", "True", "finite number"]),
+    "1 for true": ("data.packing=1", ["data.packing", "1", "true | false"]),
+    "text for true": ("data.packing='yes'", ["data.packing", "'yes'", "true | false"]),
+    "text for a number": ("train.learning_rate=small", ["train.learning_rate", "'small'", "finite number"]),
+    "infinite": ("train.learning_rate=.inf", ["train.learning_rate", "inf", "finite number"]),
+    "not a number": ("ebft.ce_coef=.nan", ["ebft.ce_coef", "nan", "finite number"]),
+    "too large for a float": ("train.learning_rate=1" + "0" * 400, ["train.learning_rate", "finite number"]),
+    "number for text": ("model.name_or_path=5", ["model.name_or_path", "5", "text"]),
+    "null where a value is needed": ("train.seed=null", ["train.seed", "None", "whole number"]),
+    "number for a list": ("ebft.feature_layers=0.5", ["ebft.feature_layers", "0.5", "a list of a finite number"]),
+    "text in a list": ("ebft.feature_layers=[0.5, deep]", ["ebft.feature_layers[1]", "'deep'", "finite number"]),
+    "choice": ("ebft.embed_method=last_tokens", ["ebft.embed_method", "'last_tokens'", "last_token | mean_pooling | completion_mean | concat", "did you mean last_token?"]),
+    "choice of estimator": ("ebft.advantage_estimator=grpo", ["ebft.advantage_estimator", "'grpo'", "rloo | group_norm | reinforce"]),
+    "list for a choice": ("model.dtype=[float32]", ["model.dtype", "['float32']", "float32 | bfloat16"]),
+    "section as a value": ("train=5", ["train", "5", "not a section", "max_steps"]),
+    "below the minimum": ("train.max_steps=0", ["train.max_steps", "0", "at least 1"]),
+    "stride 0": ("ebft.stride=0", ["ebft.stride", "0", "at least 1"]),
+    "context 0": ("ebft.context_length=0", ["ebft.context_length", "0", "at least 1"]),
+    "temperature 0": ("ebft.temperature=0", ["ebft.temperature", "0", "above 0"]),
+    "negative learning rate": ("train.learning_rate=-1e-5", ["train.learning_rate", "-1e-05", "above 0"]),
+    "negative coefficient": ("ebft.diversity_coef=-1", ["ebft.diversity_coef", "-1", "at least 0"]),
+    "warm-up longer than the run": ("train.warmup_ratio=1.5", ["train.warmup_ratio", "1.5", "at most 1"]),
+    "feature layer above 1": ("ebft.feature_layers=[0.25, 1.5]", ["ebft.feature_layers[1]", "1.5", "at most 1"]),
+    "feature layer below 0": ("ebft.feature_layers=[-0.5]", ["ebft.feature_layers[0]", "-0.5", "at least 0"]),
+    "no feature layer": ("ebft.feature_layers=[]", ["ebft.feature_layers", "empty", "between 0 and 1"]),
+    "one rollout": ("ebft.n_samples_per_prompt=1", ["ebft.n_samples_per_prompt", "1", "2 or more"]),
+    "no rollout": ("ebft.n_samples_per_prompt=0", ["ebft.n_samples_per_prompt", "0", "at least"]),
+    "top_p": ("ebft.top_p=0.9", ["ebft.top_p", "0.9", "1.0", "ebft.temperature"]),
+    "nothing to train": ("ebft={rl_coef: 0, ce_coef: 0}", ["ebft.rl_coef", "ebft.ce_coef", "0", "above 0"]),
+    "no room for a rollout": ("data.sequence_length=15", ["data.sequence_length", "15", "ebft.context_length 8", "ebft.generate_max_len 8", "16"]),
+    "rank 0": ("lora.r=0", ["lora.r", "0", "at least 1"]),
+}
+
+
+@pytest.mark.parametrize("override, words", REFUSALS.values(), ids=REFUSALS)
+def test_refusal_names_where_key_value_and_what_is_allowed(minimal, tmp_path, override, words):
+    """Guards against a wrong value that is accepted, changed in silence, or refused without saying where, what and what else."""
+    message = refusal(minimal, override)
+    assert message.startswith("command line: ")
+    assert [word for word in words if word not in message] == []
+
+    dotted, _, text = override.partition("=")
+    tree = {name: dict(section) for name, section in REQUIRED.items()}
+    *sections, key = dotted.split(".")
+    (tree.setdefault(sections[0], {}) if sections else tree)[key] = yaml.safe_load(text)
+    file = tmp_path / "wrong.yaml"
+    file.write_text(yaml.safe_dump(tree))
+    message = refusal(file)
+    assert message.startswith(f"{file}: ")
+    assert [word for word in words if word not in message.removeprefix(str(file))] == []
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("key", ["model.name_or_path", "data.dataset", "train.output_dir"])
+def test_required_keys(tmp_path, key):
+    """Guards against a missing model, dataset or output folder that only shows when it is first used."""
+    section, name = key.split(".")
+    file = tmp_path / "incomplete.yaml"
+    file.write_text(yaml.safe_dump({other: values for other, values in REQUIRED.items() if other != section}))
+    message = refusal(file)
+    assert str(file) in message and key in message and "required" in message
+
+
+@pytest.mark.parametrize(
+    "override, culprit",
+    [
+        ("ebft.generate_max_len=500", "data.sequence_length"),
+        ("ebft.context_length=250", "data.sequence_length"),
+        ("ebft.min_completion_prefix=250", "data.sequence_length"),
+    ],
+)
+def test_refusal_of_two_values_points_to_the_overridden_one(minimal, override, culprit):
+    """Guards against blaming the file for what the command line made wrong: the user would look in the wrong place."""
+    message = refusal(minimal, override)
+    key, _, value = override.partition("=")
+    assert culprit in message and key in message and value in message
+    assert message.startswith("command line: ")
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ("- a\n- b\n", ["no sections", "model", "data", "ebft", "train"]),
+        ("just text\n", ["no sections"]),
+        ("", ["no sections"]),
+        ("train: {max_steps: 3\n", ["not valid YAML", "line"]),
+        ("train:\n\tmax_steps: 3\n", ["not valid YAML", "line 2"]),
+        ("train: {output_dir: 2024-13-45}\n", ["not valid YAML"]),
+        ("train:\n  seed: 1\ntrain:\n  max_steps: 5\n", ["train", "twice"]),
+    ],
+    ids=["list", "text", "empty", "unclosed", "tab", "impossible date", "section given twice"],
+)
+def test_unusable_yaml(tmp_path, content, words):
+    """Guards against a traceback of the YAML parser; and against a second `train:` that silently throws the first one away."""
+    file = tmp_path / "broken.yaml"
+    file.write_text(content)
+    message = refusal(file)
+    assert str(file) in message
+    assert [word for word in words if word not in message] == []
+
+
+def test_file_that_is_not_text(tmp_path):
+    """Guards against a traceback when --cfg is given a model file, or a file in another encoding."""
+    file = tmp_path / "latin.yaml"
+    file.write_bytes(b"train: {output_dir: caf\xe9}\n")
+    message = refusal(file)
+    assert str(file) in message and "UTF-8" in message
+
+
+def test_missing_file_and_folder(tmp_path):
+    """Guards against a traceback for the commonest mistake."""
+    assert refusal(tmp_path / "none.yaml") == f"--cfg {tmp_path / 'none.yaml'}: cannot be read: No such file or directory"
+    assert refusal(tmp_path) == f"--cfg {tmp_path}: cannot be read: Is a directory"
+
+
+@pytest.mark.parametrize("override", ["train.max_steps", "=5", "train.=5", ".max_steps=5", "max steps"])
+def test_override_of_another_form(minimal, override):
+    """Guards against an override without '=' that is taken for something else, or ignored."""
+    message = refusal(minimal, override)
+    assert message.startswith("command line: ") and repr(override) in message and "section.key=value" in message
+
+
+@pytest.mark.parametrize("override", ["train.seed={1", "train.seed=2024-13-45"])
+def test_override_that_is_not_yaml(minimal, override):
+    """Guards against a traceback of the YAML parser for a value on the command line."""
+    message = refusal(minimal, override)
+    assert message.startswith("command line: ") and repr(override) in message
+
+
+def test_override_below_a_plain_value(minimal):
+    """Guards against `train.seed.x=3` turning the seed into a mapping."""
+    message = refusal(minimal, "train.seed.x=3")
+    assert message.startswith("command line: ") and "train.seed" in message
+
+
+def test_cfg_is_required(capsys):
+    """Guards against a run on defaults alone when --cfg was forgotten."""
+    with pytest.raises(SystemExit) as caught:
+        parse_command_line(["train.max_steps=3"], "")
+    assert caught.value.code == 2 and "--cfg" in capsys.readouterr().err
