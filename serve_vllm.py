@@ -67,15 +67,34 @@ def main(argv: list[str]) -> None:
     folder = Path(config.train.output_dir).expanduser() / "served_model"
     if config.train.dry_run:  # nothing is unpacked
         source, gguf_file = resolve_source(config.model.name_or_path)
-        print(shlex.join(["vllm", "serve", *server_arguments(config, source if gguf_file is None else str(folder.resolve()))]))
+        print(
+            shlex.join(
+                ["vllm", "serve", *server_arguments(config, source if gguf_file is None else str(folder.resolve()))]
+            )
+        )
         return
     if importlib.util.find_spec("vllm") is None:
-        raise UserError("vllm is not installed here: pip install vllm==0.32.0 (on a machine without a GPU: see README.md, 'Structured mode')")
+        raise UserError(
+            "vllm is not installed here: pip install vllm==0.32.0 (on a machine without a GPU: see README.md, 'Structured mode')"
+        )
     model = unpacked_model(config.model, folder)
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *server_arguments(config, model)]
-    environment = {"VLLM_SERVER_DEV_MODE": "1"} | ({"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"} if config.lora is not None else {})
-    secret = {"VLLM_API_KEY": config.vllm.api_key} if config.vllm.api_key else {}  # not an argument: those can be read by everybody on the machine
-    print(" ".join([*(f"{name}={value}" for name, value in environment.items()), *(f"{name}=..." for name in secret), shlex.join(command)]), flush=True)
+    environment = {"VLLM_SERVER_DEV_MODE": "1"} | (
+        {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"} if config.lora is not None else {}
+    )
+    secret = (
+        {"VLLM_API_KEY": config.vllm.api_key} if config.vllm.api_key else {}
+    )  # not an argument: those can be read by everybody on the machine
+    print(
+        " ".join(
+            [
+                *(f"{name}={value}" for name, value in environment.items()),
+                *(f"{name}=..." for name in secret),
+                shlex.join(command),
+            ]
+        ),
+        flush=True,
+    )
     if config.vllm.host not in LOOPBACK:
         print(
             f"WARNING: vllm.host {config.vllm.host} is not this machine alone. Everybody who reaches port {config.vllm.port} can replace the model's weights, load files as adapters and "

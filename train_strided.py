@@ -26,19 +26,56 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-from ebft_utils.run.checkpoint import RunState, check_same_run, continue_with, export_final, find_checkpoint, launch_of, load_checkpoint, output_folder
-from ebft_utils.config.modes import StridedConfig, parse_command_line
-from ebft_utils.data.rows import Batch, Rows, load_rows, make_batch, rollout_uniforms, rows_of_step
-from ebft_utils.run.distributed import StopSignals, describe_run, gradient_sync, main_process_first, micro_batches_per_step, precision, prepare_accelerator, prepare_policy, run_as_command, together, whole_weights
 from ebft_utils.algorithm.features import FeatureNetwork, strided_features
 from ebft_utils.algorithm.losses import cross_entropy_loss, policy_gradient_loss
+from ebft_utils.algorithm.rewards import (
+    FeatureRewards,
+    feature_matching_rewards,
+    first_equal_rollout,
+    group_norm_advantages,
+    rloo_advantages,
+    share_equal_rollouts,
+    unbiased_cfm,
+)
+from ebft_utils.algorithm.strided import in_parts, number_of_parts, rollouts_to_train, truth_windows
+from ebft_utils.config.modes import StridedConfig, parse_command_line
+from ebft_utils.data.rows import Batch, Rows, load_rows, make_batch, rollout_uniforms, rows_of_step
+from ebft_utils.models import (
+    StridedPolicy,
+    check_vocabulary,
+    load_feature_network,
+    load_policy,
+    load_tokenizer,
+    model_card,
+    set_attention,
+)
+from ebft_utils.run.checkpoint import (
+    RunState,
+    check_same_run,
+    continue_with,
+    export_final,
+    find_checkpoint,
+    launch_of,
+    load_checkpoint,
+    output_folder,
+)
+from ebft_utils.run.distributed import (
+    StopSignals,
+    describe_run,
+    gradient_sync,
+    main_process_first,
+    micro_batches_per_step,
+    precision,
+    prepare_accelerator,
+    prepare_policy,
+    run_as_command,
+    together,
+    whole_weights,
+)
 from ebft_utils.run.loop import TrainingLoop, Update, evaluate_only
 from ebft_utils.run.memory import out_of_memory_advice
 from ebft_utils.run.metrics import MetricLogger, MetricSums, logged_evaluations, rollout_table, step_metrics
-from ebft_utils.models import StridedPolicy, check_vocabulary, load_feature_network, load_policy, load_tokenizer, model_card, set_attention
 from ebft_utils.run.preview import preview
-from ebft_utils.algorithm.rewards import FeatureRewards, feature_matching_rewards, first_equal_rollout, group_norm_advantages, rloo_advantages, share_equal_rollouts, unbiased_cfm
-from ebft_utils.algorithm.strided import in_parts, number_of_parts, rollouts_to_train, truth_windows
 
 SHOWN = {"reward": "ebft/mean_reward", "cfm": "ebft/cfm_loss", "ce": "ebft/ce_loss", "tok/s": "train/tokens_per_second"}
 EVALUATED = ("cross_entropy", "cfm_loss", "cfm_unbiased", "reward_pass@1", "reward_best_of_n")
@@ -58,7 +95,14 @@ class Groups:
     rewards: FeatureRewards
 
 
-def sample_and_score(config: StridedConfig, accelerator: Accelerator, policy: StridedPolicy, network: FeatureNetwork, batch: Batch, seed: int) -> Groups:
+def sample_and_score(
+    config: StridedConfig,
+    accelerator: Accelerator,
+    policy: StridedPolicy,
+    network: FeatureNetwork,
+    batch: Batch,
+    seed: int,
+) -> Groups:
     """Points 1 to 3 of the algorithm: rollouts at every anchor, features of rollouts and truth, rewards. policy: not wrapped in DDP."""
     ebft = config.ebft
     num_anchors, samples = batch.anchors.shape[1], ebft.n_samples_per_prompt
@@ -69,14 +113,27 @@ def sample_and_score(config: StridedConfig, accelerator: Accelerator, policy: St
         gathered.enter_context(whole_weights(accelerator, policy))
         parts = in_parts(num_parts, batch.anchors, batch.valid, uniforms)
         for anchors, valid, numbers in parts:
-            written.append(policy.generate(document_ids=batch.document_ids, segment_ids=batch.segment_ids, anchors=anchors, valid=valid, temperature=ebft.temperature, uniforms=numbers))
+            written.append(
+                policy.generate(
+                    document_ids=batch.document_ids,
+                    segment_ids=batch.segment_ids,
+                    anchors=anchors,
+                    valid=valid,
+                    temperature=ebft.temperature,
+                    uniforms=numbers,
+                )
+            )
         if not network.is_policy:
             gathered.close()
         read = [
-            strided_features(network, batch.document_ids, batch.segment_ids, rollouts, anchors, valid, ebft.embed_method)
+            strided_features(
+                network, batch.document_ids, batch.segment_ids, rollouts, anchors, valid, ebft.embed_method
+            )
             for rollouts, (anchors, valid, _) in zip(written, parts, strict=True)
         ]
-    rollouts, features, truth_features = (torch.cat(tensors, dim=1)[:, :num_anchors] for tensors in (written, *zip(*read, strict=True)))
+    rollouts, features, truth_features = (
+        torch.cat(tensors, dim=1)[:, :num_anchors] for tensors in (written, *zip(*read, strict=True))
+    )
     features = share_equal_rollouts(features, rollouts)
     rewards = feature_matching_rewards(
         features,
@@ -104,18 +161,26 @@ def document_targets(batch: Batch) -> Tensor:
     return (batch.completion_ids[:, 1:] >= 0) & (batch.segment_ids[:, 1:] == batch.segment_ids[:, :-1])
 
 
-def agreed_parts(config: StridedConfig, accelerator: Accelerator, num_slots: int, tokens_per_slot: int, batch: Batch) -> int:
+def agreed_parts(
+    config: StridedConfig, accelerator: Accelerator, num_slots: int, tokens_per_slot: int, batch: Batch
+) -> int:
     """In how many forwards a batch is run (ebft.max_packed_tokens): on each process as many as on the one that needs most, because FSDP2 runs them together."""
     limit = config.ebft.max_packed_tokens
     num_parts = number_of_parts(num_slots, tokens_per_slot, batch.document_ids.shape[1], limit)
-    return num_parts if limit is None else int(accelerator.gather(torch.tensor([num_parts], device=accelerator.device)).max())
+    return (
+        num_parts
+        if limit is None
+        else int(accelerator.gather(torch.tensor([num_parts], device=accelerator.device)).max())
+    )
 
 
 def train_step(config: StridedConfig, accelerator: Accelerator, policy, network: FeatureNetwork, batches: list[Batch]):
     """Gradients of one optimizer step, accumulated over its micro-batches. Returns metric sums, the loss, and the last micro-batch's groups."""
     ebft, sums, unwrapped = config.ebft, MetricSums(), accelerator.unwrap_model(policy)
     # the token counts of the whole global batch, known before the first forward: each loss is sum over tokens / global count
-    counts = torch.stack([sum(batch.valid.sum() for batch in batches), sum(document_targets(batch).sum() for batch in batches)]).to(accelerator.device)
+    counts = torch.stack(
+        [sum(batch.valid.sum() for batch in batches), sum(document_targets(batch).sum() for batch in batches)]
+    ).to(accelerator.device)
     num_anchors, num_targets = accelerator.reduce(counts, reduction="sum").tolist()
     num_rollout_tokens = num_anchors * ebft.n_samples_per_prompt * ebft.generate_max_len
     total_loss, groups = torch.zeros((), device=accelerator.device), None
@@ -126,8 +191,16 @@ def train_step(config: StridedConfig, accelerator: Accelerator, policy, network:
             groups = sample_and_score(config, accelerator, unwrapped, network, batch, config.train.seed)
             advantages = advantages_of(config, groups.rewards)
             scale = 1.0 if ebft.advantage_estimator == "group_norm" else ebft.alignment_coef + ebft.diversity_coef
-            rollouts, anchors, valid, summed = rollouts_to_train(groups.rollouts, advantages, batch.anchors, batch.valid, scale)
-            parts = in_parts(agreed_parts(config, accelerator, anchors.shape[1], ebft.generate_max_len, batch), anchors, valid, rollouts, summed)
+            rollouts, anchors, valid, summed = rollouts_to_train(
+                groups.rollouts, advantages, batch.anchors, batch.valid, scale
+            )
+            parts = in_parts(
+                agreed_parts(config, accelerator, anchors.shape[1], ebft.generate_max_len, batch),
+                anchors,
+                valid,
+                rollouts,
+                summed,
+            )
             rollout_tokens = batch.valid.sum() * ebft.n_samples_per_prompt * ebft.generate_max_len
             num_tokens = num_tokens + rollout_tokens
             count_groups(sums, batch, groups, advantages, valid.sum())
@@ -175,7 +248,15 @@ def count_groups(sums: MetricSums, batch: Batch, groups: Groups, advantages: Ten
 
 
 @torch.no_grad()
-def evaluate(config: StridedConfig, accelerator: Accelerator, policy, network: FeatureNetwork, rows: Rows, pad_token_id: int, signals: StopSignals) -> dict[str, Tensor] | None:
+def evaluate(
+    config: StridedConfig,
+    accelerator: Accelerator,
+    policy,
+    network: FeatureNetwork,
+    rows: Rows,
+    pad_token_id: int,
+    signals: StopSignals,
+) -> dict[str, Tensor] | None:
     """Held-out cross-entropy, CFM and reward of each document: name -> (2, documents), totals and their weights. Same seed, same numbers.
 
     None when the run was asked to stop in the middle.
@@ -191,7 +272,9 @@ def evaluate(config: StridedConfig, accelerator: Accelerator, policy, network: F
             return None
         start += accelerator.process_index * size
         row_ids = list(range(start, min(start + size, len(rows))))
-        run_ids = row_ids or [0]  # FSDP2 needs every process in every forward: one that has no rows left runs the first, and does not count it
+        run_ids = row_ids or [
+            0
+        ]  # FSDP2 needs every process in every forward: one that has no rows left runs the first, and does not count it
         batch = batch_of(config, rows, run_ids, run_ids, pad_token_id).to(accelerator.device)
         groups = sample_and_score(config, accelerator, policy, network, batch, config.eval.seed)
         with whole_weights(accelerator, policy):  # which FSDP2's own forward would leave behind
@@ -222,7 +305,12 @@ def evaluate(config: StridedConfig, accelerator: Accelerator, policy, network: F
 def batch_of(config: StridedConfig, rows, row_ids: list, keys: list[int], pad_token_id: int) -> Batch:
     """The rows as tensors, with their anchors."""
     ebft = config.ebft
-    anchors = dict(context_length=ebft.context_length, min_completion_prefix=ebft.min_completion_prefix, stride=ebft.stride, num_generated=ebft.generate_max_len)
+    anchors = dict(
+        context_length=ebft.context_length,
+        min_completion_prefix=ebft.min_completion_prefix,
+        stride=ebft.stride,
+        num_generated=ebft.generate_max_len,
+    )
     return make_batch(rows, row_ids, keys, pad_token_id, **anchors)
 
 
@@ -230,13 +318,23 @@ def step_batches(config: StridedConfig, accelerator: Accelerator, rows, step: in
     """This process's micro-batches of an optimizer step (counted from 0)."""
     size, rows_per_step = config.train.per_device_batch_size, config.train.batch_size
     row_ids = rows_of_step(rows, step, rows_per_step)
-    starts = [(index * accelerator.num_processes + accelerator.process_index) * size for index in range(micro_batches_per_step(config, accelerator))]
-    keys = [range(step * rows_per_step + start, step * rows_per_step + start + size) for start in starts]  # a row has other rollouts in each epoch
+    starts = [
+        (index * accelerator.num_processes + accelerator.process_index) * size
+        for index in range(micro_batches_per_step(config, accelerator))
+    ]
+    keys = [
+        range(step * rows_per_step + start, step * rows_per_step + start + size) for start in starts
+    ]  # a row has other rollouts in each epoch
 
     def read() -> list[Batch]:
-        return [batch_of(config, rows, row_ids[start : start + size], list(key), pad_token_id) for start, key in zip(starts, keys, strict=True)]
+        return [
+            batch_of(config, rows, row_ids[start : start + size], list(key), pad_token_id)
+            for start, key in zip(starts, keys, strict=True)
+        ]
 
-    return together(accelerator, read) if config.data.streaming else read()  # a stream can break off, on one process alone
+    return (
+        together(accelerator, read) if config.data.streaming else read()
+    )  # a stream can break off, on one process alone
 
 
 def sample_table(tokenizer, batch: Batch, groups: Groups, num_rows: int = 8) -> str:
@@ -247,7 +345,9 @@ def sample_table(tokenizer, batch: Batch, groups: Groups, num_rows: int = 8) -> 
     for row, index in places[:: max(1, len(places) // num_rows)][:num_rows]:
         anchor = int(batch.anchors[row, index])
         before = slice(max(0, anchor - 24), anchor)
-        own = batch.segment_ids[row, before] == batch.segment_ids[row, anchor]  # not the end of the document packed before it
+        own = (
+            batch.segment_ids[row, before] == batch.segment_ids[row, anchor]
+        )  # not the end of the document packed before it
         table.append(
             {
                 "prefix": tokenizer.decode(batch.document_ids[row, before][own]),
@@ -281,7 +381,9 @@ def train_or_evaluate(config: StridedConfig, accelerator: Accelerator, output_di
     checkpoint = find_checkpoint(config, accelerator)
     changed = check_same_run(config, checkpoint) if checkpoint is not None else []
     tokenizer = load_tokenizer(config.model)
-    rows, held_out = main_process_first(accelerator, lambda: load_rows(config, tokenizer))  # the others then read its cache
+    rows, held_out = main_process_first(
+        accelerator, lambda: load_rows(config, tokenizer)
+    )  # the others then read its cache
     causal_lm = load_policy(config)
     check_vocabulary(tokenizer, causal_lm, config.model.name_or_path)
     set_attention(config, causal_lm, accelerator.device)
@@ -300,7 +402,9 @@ def train_or_evaluate(config: StridedConfig, accelerator: Accelerator, output_di
     run = RunState(step=0, launch=launch_of(accelerator), data=rows.fingerprint(), before=None, places=rows.places)
     if checkpoint is not None:
         run = load_checkpoint(checkpoint, policy, optimizer.optimizer)
-        accelerator.print(f"going on from {checkpoint}, step {run.step}" + "".join(f"\n  {change}" for change in changed))
+        accelerator.print(
+            f"going on from {checkpoint}, step {run.step}" + "".join(f"\n  {change}" for change in changed)
+        )
         if not config.eval.only:
             continue_with(config, accelerator, run, rows)
 
@@ -322,9 +426,20 @@ def train_or_evaluate(config: StridedConfig, accelerator: Accelerator, output_di
             return
         results = logged_evaluations(output_dir, run.step) if checkpoint is not None else {}
         accelerator.wait_for_everyone()  # all have read it
-        logger = MetricLogger(output_dir, None if checkpoint is None else run.step) if accelerator.is_main_process else None
+        logger = (
+            MetricLogger(output_dir, None if checkpoint is None else run.step) if accelerator.is_main_process else None
+        )
         loop = TrainingLoop(
-            config, accelerator, policy, optimizer, run, results, logger, take_step=take_step, evaluate=None if held_out is None else evaluation, shown=SHOWN
+            config,
+            accelerator,
+            policy,
+            optimizer,
+            run,
+            results,
+            logger,
+            take_step=take_step,
+            evaluate=None if held_out is None else evaluation,
+            shown=SHOWN,
         )
         loop.train(signals)
 

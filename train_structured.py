@@ -32,26 +32,83 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ebft_utils.run.checkpoint import RunState, check_same_run, continue_with, export_final, find_checkpoint, launch_of, load_checkpoint, output_folder
-from ebft_utils.config.modes import StructuredConfig, parse_command_line
-from ebft_utils.data.rows import MixedRows, Rows, StreamedRows, load_rows, rows_of_step
-from ebft_utils.run.distributed import StopSignals, describe_run, gradient_sync, main_process_first, micro_batches_per_step, precision, prepare_accelerator, prepare_policy, run_as_command, together, whole_weights
 from ebft_utils.algorithm.features import FeatureNetwork, completion_features
-from ebft_utils.algorithm.losses import clipped_policy_loss, completion_token_weights, cross_entropy_loss, importance_weights
+from ebft_utils.algorithm.losses import (
+    clipped_policy_loss,
+    completion_token_weights,
+    cross_entropy_loss,
+    importance_weights,
+)
+from ebft_utils.algorithm.rewards import (
+    FeatureRewards,
+    feature_matching_rewards,
+    first_equal_rollout,
+    group_norm_advantages,
+    rloo_advantages,
+    share_equal_rollouts,
+    unbiased_cfm,
+)
+from ebft_utils.config.modes import StructuredConfig, parse_command_line
+from ebft_utils.data.prompts import (
+    Completion,
+    PromptBatch,
+    conversation_of,
+    make_prompt_batch,
+    padded,
+    thinking_opened,
+    without_thinking,
+)
+from ebft_utils.data.rows import MixedRows, Rows, StreamedRows, load_rows, rows_of_step
+from ebft_utils.models import (
+    StridedPolicy,
+    check_vocabulary,
+    load_feature_network,
+    load_policy,
+    load_tokenizer,
+    model_card,
+    set_attention,
+    stop_token_ids,
+)
+from ebft_utils.run.checkpoint import (
+    RunState,
+    check_same_run,
+    continue_with,
+    export_final,
+    find_checkpoint,
+    launch_of,
+    load_checkpoint,
+    output_folder,
+)
+from ebft_utils.run.distributed import (
+    StopSignals,
+    describe_run,
+    gradient_sync,
+    main_process_first,
+    micro_batches_per_step,
+    precision,
+    prepare_accelerator,
+    prepare_policy,
+    run_as_command,
+    together,
+    whole_weights,
+)
 from ebft_utils.run.loop import TrainingLoop, Update, evaluate_only
 from ebft_utils.run.memory import out_of_memory_advice
 from ebft_utils.run.metrics import MetricLogger, MetricSums, logged_evaluations, rollout_table, step_metrics
-from ebft_utils.models import StridedPolicy, check_vocabulary, load_feature_network, load_policy, load_tokenizer, model_card, set_attention, stop_token_ids
 from ebft_utils.run.preview import preview
-from ebft_utils.data.prompts import Completion, PromptBatch, conversation_of, make_prompt_batch, padded, thinking_opened, without_thinking
-from ebft_utils.algorithm.rewards import FeatureRewards, feature_matching_rewards, first_equal_rollout, group_norm_advantages, rloo_advantages, share_equal_rollouts, unbiased_cfm
-from ebft_utils.server.rollouts import Rollouts
 from ebft_utils.server.client import VLLMServer
+from ebft_utils.server.rollouts import Rollouts
 from ebft_utils.server.weight_sync import ServedPolicy
 
 SHOWN = {
-    "reward": "ebft/mean_reward", "cfm": "ebft/cfm_loss", "ce": "ebft/ce_loss", "length": "rollout/length", "kl": "vllm/kl", "stale": "vllm/staleness",
-    "generate s": "time/generate", "step s": "time/step",
+    "reward": "ebft/mean_reward",
+    "cfm": "ebft/cfm_loss",
+    "ce": "ebft/ce_loss",
+    "length": "rollout/length",
+    "kl": "vllm/kl",
+    "stale": "vllm/staleness",
+    "generate s": "time/generate",
+    "step s": "time/step",
 }
 EVALUATED = ("cross_entropy", "cfm_loss", "cfm_unbiased", "reward_pass@1", "reward_best_of_n")
 
@@ -106,12 +163,19 @@ def score(run: Run, batch: PromptBatch, completions: list[list[Completion]]) -> 
     spans, truth_spans = [completion.tokens for completion in flat], [truth for truth, _ in truths]
     if ebft.feature_span == "answer":
         opened = [thinking_opened(prompt, run.tokenizer) for prompt in prompts]
-        spans = [without_thinking(completion.tokens, completion.written, opened[index // samples], run.tokenizer) for index, completion in enumerate(flat)]
+        spans = [
+            without_thinking(completion.tokens, completion.written, opened[index // samples], run.tokenizer)
+            for index, completion in enumerate(flat)
+        ]
         truth_spans = [without_thinking(*truth, opened[row], run.tokenizer) for row, truth in enumerate(truths)]
     lengths = torch.tensor([len(span) for span in spans], device=device)
     features, truth_features = completion_features(
         run.network,
-        padded([prompt + span for prompt, span in zip(prompts, truth_spans, strict=True)], run.tokenizer.pad_token_id, device),
+        padded(
+            [prompt + span for prompt, span in zip(prompts, truth_spans, strict=True)],
+            run.tokenizer.pad_token_id,
+            device,
+        ),
         batch.prompt_lengths,
         torch.tensor([len(span) for span in truth_spans], device=device),
         padded(spans, run.tokenizer.pad_token_id, device).unflatten(0, (-1, samples)),
@@ -137,7 +201,11 @@ def advantages_of(config: StructuredConfig, rewards: FeatureRewards) -> Tensor:
     if ebft.advantage_estimator == "rloo":
         return rloo_advantages(rewards.alignment, rewards.diversity, ebft.alignment_coef, ebft.diversity_coef)
     if ebft.advantage_estimator == "group_norm":
-        return rewards.reward - rewards.reward.mean(-1, keepdim=True) if ebft.scale_rewards is False else group_norm_advantages(rewards.reward)
+        return (
+            rewards.reward - rewards.reward.mean(-1, keepdim=True)
+            if ebft.scale_rewards is False
+            else group_norm_advantages(rewards.reward)
+        )
     return rewards.reward
 
 
@@ -153,7 +221,11 @@ def take_step(run: Run, step: int, update: Update):
     if written is not None:
         metrics |= {"time/generate": written.seconds, "time/wait": waited}
         if run.served is not None:
-            metrics |= {"vllm/staleness": float(step - written.version), "time/sync": run.served.seconds - synced, "vllm/ratio_min": -metrics.pop("vllm/ratio_least")}
+            metrics |= {
+                "vllm/staleness": float(step - written.version),
+                "time/sync": run.served.seconds - synced,
+                "vllm/ratio_min": -metrics.pop("vllm/ratio_least"),
+            }
     metrics["time/step"] = time.perf_counter() - started
     return metrics, None if groups is None else lambda: sample_table(run.tokenizer, batches[-1], groups)
 
@@ -168,7 +240,11 @@ def train_step(run: Run, batches: list[PromptBatch], completions: list[list[list
             groups = [score(run, batch, group) for batch, group in zip(batches, completions, strict=True)]
     # counts of the whole global batch, known before the first forward: each loss is sum over tokens / global count
     counted = [group.counted for group in groups if group is not None]
-    totals = [sum(mask.sum() for mask in counted), sum(mask.any(-1).sum() for mask in counted), sum(batch.written[:, 1:].sum() for batch in batches)]
+    totals = [
+        sum(mask.sum() for mask in counted),
+        sum(mask.any(-1).sum() for mask in counted),
+        sum(batch.written[:, 1:].sum() for batch in batches),
+    ]
     totals = torch.stack([torch.as_tensor(total, device=accelerator.device) for total in totals])
     num_tokens, num_completions, num_targets = accelerator.reduce(totals, reduction="sum").clamp_min(1).tolist()
     features_done = time.perf_counter()
@@ -177,14 +253,23 @@ def train_step(run: Run, batches: list[PromptBatch], completions: list[list[list
         total_loss = torch.zeros((), device=accelerator.device)
         for index, (batch, group) in enumerate(zip(batches, groups, strict=True)):
             with gradient_sync(accelerator, run.policy, last=index == len(batches) - 1):
-                rollout_logps, document_logps = policy_logprobs(run, batch, None if group is None else group.tokens, ebft.ce_coef > 0)
+                rollout_logps, document_logps = policy_logprobs(
+                    run, batch, None if group is None else group.tokens, ebft.ce_coef > 0
+                )
                 targets = batch.written[:, 1:]
                 loss = ebft.ce_coef * cross_entropy_loss(document_logps, targets, num_targets)
                 if group is not None:
                     if iteration == 0:
                         old_logps[index] = rollout_logps.detach()
-                    token_weights = completion_token_weights(group.counted, ebft.loss_type, num_completions, num_tokens, ebft.max_completion_length)
-                    weights = token_weights * importance_weights(old_logps[index], group.behaviour_logprobs, group.counted, ebft.vllm_importance_cap if ebft.use_vllm else None)
+                    token_weights = completion_token_weights(
+                        group.counted, ebft.loss_type, num_completions, num_tokens, ebft.max_completion_length
+                    )
+                    weights = token_weights * importance_weights(
+                        old_logps[index],
+                        group.behaviour_logprobs,
+                        group.counted,
+                        ebft.vllm_importance_cap if ebft.use_vllm else None,
+                    )
                     advantages = advantages_of(config, group.rewards)
                     rl_loss = clipped_policy_loss(rollout_logps, old_logps[index], advantages, weights, ebft.epsilon)
                     loss = loss + ebft.rl_coef * rl_loss
@@ -204,7 +289,9 @@ def train_step(run: Run, batches: list[PromptBatch], completions: list[list[list
     return sums, groups[-1]
 
 
-def policy_logprobs(run: Run, batch: PromptBatch, tokens: Tensor | None, document_grad: bool) -> tuple[Tensor | None, Tensor]:
+def policy_logprobs(
+    run: Run, batch: PromptBatch, tokens: Tensor | None, document_grad: bool
+) -> tuple[Tensor | None, Tensor]:
     """Log-probs of completions (B, N, G), at the sampling temperature, and of prompt + truth (B, S-1), at temperature 1: one packed forward of the prepared policy."""
     anchors = batch.prompt_lengths.unsqueeze(-1)
     rollout_logps, document_logps = run.policy(
@@ -219,7 +306,9 @@ def policy_logprobs(run: Run, batch: PromptBatch, tokens: Tensor | None, documen
     return None if rollout_logps is None else rollout_logps.squeeze(1), document_logps
 
 
-def count_completions(config: StructuredConfig, sums: MetricSums, groups: Groups, advantages: Tensor, logps: Tensor, old_logps: Tensor) -> None:
+def count_completions(
+    config: StructuredConfig, sums: MetricSums, groups: Groups, advantages: Tensor, logps: Tensor, old_logps: Tensor
+) -> None:
     """Adds the metrics of a batch's completions. logps, old_logps (B, N, G): in the batch's last iteration, and before its first."""
     rewards, ebft, every = groups.rewards, config.ebft, torch.ones_like(groups.truncated)
     sums.add("ebft/alignment", rewards.alignment, every)
@@ -263,13 +352,20 @@ def evaluate(run: Run, rows: Rows, step: int, signals: StopSignals) -> dict[str,
     policy = accelerator.unwrap_model(run.policy)
     policy.eval()
     table = torch.zeros(len(EVALUATED), 2, len(rows), dtype=torch.float64, device=accelerator.device)
-    for start in tqdm(range(0, len(rows), size * accelerator.num_processes), desc="evaluating", disable=not accelerator.is_main_process, leave=False):
+    for start in tqdm(
+        range(0, len(rows), size * accelerator.num_processes),
+        desc="evaluating",
+        disable=not accelerator.is_main_process,
+        leave=False,
+    ):
         if signals.agreed(accelerator):
             policy.train()
             return None
         start += accelerator.process_index * size
         row_ids = list(range(start, min(start + size, len(rows))))
-        run_ids = row_ids or [0]  # FSDP2 needs every process in every forward: one that has no rows left runs the first, and does not count it
+        run_ids = row_ids or [
+            0
+        ]  # FSDP2 needs every process in every forward: one that has no rows left runs the first, and does not count it
         batch = make_prompt_batch(rows, run_ids, run_ids, run.tokenizer.pad_token_id, accelerator.device)
         (completions,) = run.rollouts.write([batch], config.eval.seed).completions
         with ExitStack() as stack:
@@ -280,7 +376,12 @@ def evaluate(run: Run, rows: Rows, step: int, signals: StopSignals) -> dict[str,
         rewards = groups.rewards
         values = [(-logps, batch.written[:, 1:])] + [
             (value.unsqueeze(-1), torch.ones(len(run_ids), 1, dtype=torch.bool, device=value.device))
-            for value in (rewards.cfm, unbiased_cfm(groups.features, groups.truth_features), rewards.reward.mean(-1), rewards.reward.amax(-1))
+            for value in (
+                rewards.cfm,
+                unbiased_cfm(groups.features, groups.truth_features),
+                rewards.reward.mean(-1),
+                rewards.reward.amax(-1),
+            )
         ]
         for index, (value, counted) in enumerate(values if row_ids else ()):
             table[index, 0, row_ids] = torch.where(counted, value, 0.0).double().sum(1)
@@ -293,17 +394,29 @@ def evaluate(run: Run, rows: Rows, step: int, signals: StopSignals) -> dict[str,
 # Around it
 
 
-def step_batches(config: StructuredConfig, accelerator: Accelerator, rows, step: int, pad_token_id: int) -> list[PromptBatch]:
+def step_batches(
+    config: StructuredConfig, accelerator: Accelerator, rows, step: int, pad_token_id: int
+) -> list[PromptBatch]:
     """This process's micro-batches of a step (counted from 0)."""
     size, rows_per_step = config.train.per_device_batch_size, config.train.batch_size
     row_ids = rows_of_step(rows, step, rows_per_step)
-    starts = [(index * accelerator.num_processes + accelerator.process_index) * size for index in range(micro_batches_per_step(config, accelerator))]
-    keys = [range(step * rows_per_step + start, step * rows_per_step + start + size) for start in starts]  # a row has other completions in each epoch
+    starts = [
+        (index * accelerator.num_processes + accelerator.process_index) * size
+        for index in range(micro_batches_per_step(config, accelerator))
+    ]
+    keys = [
+        range(step * rows_per_step + start, step * rows_per_step + start + size) for start in starts
+    ]  # a row has other completions in each epoch
 
     def read() -> list[PromptBatch]:
-        return [make_prompt_batch(rows, row_ids[start : start + size], list(key), pad_token_id, accelerator.device) for start, key in zip(starts, keys, strict=True)]
+        return [
+            make_prompt_batch(rows, row_ids[start : start + size], list(key), pad_token_id, accelerator.device)
+            for start, key in zip(starts, keys, strict=True)
+        ]
 
-    return together(accelerator, read) if config.data.streaming else read()  # a stream can break off, on one process alone
+    return (
+        together(accelerator, read) if config.data.streaming else read()
+    )  # a stream can break off, on one process alone
 
 
 def sample_table(tokenizer, batch: PromptBatch, groups: Groups, num_rows: int = 8) -> str:
@@ -312,7 +425,9 @@ def sample_table(tokenizer, batch: PromptBatch, groups: Groups, num_rows: int = 
         [
             {
                 "prefix": tokenizer.decode(conversation.prompt[-24:]),
-                "rollout": tokenizer.decode(groups.tokens[row, sample][: int(groups.written[row, sample].nonzero().max()) + 1].cpu()),
+                "rollout": tokenizer.decode(
+                    groups.tokens[row, sample][: int(groups.written[row, sample].nonzero().max()) + 1].cpu()
+                ),
                 "ground truth": tokenizer.decode(conversation.truth[0]),
                 "reward": groups.rewards.reward[row, sample].item(),
             }
@@ -344,7 +459,9 @@ def train_or_evaluate(config: StructuredConfig, accelerator: Accelerator, output
     checkpoint = find_checkpoint(config, accelerator)
     changed = check_same_run(config, checkpoint) if checkpoint is not None else []
     tokenizer = load_tokenizer(config.model)
-    rows, held_out = main_process_first(accelerator, lambda: load_rows(config, tokenizer, conversation_of))  # the others then read its cache
+    rows, held_out = main_process_first(
+        accelerator, lambda: load_rows(config, tokenizer, conversation_of)
+    )  # the others then read its cache
     causal_lm = load_policy(config)
     check_vocabulary(tokenizer, causal_lm, config.model.name_or_path)
     set_attention(config, causal_lm, accelerator.device)
@@ -364,7 +481,9 @@ def train_or_evaluate(config: StructuredConfig, accelerator: Accelerator, output
     state = RunState(step=0, launch=launch_of(accelerator), data=rows.fingerprint(), before=None, places=rows.places)
     if checkpoint is not None:
         state = load_checkpoint(checkpoint, policy, optimizer.optimizer)
-        accelerator.print(f"going on from {checkpoint}, step {state.step}" + "".join(f"\n  {change}" for change in changed))
+        accelerator.print(
+            f"going on from {checkpoint}, step {state.step}" + "".join(f"\n  {change}" for change in changed)
+        )
         if not config.eval.only:
             continue_with(config, accelerator, state, rows)
 
@@ -372,15 +491,29 @@ def train_or_evaluate(config: StructuredConfig, accelerator: Accelerator, output
     with ExitStack() as stack:
         served = None
         if config.ebft.use_vllm and (config.ebft.rl_coef > 0 or held_out is not None):
-            probe = held_out[0] if config.eval.only else together(accelerator, lambda: rows[rows.row_at(state.step * config.train.batch_size)])
+            probe = (
+                held_out[0]
+                if config.eval.only
+                else together(accelerator, lambda: rows[rows.row_at(state.step * config.train.batch_size)])
+            )
             served = ServedPolicy(config, accelerator, policy, VLLMServer(config), probe.prompt + probe.truth[0])
             stack.callback(served.close)
             accelerator.print(f"rollouts: {served.start(state.step)}")
-        rollouts = Rollouts(config, accelerator, policy, tokenizer, stop_ids, served, lambda step: step_batches(config, accelerator, rows, step, tokenizer.pad_token_id))
+        rollouts = Rollouts(
+            config,
+            accelerator,
+            policy,
+            tokenizer,
+            stop_ids,
+            served,
+            lambda step: step_batches(config, accelerator, rows, step, tokenizer.pad_token_id),
+        )
         stack.callback(rollouts.close)
         signals = stack.enter_context(StopSignals())
         if served is not None:
-            served.server.gives_up = lambda: signals.received > 0  # what was trained is saved, instead of waiting for a server that may not come back
+            served.server.gives_up = lambda: (
+                signals.received > 0
+            )  # what was trained is saved, instead of waiting for a server that may not come back
         run = Run(config, accelerator, policy, network, tokenizer, rows, rollouts, served)
 
         # --- evaluate only, or train ---------------------------------------------------------------------------------------------------
@@ -390,9 +523,24 @@ def train_or_evaluate(config: StructuredConfig, accelerator: Accelerator, output
             return
         results = logged_evaluations(output_dir, state.step) if checkpoint is not None else {}
         accelerator.wait_for_everyone()  # all have read it
-        logger = MetricLogger(output_dir, None if checkpoint is None else state.step) if accelerator.is_main_process else None
+        logger = (
+            MetricLogger(output_dir, None if checkpoint is None else state.step)
+            if accelerator.is_main_process
+            else None
+        )
         step = partial(take_step, run)
-        TrainingLoop(config, accelerator, policy, optimizer, state, results, logger, take_step=step, evaluate=evaluation, shown=SHOWN).train(signals)
+        TrainingLoop(
+            config,
+            accelerator,
+            policy,
+            optimizer,
+            state,
+            results,
+            logger,
+            take_step=step,
+            evaluate=evaluation,
+            shown=SHOWN,
+        ).train(signals)
 
     # --- the final model ---------------------------------------------------------------------------------------------------------------
     target = export_final(config, accelerator, policy, tokenizer, model_card(config, results))

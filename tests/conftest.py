@@ -25,7 +25,7 @@ import yaml
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, CONFIG_MAPPING, PreTrainedTokenizerFast
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).resolve().parent / "golden"
@@ -62,7 +62,9 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<eos>", "<pad>"], initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<eos>", "<pad>"], initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator([(ROOT / "LICENSE").read_text()], trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
 
@@ -87,13 +89,19 @@ def logged(folder: Path) -> list[dict]:
 
 def training(folder: Path) -> list[dict]:
     """The numbers of training steps, without the one that differs from run to run."""
-    names = {name for entry in logged(folder) for name in entry if not name.startswith("eval/")} - {"train/tokens_per_second"}
+    names = {name for entry in logged(folder) for name in entry if not name.startswith("eval/")} - {
+        "train/tokens_per_second"
+    }
     return [{name: entry[name] for name in entry if name in names} for entry in logged(folder) if "train/loss" in entry]
 
 
 def evaluations(folder: Path) -> list[dict]:
     """The evaluations, each with its step."""
-    return [{name: entry[name] for name in entry if name == "step" or name.startswith("eval/")} for entry in logged(folder) if "eval/cross_entropy" in entry]
+    return [
+        {name: entry[name] for name in entry if name == "step" or name.startswith("eval/")}
+        for entry in logged(folder)
+        if "eval/cross_entropy" in entry
+    ]
 
 
 def steps_of(folder: Path) -> list[int]:
@@ -106,7 +114,9 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(file)
 
 
-def assert_same_weights(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor], tolerance: float = 1e-5, share: float = 0.0) -> None:
+def assert_same_weights(
+    first: dict[str, torch.Tensor], second: dict[str, torch.Tensor], tolerance: float = 1e-5, share: float = 0.0
+) -> None:
     """share: of weights that may differ by more. AdamW divides by the gradient's size, so where that is nearly 0 its rounding decides the update."""
     assert first.keys() == second.keys()
     gaps = torch.cat([(tensor - second[name]).abs().flatten() for name, tensor in first.items()])
@@ -124,7 +134,11 @@ def assert_close_runs(first: Path, second: Path, tolerance: float = 1e-5, share:
     for left, right in zip(logged(first), logged(second), strict=True):
         assert left.keys() == right.keys()
         names = left.keys() - {"ebft/valid_anchors", "train/tokens_per_second"}
-        assert {name: (left[name], right[name]) for name in names if not math.isclose(left[name], right[name], rel_tol=1e-5, abs_tol=1e-5)} == {}
+        assert {
+            name: (left[name], right[name])
+            for name in names
+            if not math.isclose(left[name], right[name], rel_tol=1e-5, abs_tol=1e-5)
+        } == {}
 
 
 def assert_trained(folder: Path, start: dict[str, torch.Tensor]) -> None:
@@ -204,7 +218,14 @@ def config_tree(model_folder: Path, text_file: Path, output_dir: Path, **changes
         "model": {"name_or_path": str(model_folder)},
         "data": {"dataset": str(text_file), "sequence_length": 48, "on_bad_row": "skip"},
         "ebft": {"n_samples_per_prompt": 3, "generate_max_len": 4, "stride": 4, "context_length": 4},
-        "train": {"output_dir": str(output_dir), "max_steps": 3, "batch_size": 2, "per_device_batch_size": 2, "learning_rate": 1e-3, "save_steps": 0},
+        "train": {
+            "output_dir": str(output_dir),
+            "max_steps": 3,
+            "batch_size": 2,
+            "per_device_batch_size": 2,
+            "learning_rate": 1e-3,
+            "save_steps": 0,
+        },
         "eval": {"num_documents": 4},
     }
     for dotted, value in changes.items():
@@ -217,7 +238,9 @@ def config_tree(model_folder: Path, text_file: Path, output_dir: Path, **changes
 
 
 def pytest_addoption(parser):
-    parser.addoption("--kills", type=int, default=1, help="how often test_distributed.py kills a run of each configuration")
+    parser.addoption(
+        "--kills", type=int, default=1, help="how often test_distributed.py kills a run of each configuration"
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -245,7 +268,9 @@ def text_file(tmp_path_factory) -> Path:
     """40 documents of different lengths out of the licence (a text that does not change), as JSON lines with the column text."""
     text = " ".join((ROOT / "LICENSE").read_text().split())
     path = tmp_path_factory.mktemp("data") / "documents.jsonl"
-    path.write_text("".join(json.dumps({"text": text[index * 200 :][: 16 + 8 * (index * 7 % 13)]}) + "\n" for index in range(40)))
+    path.write_text(
+        "".join(json.dumps({"text": text[index * 200 :][: 16 + 8 * (index * 7 % 13)]}) + "\n" for index in range(40))
+    )
     return path
 
 
@@ -265,9 +290,15 @@ def write_config(tmp_path, model_folder, text_file):
 def run_script():
     """Runs a script of the project as a user does, in its own process."""
 
-    def run(script: str, *arguments: str, launcher: tuple[str, ...] = (sys.executable,), timeout: float = 300) -> subprocess.CompletedProcess:
+    def run(
+        script: str, *arguments: str, launcher: tuple[str, ...] = (sys.executable,), timeout: float = 300
+    ) -> subprocess.CompletedProcess:
         return subprocess.run(
-            [*launcher, str(ROOT / script), *map(str, arguments)], capture_output=True, text=True, cwd=ROOT, timeout=timeout
+            [*launcher, str(ROOT / script), *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            timeout=timeout,
         )
 
     return run
@@ -331,10 +362,23 @@ def start(tmp_path):
     """
     started = []
 
-    def run(config: str | None, file: Path, *overrides: str, options: tuple = ("--num_processes", "2"), sabotage: str = "", on_cpu: bool = True) -> subprocess.Popen:
+    def run(
+        config: str | None,
+        file: Path,
+        *overrides: str,
+        options: tuple = ("--num_processes", "2"),
+        sabotage: str = "",
+        on_cpu: bool = True,
+    ) -> subprocess.Popen:
         command = [sys.executable]
         if config is not None:
-            command += ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "accelerate_configs" / f"{config}.yaml"), *options]
+            command += [
+                "-m",
+                "accelerate.commands.launch",
+                "--config_file",
+                str(ROOT / "accelerate_configs" / f"{config}.yaml"),
+                *options,
+            ]
         if config in ("fsdp2", "multi_node") and on_cpu:
             command.append(str(ROOT / "tests" / "fsdp2_on_cpu.py"))
         if sabotage:
@@ -346,7 +390,9 @@ def start(tmp_path):
         output = tmp_path / f"output-{len(started)}.txt"
         with output.open("w") as stream:
             command += [str(ROOT / "train_strided.py"), "--cfg", str(file), *overrides]
-            process = subprocess.Popen(command, stdout=stream, stderr=stream, cwd=ROOT, env=environment, start_new_session=True)
+            process = subprocess.Popen(
+                command, stdout=stream, stderr=stream, cwd=ROOT, env=environment, start_new_session=True
+            )
         process.output = output
         started.append(process)
         return process

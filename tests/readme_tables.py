@@ -1,6 +1,6 @@
 """Tables in README.md that are made from the code: the settings, from the dataclasses that define them, and the examples, from their first lines.
 
-    python tests/readme_tables.py        writes them into README.md (test_readme.py fails when they are not up to date)
+python tests/readme_tables.py        writes them into README.md (test_readme.py fails when they are not up to date)
 """
 
 import dataclasses
@@ -24,7 +24,11 @@ SECTIONS = ("model", "lora", "data", "ebft", "train", "eval", "feature_network",
 
 def sections_of(config: type) -> dict[str, type]:
     """Name -> dataclass of each section of a mode."""
-    found = {field.name: field.default_factory for field in dataclasses.fields(config) if field.default_factory is not dataclasses.MISSING}
+    found = {
+        field.name: field.default_factory
+        for field in dataclasses.fields(config)
+        if field.default_factory is not dataclasses.MISSING
+    }
     return {**found, "lora": LoraConfig}
 
 
@@ -35,13 +39,22 @@ def settings_of(section: type, prefix: str) -> dict[str, tuple[str, str, str]]:
         kinds = alternatives(hints[field.name])
         default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
         inner = next((kind for kind in kinds if dataclasses.is_dataclass(kind)), None)
-        listed = next((item for kind in kinds for item in typing.get_args(kind) if dataclasses.is_dataclass(item)), None)
+        listed = next(
+            (item for kind in kinds for item in typing.get_args(kind) if dataclasses.is_dataclass(item)), None
+        )
         key = f"{prefix}.{field.name}"
         if inner is not None and default is not None:
             found |= settings_of(inner, key)
             continue
-        words = " or ".join("null" if kind is type(None) else "a mapping" if kind is inner else describe_type(kind).split(" with ")[0] for kind in kinds)
-        bounds = [f"{word} {field.metadata[name]:g}" for name, word in (("minimum", "≥"), ("above", ">"), ("maximum", "≤")) if field.metadata.get(name) is not None]
+        words = " or ".join(
+            "null" if kind is type(None) else "a mapping" if kind is inner else describe_type(kind).split(" with ")[0]
+            for kind in kinds
+        )
+        bounds = [
+            f"{word} {field.metadata[name]:g}"
+            for name, word in (("minimum", "≥"), ("above", ">"), ("maximum", "≤"))
+            if field.metadata.get(name) is not None
+        ]
         shown = "required" if default == "" else yaml.safe_dump(default, default_flow_style=True).split("\n")[0]
         found[key] = (", ".join([words, *bounds]), shown, field.metadata["description"])
         if listed is not None:
@@ -55,7 +68,13 @@ def settings_table() -> str:
     lines = []
     for name in SECTIONS:
         per_mode = {mode: settings_of(sections[name], name) for mode, sections in modes.items() if name in sections}
-        lines += ["", f"**`{name}`**" + (" (only for train_structured.py and serve_vllm.py)" if name == "vllm" else ""), "", "| key | type | default | meaning |", "|---|---|---|---|"]
+        lines += [
+            "",
+            f"**`{name}`**" + (" (only for train_structured.py and serve_vllm.py)" if name == "vllm" else ""),
+            "",
+            "| key | type | default | meaning |",
+            "|---|---|---|---|",
+        ]
         for key in dict.fromkeys(key for settings in per_mode.values() for key in settings):
             having = {mode: settings[key] for mode, settings in per_mode.items() if key in settings}
             for setting in dict.fromkeys(having.values()):
@@ -76,7 +95,14 @@ def header_of(example: Path) -> tuple[str, str]:
 def examples_table() -> str:
     """One line an example."""
     rows = [(path.name, *header_of(path)) for path in sorted((ROOT / "examples").glob("*.yaml"))]
-    return "\n".join(["", "| `examples/` | | hardware |", "|---|---|---|", *(f"| `{name}` | {what} | {hardware} |" for name, what, hardware in rows)])
+    return "\n".join(
+        [
+            "",
+            "| `examples/` | | hardware |",
+            "|---|---|---|",
+            *(f"| `{name}` | {what} | {hardware} |" for name, what, hardware in rows),
+        ]
+    )
 
 
 def _escaped(cell: str) -> str:

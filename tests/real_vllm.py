@@ -12,9 +12,10 @@ from pathlib import Path
 import requests
 import torch
 import yaml
+from transformers import AutoModelForCausalLM
+
 from conftest import ROOT, tiny_model, tiny_tokenizer
 from install_vllm_cpu import install
-from transformers import AutoModelForCausalLM
 
 VENV = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ebft-tests" / "vllm-cpu"
 KEY = "a secret"
@@ -37,7 +38,14 @@ def free_port() -> int:
 
 def served_model(folder: Path, tied: bool) -> Path:
     """A tiny llama that vLLM's CPU attention can run (heads of 32), with its tokenizer."""
-    model = tiny_model(hidden_size=64, head_dim=32, num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=tied, max_position_embeddings=512)
+    model = tiny_model(
+        hidden_size=64,
+        head_dim=32,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=tied,
+        max_position_embeddings=512,
+    )
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
@@ -49,7 +57,10 @@ def prompts_file(path: Path) -> Path:
     with path.open("w") as file:
         for row in range(40):
             start, middle = row * 200, row * 200 + 12 + 8 * (row * 7 % 5)
-            file.write(json.dumps({"prompt": text[start:middle], "completion": text[middle : middle + 6 + 2 * (row * 5 % 7)]}) + "\n")
+            file.write(
+                json.dumps({"prompt": text[start:middle], "completion": text[middle : middle + 6 + 2 * (row * 5 % 7)]})
+                + "\n"
+            )
     return path
 
 
@@ -61,8 +72,15 @@ class Server:
         self.prompts = prompts_file(folder / "prompts.jsonl")
         self.lora = lora
         self.vllm = {
-            "port": free_port(), "api_key": KEY, "enforce_eager": True, "extra_args": ["--kv-cache-memory-bytes", "256M"], "timeout": 20.0, "max_model_len": 256,
-            "sync_tolerance": 0.001, "sync_folder": str(folder), **vllm,
+            "port": free_port(),
+            "api_key": KEY,
+            "enforce_eager": True,
+            "extra_args": ["--kv-cache-memory-bytes", "256M"],
+            "timeout": 20.0,
+            "max_model_len": 256,
+            "sync_tolerance": 0.001,
+            "sync_folder": str(folder),
+            **vllm,
         }
 
     def config(self, name: str, **changes) -> Path:
@@ -71,7 +89,14 @@ class Server:
             "model": {"name_or_path": str(self.model)},
             "data": {"dataset": str(self.prompts), "max_prompt_length": 64},
             "ebft": {"num_generations": 3, "max_completion_length": 24, "temperature": 0.8},
-            "train": {"output_dir": str(self.folder / name), "max_steps": 3, "batch_size": 4, "per_device_batch_size": 2, "learning_rate": 1e-2, "save_steps": 0},
+            "train": {
+                "output_dir": str(self.folder / name),
+                "max_steps": 3,
+                "batch_size": 4,
+                "per_device_batch_size": 2,
+                "learning_rate": 1e-2,
+                "save_steps": 0,
+            },
             "eval": {"num_documents": 0},
             "vllm": dict(self.vllm),
         }
@@ -95,7 +120,9 @@ class Server:
         self.log = (self.folder / "server.log").open("a")
         command = [str(vllm_python()), str(ROOT / "serve_vllm.py"), "--cfg", str(self.config("served"))]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(command, stdout=self.log, stderr=self.log, cwd=ROOT, env=environment, start_new_session=True)
+        self.process = subprocess.Popen(
+            command, stdout=self.log, stderr=self.log, cwd=ROOT, env=environment, start_new_session=True
+        )
         return self
 
     def wait(self) -> "Server":
@@ -106,7 +133,9 @@ class Server:
                     return self
             except requests.ConnectionError:
                 pass
-            assert self.process.poll() is None and time.monotonic() < deadline, (self.folder / "server.log").read_text()[-3000:]
+            assert self.process.poll() is None and time.monotonic() < deadline, (
+                self.folder / "server.log"
+            ).read_text()[-3000:]
             time.sleep(0.3)
 
     def kill(self) -> None:
@@ -122,7 +151,12 @@ class Server:
         return answer.json()
 
     def models(self) -> list[str]:
-        return [model["id"] for model in requests.get(self.url + "/v1/models", headers={"Authorization": f"Bearer {KEY}"}, timeout=60).json()["data"]]
+        return [
+            model["id"]
+            for model in requests.get(
+                self.url + "/v1/models", headers={"Authorization": f"Bearer {KEY}"}, timeout=60
+            ).json()["data"]
+        ]
 
 
 def naive_logprobs(model_folder: Path, prompt: list[int], tokens: list[int], temperature: float) -> torch.Tensor:

@@ -9,19 +9,21 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
-from conftest import ROOT, evaluations, logged, tiny_model, tiny_tokenizer
-from real_vllm import Server, vllm_python
 from safetensors.torch import load_file
-from data.test_transforms import THINKING_TEMPLATE
 
 import train_strided
 import train_structured
+from conftest import ROOT, evaluations, logged, tiny_model, tiny_tokenizer
+from data.test_transforms import THINKING_TEMPLATE
 from ebft_utils.config.modes import StridedConfig, StructuredConfig, load_config
+from real_vllm import Server, vllm_python
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
 SCRIPTS = {"train_strided.py": StridedConfig, "train_structured.py": StructuredConfig}
 MODULES = {"strided": train_strided, "structured": train_structured}
-LAUNCH = re.compile(r"#   (?:CUDA_VISIBLE_DEVICES=(\S+) )?accelerate launch --config_file (\S+) (?:--num_processes (\d+) )?(\S+\.py) --cfg (\S+)")
+LAUNCH = re.compile(
+    r"#   (?:CUDA_VISIBLE_DEVICES=(\S+) )?accelerate launch --config_file (\S+) (?:--num_processes (\d+) )?(\S+\.py) --cfg (\S+)"
+)
 SERVE = re.compile(r"#   (?:CUDA_VISIBLE_DEVICES=(\S+) )?python serve_vllm\.py --cfg (\S+)")
 
 every_example = pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.stem)
@@ -81,7 +83,11 @@ def test_header_says_what_it_needs(file):
     on_cpu = launch_of(file)[1] == "accelerate_configs/cpu.yaml"
     assert (("not run by us" in text) != on_cpu) and ("estimated" in text) != on_cpu
     commands = [line for line in lines if line.startswith("#   ")]
-    known = [line for line in commands if LAUNCH.fullmatch(line) or SERVE.fullmatch(line) or line.startswith("#   pip install ")]
+    known = [
+        line
+        for line in commands
+        if LAUNCH.fullmatch(line) or SERVE.fullmatch(line) or line.startswith("#   pip install ")
+    ]
     assert commands == known and all(shlex.split(line[4:]) for line in commands)
 
 
@@ -93,8 +99,17 @@ def test_settings_of_the_paper(recipe):
     ebft, train = config.ebft, config.train
     assert (ebft.stride, ebft.context_length, ebft.generate_max_len) == ((2, 4, 4) if translation else (8, 8, 8))
     assert (ebft.n_samples_per_prompt, train.batch_size) == (4, 8 if translation else 16)
-    assert ebft.embed_method == ("mean_pooling" if translation else "last_token") and ebft.feature_layers == [0.25, 0.5, 0.75]
-    assert (ebft.temperature, ebft.advantage_estimator, ebft.use_whitening, ebft.alignment_coef) == (0.6, "rloo", True, 1.0)
+    assert ebft.embed_method == ("mean_pooling" if translation else "last_token") and ebft.feature_layers == [
+        0.25,
+        0.5,
+        0.75,
+    ]
+    assert (ebft.temperature, ebft.advantage_estimator, ebft.use_whitening, ebft.alignment_coef) == (
+        0.6,
+        "rloo",
+        True,
+        1.0,
+    )
     assert ebft.diversity_coef in (0, 0.5, 1) and ebft.ce_coef in (0, 0.03, 0.1)
     assert (train.learning_rate, train.lr_scheduler, train.warmup_ratio) == (1e-6, "constant", 0.03)
     assert (train.adam_beta1, train.adam_beta2, train.weight_decay, train.max_grad_norm) == (0.9, 0.95, 0.0, 1.0)
@@ -104,8 +119,15 @@ def test_settings_of_the_paper(recipe):
 
 def test_baseline_differs_in_the_loss_alone():
     """sft.yaml beside quickstart.yaml: a comparison of two things at once would be none."""
-    quickstart, baseline = (configuration(ROOT / "examples" / f"{name}.yaml").to_dict() for name in ("quickstart", "sft"))
-    differing = {f"{section}.{key}" for section in quickstart for key in quickstart[section] or () if quickstart[section][key] != baseline[section][key]}
+    quickstart, baseline = (
+        configuration(ROOT / "examples" / f"{name}.yaml").to_dict() for name in ("quickstart", "sft")
+    )
+    differing = {
+        f"{section}.{key}"
+        for section in quickstart
+        for key in quickstart[section] or ()
+        if quickstart[section][key] != baseline[section][key]
+    }
     assert differing == {"ebft.rl_coef", "ebft.ce_coef", "train.output_dir", "train.rollout_table_steps"}
     assert (baseline["ebft"]["rl_coef"], baseline["ebft"]["ce_coef"]) == (0, 1)
 
@@ -115,17 +137,42 @@ def test_baseline_differs_in_the_loss_alone():
 
 
 NAMES = ["add", "scale", "shift", "power", "halve", "clip", "negate", "square"]
-GERMAN = ["Guten Tag.", "Der Hund schläft.", "Es regnet heute.", "Das Haus ist alt.", "Ich habe Zeit.", "Wo ist der Zug?", "Das Buch ist neu.", "Sie liest gern."]
-ENGLISH = ["Good day.", "The dog is asleep.", "It is raining today.", "The house is old.", "I have time.", "Where is the train?", "The book is new.", "She likes to read."]
+GERMAN = [
+    "Guten Tag.",
+    "Der Hund schläft.",
+    "Es regnet heute.",
+    "Das Haus ist alt.",
+    "Ich habe Zeit.",
+    "Wo ist der Zug?",
+    "Das Buch ist neu.",
+    "Sie liest gern.",
+]
+ENGLISH = [
+    "Good day.",
+    "The dog is asleep.",
+    "It is raining today.",
+    "The house is old.",
+    "I have time.",
+    "Where is the train?",
+    "The book is new.",
+    "She likes to read.",
+]
 
 
 def python_files() -> list[dict]:
-    return [{"text": f"def {name}(x):\n    y = x + {number}\n    return y * {number + 2}\n\n\nprint({name}({number}))\n"} for number, name in enumerate(NAMES)]
+    return [
+        {"text": f"def {name}(x):\n    y = x + {number}\n    return y * {number + 2}\n\n\nprint({name}({number}))\n"}
+        for number, name in enumerate(NAMES)
+    ]
 
 
 def functions() -> list[dict]:
     return [
-        {"prompt": f'def {name}(x):\n    """Uses {number}."""\n', "completion": f"    y = x + {number}\n    return y * {number + 2}\n"} for number, name in enumerate(NAMES)
+        {
+            "prompt": f'def {name}(x):\n    """Uses {number}."""\n',
+            "completion": f"    y = x + {number}\n    return y * {number + 2}\n",
+        }
+        for number, name in enumerate(NAMES)
     ]
 
 
@@ -148,7 +195,9 @@ def open_code_instruct() -> list[dict]:
 
 
 def translations(language: str) -> list[dict]:
-    return [{"translation": {language: foreign, "en": english}} for foreign, english in zip(GERMAN, ENGLISH, strict=True)]
+    return [
+        {"translation": {language: foreign, "en": english}} for foreign, english in zip(GERMAN, ENGLISH, strict=True)
+    ]
 
 
 def conversations() -> list[dict]:
@@ -165,7 +214,10 @@ def mathematics() -> list[dict]:
     """Thinking and answer in the last message."""
     rows = []
     for number in range(8):
-        problem, generation = f"What is {number} + 1?", f"<think>\nOne more than {number}.\n</think>\n\nIt is {number + 1}."
+        problem, generation = (
+            f"What is {number} + 1?",
+            f"<think>\nOne more than {number}.\n</think>\n\nIt is {number + 1}.",
+        )
         rows.append(
             {
                 "problem": problem, "solution": f"{number} + 1 = {number + 1}", "answer": str(number + 1), "problem_type": "Algebra", "question_type": "math-word-problem",
@@ -192,7 +244,10 @@ def rows_like(dataset: str, name: str | None) -> list[dict]:
     if dataset == "haoranxu/ALMA-Human-Parallel":
         return translations(name.partition("-")[0])
     if dataset == "haoranxu/WMT22-Test":
-        return [{name: {"de": f"Nein! {german}", "en": f"No! {english}"}} for german, english in zip(GERMAN, ENGLISH, strict=True)]
+        return [
+            {name: {"de": f"Nein! {german}", "en": f"No! {english}"}}
+            for german, english in zip(GERMAN, ENGLISH, strict=True)
+        ]
     return {
         "python_stdlib": python_files, "python_stdlib_functions": functions, "human_eval": human_eval, "tokyotech-llm/swallow-code": python_files,
         "nvidia/OpenCodeInstruct": open_code_instruct, "HuggingFaceH4/ultrachat_200k": conversations, "open-r1/OpenR1-Math-220k": mathematics,
@@ -268,7 +323,14 @@ def small(file: Path, model: Path, folder: Path) -> tuple[dict, list[dict]]:
             tree["ebft"]["max_completion_length"] = 24
     else:
         tree["data"]["sequence_length"] = 160
-    tree["train"] |= {"output_dir": str(folder / "run"), "max_steps": 2, "batch_size": 2, "per_device_batch_size": 1, "save_steps": 0, "seed": 1}
+    tree["train"] |= {
+        "output_dir": str(folder / "run"),
+        "max_steps": 2,
+        "batch_size": 2,
+        "per_device_batch_size": 1,
+        "save_steps": 0,
+        "seed": 1,
+    }
     return tree, rows
 
 
@@ -317,16 +379,23 @@ def assert_batches(batches: list, tree: dict, mode: str, rows: list[dict], token
         for conversation in [conversation for batch in batches for conversation in batch.conversations]:
             words = "".join(map(tokenizer.decode, conversation.truths))
             assert answers[words] in tokenizer.decode(conversation.prompt)
-            assert [tokenizer.decode(truth) for truth in conversation.truths] == [part + "<eos>" for part in words.split("<eos>")[:-1]]
+            assert [tokenizer.decode(truth) for truth in conversation.truths] == [
+                part + "<eos>" for part in words.split("<eos>")[:-1]
+            ]
             found.add(words)
         assert len(found) == 4  # two rows a step, each another one
         return
     seen = 0
     ebft = {"min_completion_prefix": 0, "context_length": 8, "generate_max_len": 8, **tree["ebft"]}
     for batch in batches:
-        for ids, segments, completions, anchors, valid in zip(batch.document_ids, batch.segment_ids, batch.completion_ids, batch.anchors, batch.valid, strict=True):
+        for ids, segments, completions, anchors, valid in zip(
+            batch.document_ids, batch.segment_ids, batch.completion_ids, batch.anchors, batch.valid, strict=True
+        ):
             for number in range(int(completions.max()) + 1):
-                words, place = tokenizer.decode(ids[completions == number]), (completions == number).nonzero().flatten().tolist()
+                words, place = (
+                    tokenizer.decode(ids[completions == number]),
+                    (completions == number).nonzero().flatten().tolist(),
+                )
                 document = (segments == segments[place[0]]).nonzero().flatten().tolist()
                 assert answers[words] in tokenizer.decode(ids[document[0] : place[0]])
                 assert (place[0] == document[0]) == (answers[words] == "")  # raw text has no prompt
@@ -378,6 +447,11 @@ def test_two_steps_with_a_server(server, tmp_path, monkeypatch):
     assert_batches(batches, tree, "structured", rows, tiny_tokenizer())
     assert [entry["vllm/staleness"] for entry in steps] == [0, 1]
     for entry in steps:  # two updates of 5e-6 are too small to show in log-probs
-        assert entry["vllm/logprob_gap"] < 1e-3 and entry["vllm/ratio_max"] < 1.01 and entry["vllm/ratio_min"] > 0.99 and entry["vllm/capped"] == 0
+        assert (
+            entry["vllm/logprob_gap"] < 1e-3
+            and entry["vllm/ratio_max"] < 1.01
+            and entry["vllm/ratio_min"] > 0.99
+            and entry["vllm/capped"] == 0
+        )
         assert 1 <= entry["rollout/length"] <= 48
     assert not [name for name in server.models() if name.startswith("ebft-")]  # the run has taken its adapter off

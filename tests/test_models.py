@@ -4,15 +4,27 @@ import importlib
 
 import pytest
 import torch
-from conftest import TINY, tiny_model, tiny_tokenizer
-from transformers import AttentionInterface, CONFIG_MAPPING, PreTrainedTokenizerFast
+from transformers import CONFIG_MAPPING, AttentionInterface, PreTrainedTokenizerFast
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from conftest import TINY, tiny_model, tiny_tokenizer
 from ebft_utils.algorithm.attention import STRIDED_SDPA
+from ebft_utils.algorithm.strided import strided_logprobs
 from ebft_utils.config.modes import ModelConfig, load_config
 from ebft_utils.config.settings import UserError
-from ebft_utils.models import StridedPolicy, base_causal_lm, load_causal_lm, load_policy, load_tokenizer, model_card, prove_strided_mask, refuse_short_context, refuse_unsupported, resolve_source, load_feature_network
-from ebft_utils.algorithm.strided import strided_logprobs
+from ebft_utils.models import (
+    StridedPolicy,
+    base_causal_lm,
+    load_causal_lm,
+    load_feature_network,
+    load_policy,
+    load_tokenizer,
+    model_card,
+    prove_strided_mask,
+    refuse_short_context,
+    refuse_unsupported,
+    resolve_source,
+)
 
 
 def tiny_config(model_type: str, **changes):
@@ -77,7 +89,9 @@ def test_ambiguous_folders_are_refused(tmp_path):
 
 def save_tokenizer(folder, with_config=True, **special_tokens):
     """The tiny tokenizer with only these special tokens, as save_pretrained writes it (and a config.json, as beside a model)."""
-    PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer().backend_tokenizer, **special_tokens).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer().backend_tokenizer, **special_tokens).save_pretrained(
+        folder
+    )
     if with_config:
         tiny_config("llama").save_pretrained(folder)
     return str(folder)
@@ -88,7 +102,9 @@ def test_tokenizer_without_a_needed_token(tmp_path, missing):
     """No silent pad = eos: name a token, and it is used."""
     tokens = {"pad_token": "<pad>", "eos_token": "<eos>"}
     folder = save_tokenizer(tmp_path, **{kind: token for kind, token in tokens.items() if kind != missing})
-    with pytest.raises(UserError, match=f"model.{missing}: the tokenizer of .* has none; name one of its tokens, for example '<eos>'"):
+    with pytest.raises(
+        UserError, match=f"model.{missing}: the tokenizer of .* has none; name one of its tokens, for example '<eos>'"
+    ):
         load_tokenizer(ModelConfig(name_or_path=folder))
     with pytest.raises(UserError, match=f"model.{missing}: 'nonsense' is not a token"):
         load_tokenizer(ModelConfig(name_or_path=folder, **{missing: "nonsense"}))
@@ -138,7 +154,9 @@ def test_unsupported_models_are_refused(model_type, settings, reason):
         refuse_unsupported(CONFIG_MAPPING[model_type](**settings), "some/name")
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "mistral", "gemma", "gemma3_text", "phi3", "granite"])
+@pytest.mark.parametrize(
+    "model_type", ["llama", "qwen2", "qwen3", "mistral", "gemma", "gemma3_text", "phi3", "granite"]
+)
 def test_supported_models_are_accepted(model_type):
     assert refuse_unsupported(CONFIG_MAPPING[model_type](), "some/name") is None
 
@@ -159,7 +177,12 @@ def test_longest_document(model_type, settings, longest):
     """The strided mask replaces the model's own, window included; beyond max_position_embeddings positions mean nothing."""
     config = tiny_config(model_type, **settings)
     assert refuse_short_context(config, longest, "data.sequence_length", "some/name") is None
-    with pytest.raises(UserError, match=f"data.sequence_length: {longest + 1} is .*'some/name'.*lower it" if longest == 32 else f"{longest + 1} is more than the 256 positions"):
+    with pytest.raises(
+        UserError,
+        match=f"data.sequence_length: {longest + 1} is .*'some/name'.*lower it"
+        if longest == 32
+        else f"{longest + 1} is more than the 256 positions",
+    ):
         refuse_short_context(config, longest + 1, "data.sequence_length", "some/name")
 
 
@@ -234,7 +257,9 @@ def test_proof_fails_where_positions_are_ignored():
     """Rollouts at an anchor continue the document's positions, not the packed index."""
     model = strided_model()
     rotate = model.model.rotary_emb.forward
-    model.model.rotary_emb.forward = lambda states, position_ids: rotate(states, torch.arange(states.shape[1]).expand_as(position_ids))
+    model.model.rotary_emb.forward = lambda states, position_ids: rotate(
+        states, torch.arange(states.shape[1]).expand_as(position_ids)
+    )
     with pytest.raises(UserError, match="does not follow"):
         prove_strided_mask(model, "some/name")
 
@@ -322,7 +347,9 @@ def test_the_prepared_module_trains_everything(write_config, lora):
     logps, document = policy(**inputs)
     logps.sum().backward()
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    assert len(trained) == (4 * 7 * 2 if lora else 4 * 9 + 3) and all(parameter.grad.abs().max() > 0 for parameter in trained)
+    assert len(trained) == (4 * 7 * 2 if lora else 4 * 9 + 3) and all(
+        parameter.grad.abs().max() > 0 for parameter in trained
+    )
     assert all(parameter.grad is None for parameter in policy.parameters() if not parameter.requires_grad)
     direct = strided_logprobs(base_causal_lm(policy.causal_lm), **inputs)
     assert torch.equal(logps, direct[0]) and torch.equal(document, direct[1])
@@ -336,14 +363,24 @@ def test_model_card(write_config, model_folder):
     config = load_config(str(write_config(train__max_steps=7, train__learning_rate=2e-5, eval__num_documents=9)))
     results = {
         0: {"eval/cross_entropy": 2.5, "eval/cross_entropy_se": 0.25, "eval/cfm_loss": 1.0, "eval/cfm_loss_se": 0.125},
-        7: {"eval/cross_entropy": 2.25, "eval/cross_entropy_se": 0.0625, "eval/cfm_loss": 0.5, "eval/cfm_loss_se": 0.03125},
+        7: {
+            "eval/cross_entropy": 2.25,
+            "eval/cross_entropy_se": 0.0625,
+            "eval/cfm_loss": 0.5,
+            "eval/cfm_loss_se": 0.03125,
+        },
     }
     for metrics in results.values():  # paired changes since step 0 are no metrics of their own
         metrics |= {"eval/cross_entropy_change": 0.5, "eval/cross_entropy_change_se": 0.5}
     lines = model_card(config, results).splitlines()
     assert lines[:5] == ["---", f'base_model: "{model_folder}"', "library_name: transformers", "tags: [ebft]", "---"]
     text = "\n".join(lines)
-    for fact in ("full fine-tuning", "7 steps", "rl_coef 1.0, ce_coef 0.1, learning rate 2e-05", "Held-out documents, mean"):
+    for fact in (
+        "full fine-tuning",
+        "7 steps",
+        "rl_coef 1.0, ce_coef 0.1, learning rate 2e-05",
+        "Held-out documents, mean",
+    ):
         assert fact in text, fact
     assert lines[-4:] == [
         "| metric | step 0 | step 7 |",

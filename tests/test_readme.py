@@ -3,13 +3,13 @@
 import re
 
 import pytest
-from conftest import ROOT
-from readme_tables import with_tables
 
 import train_strided
 import train_structured
-from ebft_utils.run.metrics import evaluation_metrics
+from conftest import ROOT
 from ebft_utils.data.transforms import TRANSFORMS
+from ebft_utils.run.metrics import evaluation_metrics
+from readme_tables import with_tables
 
 README = (ROOT / "README.md").read_text()
 
@@ -27,22 +27,39 @@ def test_the_generated_tables_are_up_to_date():
 
 def test_every_metric_is_explained():
     """Guards against a number in TensorBoard that nobody explains, and one in the table that nobody logs: names out of the code that logs them."""
-    code = "".join((ROOT / name).read_text() for name in ("train_strided.py", "train_structured.py", "ebft_utils/run/loop.py", "ebft_utils/run/metrics.py"))
-    logged = set(re.findall(r"\"((?:ebft|train|rollout|vllm|time|eval)/[a-z_]+)\"", code)) - {"vllm/ratio_least"}  # becomes ratio_min
+    code = "".join(
+        (ROOT / name).read_text()
+        for name in ("train_strided.py", "train_structured.py", "ebft_utils/run/loop.py", "ebft_utils/run/metrics.py")
+    )
+    logged = set(re.findall(r"\"((?:ebft|train|rollout|vllm|time|eval)/[a-z_]+)\"", code)) - {
+        "vllm/ratio_least"
+    }  # becomes ratio_min
     logged |= {f"eval/{name}" for name in (*train_strided.EVALUATED, *train_structured.EVALUATED)}
     logged = {name for name in logged if not name.endswith("_se")}
-    explained = set(re.findall(r"`([a-z]+/[a-z_@0-9]+)`", "\n".join(line.split(" | ")[0] for line in section("Metrics").splitlines() if line.startswith("| `"))))
+    explained = set(
+        re.findall(
+            r"`([a-z]+/[a-z_@0-9]+)`",
+            "\n".join(line.split(" | ")[0] for line in section("Metrics").splitlines() if line.startswith("| `")),
+        )
+    )
     assert logged == explained and len(logged) > 30
     assert evaluation_metrics.__name__ and "…_se" in section("Metrics")
 
 
 def test_every_transform_is_listed():
     """Guards against a transform that only its author knows."""
-    listed = set(re.findall(r"`([a-z_]+)`", "\n".join(line.split(" | ")[0] for line in section("Your data").splitlines() if line.startswith("| `"))))
+    listed = set(
+        re.findall(
+            r"`([a-z_]+)`",
+            "\n".join(line.split(" | ")[0] for line in section("Your data").splitlines() if line.startswith("| `")),
+        )
+    )
     assert set(TRANSFORMS) <= listed
 
 
-@pytest.mark.parametrize("path", sorted(set(re.findall(r"(?:examples|tests|ebft_utils|accelerate_configs)/[\w./]+\.(?:py|yaml|sh)", README))))
+@pytest.mark.parametrize(
+    "path", sorted(set(re.findall(r"(?:examples|tests|ebft_utils|accelerate_configs)/[\w./]+\.(?:py|yaml|sh)", README)))
+)
 def test_files_that_it_names_are_there(path):
     """Guards against a README that outlives its files."""
     assert (ROOT / path).is_file()

@@ -4,6 +4,7 @@ import ast
 from pathlib import Path
 
 import pytest
+
 from conftest import ROOT
 
 ROOMS = {
@@ -54,5 +55,11 @@ def test_the_algorithm_needs_torch_and_little_else():
     """Its files can be copied on their own: no accelerate, no peft, no datasets; transformers only for the types of models."""
     for file in FILES:
         if "algorithm" in file.parts:
-            foreign = {name.split(".")[0] for name in imported(file)} & {"accelerate", "peft", "datasets", "yaml", "requests"}
+            foreign = {name.split(".")[0] for name in imported(file)} & {
+                "accelerate",
+                "peft",
+                "datasets",
+                "yaml",
+                "requests",
+            }
             assert not foreign, (file, foreign)

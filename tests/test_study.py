@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
+
 from conftest import ROOT, evaluations, logged
 from real_vllm import prompts_file
 
@@ -19,10 +20,10 @@ import report
 import study
 import train_strided
 import train_structured
+from ebft_utils.algorithm.rewards import rloo_advantages
 from ebft_utils.config.modes import load_config
 from ebft_utils.data.rows import load_rows
 from ebft_utils.models import load_causal_lm
-from ebft_utils.algorithm.rewards import rloo_advantages
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,9 @@ def text_file(tmp_path_factory):
     """30 documents of the licence, some of them with room for rollouts of 64 tokens."""
     text = " ".join((ROOT / "LICENSE").read_text().split())
     path = tmp_path_factory.mktemp("long") / "documents.jsonl"
-    path.write_text("".join(json.dumps({"text": text[index * 300 :][: 60 + 40 * (index * 7 % 13)]}) + "\n" for index in range(30)))
+    path.write_text(
+        "".join(json.dumps({"text": text[index * 300 :][: 60 + 40 * (index * 7 % 13)]}) + "\n" for index in range(30))
+    )
     return path
 
 
@@ -53,11 +56,20 @@ def test_a_run_of_the_study_is_a_run_of_the_script(tiny, train):
     """Guards against a study of another program: the same steps, to the last bit, and the same evaluation."""
     run, trained = tiny("train.learning_rate=1e-2", "ebft.ce_coef=0.1", lora={"r": 4, "alpha": 8.0})
     log = [trained.take_step(step) | {"train/grad_norm": trained.grad_norm} for step in range(3)]
-    folder = train("run", "train.learning_rate=1e-2", "ebft.ce_coef=0.1", lora={"r": 4, "alpha": 8.0}, data__sequence_length=110, eval__num_documents=8)
+    folder = train(
+        "run",
+        "train.learning_rate=1e-2",
+        "ebft.ce_coef=0.1",
+        lora={"r": 4, "alpha": 8.0},
+        data__sequence_length=110,
+        eval__num_documents=8,
+    )
     entries = [entry for entry in logged(folder) if "train/loss" in entry]
     assert len(entries) == 3 and all(entry["train/grad_norm"] > 0 for entry in entries)
     for ours, script in zip(log, entries, strict=True):
-        assert {name: value for name, value in script.items() if name in ours} == {name: value for name, value in ours.items() if name != "tokens"}
+        assert {name: value for name, value in script.items() if name in ours} == {
+            name: value for name, value in ours.items() if name != "tokens"
+        }
     assert len(trained.validation) == len(trained.test) == 4
     halves = [measure.held_out(trained, run, rows) for rows in (trained.validation, trained.test)]
     totals, weights = (sum(sum(half["cross_entropy"][index]) for half in halves) for index in (0, 1))
@@ -70,8 +82,20 @@ def test_a_structured_run_of_the_study_is_a_run_of_the_script(monkeypatch, tmp_p
     tree = {
         "model": {"name_or_path": str(model_folder)},
         "data": {"dataset": str(prompts), "max_prompt_length": 64},
-        "ebft": {"num_generations": 3, "max_completion_length": 24, "use_vllm": False, "embed_method": "completion_mean"},
-        "train": {"output_dir": str(tmp_path / "script"), "max_steps": 2, "batch_size": 4, "per_device_batch_size": 2, "learning_rate": 1e-2, "save_steps": 0},
+        "ebft": {
+            "num_generations": 3,
+            "max_completion_length": 24,
+            "use_vllm": False,
+            "embed_method": "completion_mean",
+        },
+        "train": {
+            "output_dir": str(tmp_path / "script"),
+            "max_steps": 2,
+            "batch_size": 4,
+            "per_device_batch_size": 2,
+            "learning_rate": 1e-2,
+            "save_steps": 0,
+        },
         "eval": {"num_documents": 4},
         "lora": {"r": 4, "alpha": 8.0},
     }
@@ -94,7 +118,10 @@ def test_a_structured_run_of_the_study_is_a_run_of_the_script(monkeypatch, tmp_p
 def test_validation_and_test_documents_are_apart(tiny):
     """Guards against learning rates that are chosen on the documents that the results are of, and against training on either."""
     _, trained = tiny()
-    documents = [[tuple(rows[index][0].tokens) for index in range(len(rows))] for rows in (trained.validation, trained.test, trained.rows)]
+    documents = [
+        [tuple(rows[index][0].tokens) for index in range(len(rows))]
+        for rows in (trained.validation, trained.test, trained.rows)
+    ]
     validation, test, training = map(set, documents)
     assert validation and test and training and not validation & test and not (validation | test) & training
 
@@ -107,9 +134,19 @@ def test_cfm_by_length(tiny):
     found = measure.cfm_by_length(trained, run)
     assert found["cfm_unbiased@64"] != before["cfm_unbiased@64"]  # it is the trained policy that writes
     assert list(found) == [f"{name}@{length}" for length in (8, 16, 32, 64) for name in ("cfm_unbiased", "cfm_loss")]
-    config = run.config("ebft.context_length=32", "ebft.stride=32", "ebft.generate_max_len=64", "eval.per_device_batch_size=4")
+    config = run.config(
+        "ebft.context_length=32", "ebft.stride=32", "ebft.generate_max_len=64", "eval.per_device_batch_size=4"
+    )
     with measure.StopSignals() as signals:
-        table = train_strided.evaluate(config, trained.accelerator, trained.policy, trained.network, trained.test, trained.tokenizer.pad_token_id, signals)
+        table = train_strided.evaluate(
+            config,
+            trained.accelerator,
+            trained.policy,
+            trained.network,
+            trained.test,
+            trained.tokenizer.pad_token_id,
+            signals,
+        )
     for name in ("cfm_unbiased", "cfm_loss"):
         assert sum(found[f"{name}@64"][1]) > 0
         torch.testing.assert_close(torch.tensor(found[f"{name}@64"]), table[name].float(), atol=1e-4, rtol=1e-4)
@@ -121,7 +158,13 @@ def test_human_eval_is_scored_as_transformers_does(tiny):
     run, trained = tiny("train.learning_rate=0.1", "train.warmup_ratio=0", "ebft.rl_coef=0", "ebft.ce_coef=1")
     trained.take_step(0)
     totals, weights = measure.human_eval(trained, run, num_problems=12)["human_eval_cross_entropy"]
-    config = run.config("eval.dataset=human_eval", "eval.transform=prompt_completion", "eval.num_documents=12", "data.sequence_length=512", "eval.only=true")
+    config = run.config(
+        "eval.dataset=human_eval",
+        "eval.transform=prompt_completion",
+        "eval.num_documents=12",
+        "data.sequence_length=512",
+        "eval.only=true",
+    )
     _, problems = load_rows(config, trained.tokenizer)
     model = load_causal_lm(config.model, torch.float32)
     model.load_state_dict(trained.policy.causal_lm.state_dict())
@@ -130,7 +173,12 @@ def test_human_eval_is_scored_as_transformers_does(tiny):
         (document,) = problems[number]
         ids, ((first, end),) = torch.tensor(document.tokens)[None], document.spans
         with torch.no_grad():
-            logps = model(ids, attention_mask=torch.ones_like(ids)).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
+            logps = (
+                model(ids, attention_mask=torch.ones_like(ids))
+                .logits[0, :-1]
+                .log_softmax(-1)
+                .gather(-1, ids[0, 1:, None])[:, 0]
+            )
         assert weights[number] == end - first > 0
         assert totals[number] == pytest.approx(-logps[first - 1 : end - 1].sum().item(), rel=1e-4)
 
@@ -143,9 +191,13 @@ def test_gradients_are_those_of_single_documents(tiny):
     vectors = {}
     for name, config in (("own", trained.config), ("sft", run.config(*grid.METHODS["sft"], *grid.ONE_DOCUMENT))):
         for document in range(3):
-            batches = train_strided.step_batches(config, trained.accelerator, trained.rows, document, trained.tokenizer.pad_token_id)
+            batches = train_strided.step_batches(
+                config, trained.accelerator, trained.rows, document, trained.tokenizer.pad_token_id
+            )
             train_strided.train_step(config, trained.accelerator, trained.policy, trained.network, batches)
-            vectors.setdefault(name, []).append(torch.cat([parameter.grad.flatten().clone() for parameter in parameters]))
+            vectors.setdefault(name, []).append(
+                torch.cat([parameter.grad.flatten().clone() for parameter in parameters])
+            )
             trained.optimizer.zero_grad()
     for name, (left, right) in {"own": ("own", "own"), "with_sft": ("own", "sft"), "sft": ("sft", "sft")}.items():
         products = torch.tensor([[(one @ other).item() for other in vectors[right]] for one in vectors[left]])
@@ -159,16 +211,28 @@ def test_signal_and_noise():
     vectors = torch.randn(7, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 2
     other = torch.randn(7, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64) + 1
     matrices = {"own": vectors @ vectors.T, "with_sft": vectors @ other.T, "sft": other @ other.T}
-    found = report.gradient_noise({"measured": {name: [matrix.sum(1).tolist(), matrix.sum(0).tolist(), matrix.diagonal().tolist()] for name, matrix in matrices.items()}})
+    found = report.gradient_noise(
+        {
+            "measured": {
+                name: [matrix.sum(1).tolist(), matrix.sum(0).tolist(), matrix.diagonal().tolist()]
+                for name, matrix in matrices.items()
+            }
+        }
+    )
 
     def by_loops(kept: list[int]) -> tuple[float, ...]:
         pairs = [(i, j) for i in kept for j in kept if i != j]
-        signal, of_sft, common = (sum((one[i] @ another[j]).item() for i, j in pairs) / len(pairs) for one, another in ((vectors, vectors), (other, other), (vectors, other)))
+        signal, of_sft, common = (
+            sum((one[i] @ another[j]).item() for i, j in pairs) / len(pairs)
+            for one, another in ((vectors, vectors), (other, other), (vectors, other))
+        )
         noise = vectors[kept].var(dim=0).sum().item()  # the trace of the sample covariance
         return signal, noise, noise / signal, common / math.sqrt(signal * of_sft)
 
     values = by_loops(list(range(7)))
-    left_out = torch.tensor([by_loops([document for document in range(7) if document != gone]) for gone in range(7)], dtype=torch.float64)
+    left_out = torch.tensor(
+        [by_loops([document for document in range(7) if document != gone]) for gone in range(7)], dtype=torch.float64
+    )
     errors = (6 / 7 * (left_out - left_out.mean(0)).square().sum(0)).sqrt()
     assert [value for value, _ in found.values()] == pytest.approx(values)
     assert [error for _, error in found.values()] == pytest.approx(errors.tolist())
@@ -180,7 +244,10 @@ def test_the_naive_baseline_is_a_smaller_diversity_coefficient(samples):
     """The ablation naive_baseline: reward minus the siblings' plain mean reward is the corrected advantage with the diversity weighted (N - 2) / (N - 1)."""
     alignment, diversity = torch.randn(2, 5, samples, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     reward = alignment - 0.7 * diversity
-    naive = torch.stack([reward[:, j] - sum(reward[:, k] for k in range(samples) if k != j) / (samples - 1) for j in range(samples)], dim=1)
+    naive = torch.stack(
+        [reward[:, j] - sum(reward[:, k] for k in range(samples) if k != j) / (samples - 1) for j in range(samples)],
+        dim=1,
+    )
     torch.testing.assert_close(rloo_advantages(alignment, diversity, 1.0, 0.7 * (samples - 2) / (samples - 1)), naive)
     (setting,) = grid.ABLATIONS["naive_baseline"]
     assert float(setting.partition("=")[2]) == pytest.approx(2 / 3, abs=1e-6)
@@ -189,7 +256,10 @@ def test_the_naive_baseline_is_a_smaller_diversity_coefficient(samples):
 def test_statistics_by_hand():
     """Guards against a standard deviation of the wrong kind, and differences that are not paired."""
     assert report.over_seeds([1.0, 2.0, 3.0]) == (2.0, 1.0)
-    run = lambda *totals: {"name": "a run", "measured": {"m": [[*totals, 50.0], [1.0, 1.0, 1.0]], "copied_share": [[0.1, 0.5, 0.6], [1.0, 1.0, 1.0]]}}  # the third does not count
+    run = lambda *totals: {
+        "name": "a run",
+        "measured": {"m": [[*totals, 50.0], [1.0, 1.0, 1.0]], "copied_share": [[0.1, 0.5, 0.6], [1.0, 1.0, 1.0]]},
+    }  # the third does not count
     mean, error, spread = report.difference([run(1.0, 11.0), run(3.0, 13.0)], [run(0.0, 10.0)], "m")
     assert (mean, error) == (2.0, 0.0)  # documents differ by 10, the two methods by 2 on each of them
     assert spread == pytest.approx(math.sqrt(2))  # of 1 and 3
@@ -211,7 +281,14 @@ def test_copied_documents_do_not_count(tiny):
     training = [trained.rows[row][0].tokens for row in range(len(trained.rows))]
     for row, share in enumerate(shares):
         tokens = trained.test[row][0].tokens
-        found = [any(list(tokens[start : start + 4]) == list(other[at : at + 4]) for other in training for at in range(len(other))) for start in range(len(tokens) - 3)]
+        found = [
+            any(
+                list(tokens[start : start + 4]) == list(other[at : at + 4])
+                for other in training
+                for at in range(len(other))
+            )
+            for start in range(len(tokens) - 3)
+        ]
         assert share == pytest.approx(sum(found) / len(found))
     assert ones == [1.0] * len(shares) and 0 < sum(shares) < len(shares)
 
@@ -220,9 +297,18 @@ def test_the_learning_rate_is_chosen_by_validation(monkeypatch, tmp_path):
     """Guards against the wrong criterion: each method's own objective, reward / 8 - ce_coef * cross-entropy; a missing run is named."""
     monkeypatch.setattr(grid, "RESULTS", tmp_path)
     for run in grid.sweep():
-        method, place = run.name.split("-")[2], [other.name for other in grid.sweep() if other.name.rpartition("-")[0] == run.name.rpartition("-")[0]].index(run.name)
+        method, place = (
+            run.name.split("-")[2],
+            [
+                other.name for other in grid.sweep() if other.name.rpartition("-")[0] == run.name.rpartition("-")[0]
+            ].index(run.name),
+        )
         # cross-entropy falls with the rate; reward is best at the first; on a document that does not count all is the other way round
-        measured = {"cross_entropy": [[3.0 - place, 10.0 * place], [1.0, 1.0]], "reward_pass@1": [[0.8 - 0.4 * place, 5.0 * place], [1.0, 1.0]], "copied_share": [[0.0, 0.9], [1.0, 1.0]]}
+        measured = {
+            "cross_entropy": [[3.0 - place, 10.0 * place], [1.0, 1.0]],
+            "reward_pass@1": [[0.8 - 0.4 * place, 5.0 * place], [1.0, 1.0]],
+            "copied_share": [[0.0, 0.9], [1.0, 1.0]],
+        }
         if run.name.startswith("sweep-lora"):
             run.file.write_text(json.dumps({"base": run.base, "overrides": run.overrides, "measured": measured}))
     assert grid.chosen_rate("lora", "sft") == grid.RATES["lora"]["sft"][-1]
@@ -230,13 +316,24 @@ def test_the_learning_rate_is_chosen_by_validation(monkeypatch, tmp_path):
     assert grid.chosen_rate("lora", "ebft_0.03") == grid.RATES["lora"]["ebft_0.1"][-1]  # -0.4 / 8 < 0.1 * 1
     with pytest.raises(study.UserError, match="sweep-full-sft-1e-05.json is missing"):
         grid.chosen_rate("full", "sft")
-    for runs, prefix, kinds in ((grid.structured_sweep(), "structured-", grid.STRUCTURED), (grid.larger_sweep(), "larger-", grid.LARGER)):
+    for runs, prefix, kinds in (
+        (grid.structured_sweep(), "structured-", grid.STRUCTURED),
+        (grid.larger_sweep(), "larger-", grid.LARGER),
+    ):
         for run in runs:
             place = kinds["lora"][run.name.split("-")[3]].index(float(run.overrides[-3].partition("=")[2]))
-            measured = {"cross_entropy": [[3.0 - 0.2 * place], [1.0]], "reward_pass@1": [[0.8 - 0.4 * place], [1.0]], "copied_share": [[0.0], [1.0]]}
+            measured = {
+                "cross_entropy": [[3.0 - 0.2 * place], [1.0]],
+                "reward_pass@1": [[0.8 - 0.4 * place], [1.0]],
+                "copied_share": [[0.0], [1.0]],
+            }
             run.file.write_text(json.dumps({"base": run.base, "overrides": run.overrides, "measured": measured}))
-    assert grid.chosen_rate("lora", "ebft_0.1", "structured-", grid.STRUCTURED) == grid.STRUCTURED["lora"]["ebft_0.1"][-1]  # -0.4 / 48 + 0.1 * 0.2 > 0
-    assert grid.chosen_rate("lora", "ebft_0.1", "larger-", grid.LARGER) == grid.LARGER["lora"]["ebft_0.1"][0]  # -0.4 / 8 + 0.1 * 0.2 < 0
+    assert (
+        grid.chosen_rate("lora", "ebft_0.1", "structured-", grid.STRUCTURED) == grid.STRUCTURED["lora"]["ebft_0.1"][-1]
+    )  # -0.4 / 48 + 0.1 * 0.2 > 0
+    assert (
+        grid.chosen_rate("lora", "ebft_0.1", "larger-", grid.LARGER) == grid.LARGER["lora"]["ebft_0.1"][0]
+    )  # -0.4 / 8 + 0.1 * 0.2 < 0
 
 
 def test_every_run_of_the_study_is_a_valid_configuration():
@@ -254,7 +351,11 @@ def test_the_report_is_that_of_the_results():
     assert (ROOT / "examples" / "study" / "results.md").read_text() == report.report(results)
     assert "\n".join(report.summary(results)).strip() in (ROOT / "README.md").read_text()
     for name, run in results.runs.items():
-        assert run["name"] == name and run["measured"] and all(math.isfinite(value) for entry in run["log"] for value in entry.values())
+        assert (
+            run["name"] == name
+            and run["measured"]
+            and all(math.isfinite(value) for entry in run["log"] for value in entry.values())
+        )
 
 
 def test_results_are_written_whole_and_once(tiny, monkeypatch):
@@ -269,7 +370,9 @@ def test_results_are_written_whole_and_once(tiny, monkeypatch):
     monkeypatch.setattr(study.subprocess, "run", lambda *arguments, **how: None)
     study.main(["one"])
     monkeypatch.setattr(grid, "PARTS", {"one": lambda: [grid.replace(run, overrides=("train.max_steps=3",))]})
-    with pytest.raises(study.UserError, match="holds the result of train.max_steps=2, and tiny-seed0 is now train.max_steps=3"):
+    with pytest.raises(
+        study.UserError, match="holds the result of train.max_steps=2, and tiny-seed0 is now train.max_steps=3"
+    ):
         study.main(["one"])
 
 
@@ -303,12 +406,18 @@ def test_completions_are_cut_where_they_end(tiny, monkeypatch):
     tokens = [tokenizer(text).input_ids for text in texts]
     width = max(map(len, tokens)) + 4
     written = torch.tensor([[(ids + [stop] + [tokens[0][0]] * width)[:width] for ids in tokens]])
-    monkeypatch.setattr(type(trained.policy), "generate", lambda self, **inputs: written.expand(len(inputs["document_ids"]), -1, -1).unsqueeze(1))
+    monkeypatch.setattr(
+        type(trained.policy),
+        "generate",
+        lambda self, **inputs: written.expand(len(inputs["document_ids"]), -1, -1).unsqueeze(1),
+    )
     seen = []
 
     def execute(command, **how):
         seen.extend(json.loads(line) for line in open(command[-1]).read().splitlines())
-        return measure.subprocess.CompletedProcess(command, 0, json.dumps({sample["task_id"]: [True, False] for sample in seen}))
+        return measure.subprocess.CompletedProcess(
+            command, 0, json.dumps({sample["task_id"]: [True, False] for sample in seen})
+        )
 
     monkeypatch.setattr(measure.subprocess, "run", execute)
     assert measure.pass_at_k(trained, run, num_problems=3, num_samples=2)["human_eval_passed"] == [[1.0] * 3, [2.0] * 3]
@@ -328,5 +437,11 @@ def test_the_executor_tells_right_from_wrong(tmp_path):
     file = tmp_path / "samples.jsonl"
     written = ["    return number % 1.0", "    return 0.0", "    while True: pass", "    return bytearray(2**36)"]
     file.write_text("".join(json.dumps({"task_id": "HumanEval/2", "completion": text}) + "\n" for text in written))
-    output = study.subprocess.run([sys.executable, "-I", str(ROOT / "examples" / "study" / "execute.py"), str(file)], capture_output=True, text=True, env={}, timeout=120)
+    output = study.subprocess.run(
+        [sys.executable, "-I", str(ROOT / "examples" / "study" / "execute.py"), str(file)],
+        capture_output=True,
+        text=True,
+        env={},
+        timeout=120,
+    )
     assert json.loads(output.stdout) == {"HumanEval/2": [True, False, False, False]}, output.stderr

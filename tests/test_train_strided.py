@@ -14,19 +14,29 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import ROOT, assert_close_runs, assert_same_weights, assert_trained, evaluations, logged, saved_tensors, training, weights
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train_strided
+from conftest import (
+    ROOT,
+    assert_close_runs,
+    assert_same_weights,
+    assert_trained,
+    evaluations,
+    logged,
+    saved_tensors,
+    training,
+    weights,
+)
 from ebft_utils.config.modes import load_config
 from ebft_utils.config.settings import UserError
 from ebft_utils.data.rows import Rows, load_rows, rows_of_step
+from ebft_utils.models import load_tokenizer
 from ebft_utils.run.loop import learning_rate
 from ebft_utils.run.metrics import evaluation_metrics
-from ebft_utils.models import load_tokenizer
 
 METRIC_NAMES = {
     "ebft/alignment",
@@ -64,12 +74,17 @@ def test_the_command_trains_and_saves(run_script, write_config, model_folder, tm
     assert all(math.isfinite(value) for entry in entries for value in entry.values())
     assert [entry["train/learning_rate"] for entry in entries] == [1e-2] * 3
     assert all(0 < entry["ebft/valid_anchors"] <= 1 and 0 <= entry["ebft/duplicate_rollouts"] < 1 for entry in entries)
-    assert all(entry["train/grad_norm"] > 0 and entry["train/tokens_per_second"] > 0 and entry["ebft/advantages_std"] > 0 for entry in entries)
+    assert all(
+        entry["train/grad_norm"] > 0 and entry["train/tokens_per_second"] > 0 and entry["ebft/advantages_std"] > 0
+        for entry in entries
+    )
     assert [entry["step"] for entry in evaluations(folder)] == [0, 3]
 
     events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"tensors": 0}).Reload()
     for name in METRIC_NAMES:
-        assert [(event.step, event.value) for event in events.Scalars(name)] == [(entry["step"], pytest.approx(entry[name], rel=1e-6)) for entry in entries]
+        assert [(event.step, event.value) for event in events.Scalars(name)] == [
+            (entry["step"], pytest.approx(entry[name], rel=1e-6)) for entry in entries
+        ]
     (table,) = events.Tensors("rollouts/text_summary")
     header, _, *rows = table.tensor_proto.string_val[0].decode().split("\n")
     assert header == "| prefix | rollout | ground truth | reward |"
@@ -93,7 +108,9 @@ def test_print_config(write_config, capsys, tmp_path):
     """Guards against --print-config that starts a run, or prints the file instead of what it is merged with."""
     train_strided.main(["--cfg", str(write_config()), "--print-config", "train.seed=9"])
     printed = yaml.safe_load(capsys.readouterr().out)
-    assert printed["train"]["seed"] == 9 and printed["train"]["max_steps"] == 3 and printed["ebft"]["temperature"] == 0.6
+    assert (
+        printed["train"]["seed"] == 9 and printed["train"]["max_steps"] == 3 and printed["ebft"]["temperature"] == 0.6
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -126,7 +143,14 @@ def interrupted(train, monkeypatch):
 @MODES
 def test_resumed_run_equals_the_unbroken_one(train, interrupted, tmp_path, mode):
     """Guards against lost optimizer state, a schedule or data order that starts anew, other rollouts, and metrics that are lost or written twice."""
-    changes = dict(**mode, train__max_steps=4, train__lr_scheduler="cosine", train__warmup_ratio=0.5, train__learning_rate=1e-2, ebft__ce_coef=0.1)
+    changes = dict(
+        **mode,
+        train__max_steps=4,
+        train__lr_scheduler="cosine",
+        train__warmup_ratio=0.5,
+        train__learning_rate=1e-2,
+        ebft__ce_coef=0.1,
+    )
     whole = train("whole", **changes)
     interrupted("broken", 2, **changes)
     broken = tmp_path / "broken"
@@ -207,12 +231,23 @@ def test_save_total_limit(train):
 def test_resume_from_an_earlier_checkpoint(train):
     """Guards against removing the checkpoint that was just written because older runs left later ones behind: `latest` must be this run's."""
     folder = train("run", "train.save_steps=1", "train.max_steps=4", "train.save_total_limit=4")
-    train("run", f"train.resume={folder / 'checkpoint-1'}", "train.max_steps=4", "train.save_steps=2", "train.save_total_limit=1")
+    train(
+        "run",
+        f"train.resume={folder / 'checkpoint-1'}",
+        "train.max_steps=4",
+        "train.save_steps=2",
+        "train.save_total_limit=1",
+    )
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-4"]
     state = saved_tensors(folder / "checkpoint-4")
     assert all(torch.equal(state[f"model.causal_lm.{name}"], tensor) for name, tensor in weights(folder).items())
     train("again", "train.save_steps=1", "train.max_steps=4", "train.save_total_limit=4")
-    again = train("again", f"train.resume={folder.parent / 'again' / 'checkpoint-1'}", "train.max_steps=2", "train.save_total_limit=1")
+    again = train(
+        "again",
+        f"train.resume={folder.parent / 'again' / 'checkpoint-1'}",
+        "train.max_steps=2",
+        "train.save_total_limit=1",
+    )
     assert [path.name for path in again.glob("checkpoint-*")] == ["checkpoint-2"]
 
 
@@ -237,7 +272,9 @@ def test_half_written_checkpoint_is_ignored(train, interrupted, tmp_path):
 @pytest.fixture
 def plain_descent(monkeypatch):
     """SGD in AdamW's place: updates are then proportional to the gradients, and a gradient that is wrong by a factor shows in the weights."""
-    monkeypatch.setattr(torch.optim, "AdamW", lambda parameters, lr, betas, weight_decay: torch.optim.SGD(parameters, lr=lr))
+    monkeypatch.setattr(
+        torch.optim, "AdamW", lambda parameters, lr, betas, weight_decay: torch.optim.SGD(parameters, lr=lr)
+    )
 
 
 @MODES
@@ -245,9 +282,12 @@ def test_gradient_accumulation_changes_nothing(train, plain_descent, mode):
     """Guards against losses that are averaged over micro-batches (documents of different lengths would get different weights), and rollouts that depend on the batch."""
     changes = dict(**mode, train__max_steps=2, ebft__ce_coef=0.3, train__learning_rate=0.1)
     runs = [
-        train(f"{size} at a time", "train.batch_size=4", f"train.per_device_batch_size={size}", **changes) for size in (4, 1, 2)
+        train(f"{size} at a time", "train.batch_size=4", f"train.per_device_batch_size={size}", **changes)
+        for size in (4, 1, 2)
     ]
-    assert len({entry["ebft/valid_anchors"] for entry in training(runs[0]) + training(runs[1])}) > 1  # padding, so lengths, did differ
+    assert (
+        len({entry["ebft/valid_anchors"] for entry in training(runs[0]) + training(runs[1])}) > 1
+    )  # padding, so lengths, did differ
     assert training(runs[0])[1]["train/grad_norm"] > 0.1
     for run in runs[1:]:
         assert_close_runs(runs[0], run)
@@ -268,7 +308,18 @@ def two_processes():
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port), str(ROOT / "train_strided.py"), "--cfg", str(file)]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node",
+            "2",
+            "--master_port",
+            str(port),
+            str(ROOT / "train_strided.py"),
+            "--cfg",
+            str(file),
+        ]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
         try:
             stdout, stderr = process.communicate(timeout=timeout)
@@ -286,9 +337,18 @@ def two_processes():
 def test_two_processes_equal_one(train, two_processes, write_config, tmp_path, mode):
     """Guards against gradients that are not reduced, averaged instead of summed, or rows that both processes train on."""
     rate = 1e-5
-    changes = dict(**mode, train__max_steps=2, ebft__ce_coef=0.3, eval__num_documents=3, eval__per_device_batch_size=1, train__learning_rate=rate)
+    changes = dict(
+        **mode,
+        train__max_steps=2,
+        ebft__ce_coef=0.3,
+        eval__num_documents=3,
+        eval__per_device_batch_size=1,
+        train__learning_rate=rate,
+    )
     one = train("one", "train.per_device_batch_size=4", "train.batch_size=4", **changes)
-    file = write_config(**changes, train__output_dir=str(tmp_path / "two"), train__per_device_batch_size=1, train__batch_size=4)
+    file = write_config(
+        **changes, train__output_dir=str(tmp_path / "two"), train__per_device_batch_size=1, train__batch_size=4
+    )
     assert "2 processes on cpu, DDP" in two_processes(file, timeout=120)
     assert_close_runs(one, tmp_path / "two", tolerance=0.1 * rate, share=1e-2)
 
@@ -299,7 +359,11 @@ def test_two_processes_with_less_than_one_evaluation_batch_each(two_processes, w
     one = train("one", "train.per_device_batch_size=2", **changes)
     two_processes(write_config(**changes, train__per_device_batch_size=1), timeout=40)
     for left, right in zip(logged(one), logged(tmp_path / "run"), strict=True):
-        assert {name: value for name, value in left.items() if name.startswith("eval/") and not math.isclose(value, right[name], rel_tol=1e-4, abs_tol=1e-5)} == {}
+        assert {
+            name: value
+            for name, value in left.items()
+            if name.startswith("eval/") and not math.isclose(value, right[name], rel_tol=1e-4, abs_tol=1e-5)
+        } == {}
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -322,7 +386,9 @@ def summed_cross_entropy(model, ids: torch.Tensor) -> torch.Tensor:
 
 def test_cross_entropy_alone_is_plain_fine_tuning(train, model_folder, text_file):
     """Guards against an SFT baseline that is not SFT: a naive loop over documents with AdamW must give the same weights."""
-    folder = train("sft", "ebft.rl_coef=0", "ebft.ce_coef=1", "train.max_steps=2", "train.batch_size=4", "train.learning_rate=1e-2")
+    folder = train(
+        "sft", "ebft.rl_coef=0", "ebft.ce_coef=1", "train.max_steps=2", "train.batch_size=4", "train.learning_rate=1e-2"
+    )
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     documents = naive_documents(text_file, AutoTokenizer.from_pretrained(model_folder))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, **ADAMW)
@@ -350,7 +416,13 @@ def test_one_step_is_the_naive_policy_gradient(train, plain_descent, monkeypatch
         return seen[-1][1]
 
     monkeypatch.setattr(train_strided, "sample_and_score", keep)
-    settings = ("ebft.ce_coef=0", "ebft.temperature=0.6", "ebft.alignment_coef=0.7", "ebft.diversity_coef=0.4", "ebft.use_whitening=false")
+    settings = (
+        "ebft.ce_coef=0",
+        "ebft.temperature=0.6",
+        "ebft.alignment_coef=0.7",
+        "ebft.diversity_coef=0.4",
+        "ebft.use_whitening=false",
+    )
     folder = train("run", "train.max_steps=1", "train.learning_rate=0.1", *settings)
     ((batch, groups),) = seen
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
@@ -368,7 +440,9 @@ def test_one_step_is_the_naive_policy_gradient(train, plain_descent, monkeypatch
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     (entry,) = training(folder)
-    assert entry["train/loss"] == pytest.approx(loss.item(), abs=1e-5) and entry["ebft/rl_loss"] == pytest.approx(loss.item(), abs=1e-5)
+    assert entry["train/loss"] == pytest.approx(loss.item(), abs=1e-5) and entry["ebft/rl_loss"] == pytest.approx(
+        loss.item(), abs=1e-5
+    )
     assert entry["train/grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
     expected = {name: (parameter - 0.1 * parameter.grad).detach() for name, parameter in model.named_parameters()}
     assert_same_weights(weights(folder), expected)
@@ -449,12 +523,19 @@ def test_evaluation_runs_in_the_chosen_precision(evaluation, mode):
 
 def test_evaluation_metrics_by_hand():
     """Guards against the error of a change being that of its levels. Two documents of one token: 2 and 5 now, 1 and 3 before."""
-    after, before = ({name: torch.tensor([totals, [1.0, 1.0]]) for name in train_strided.EVALUATED} for totals in ([2.0, 5.0], [1.0, 3.0]))
+    after, before = (
+        {name: torch.tensor([totals, [1.0, 1.0]]) for name in train_strided.EVALUATED}
+        for totals in ([2.0, 5.0], [1.0, 3.0])
+    )
     found = evaluation_metrics(after, before)
     for name in train_strided.EVALUATED:
         assert found[f"eval/{name}"] == pytest.approx(3.5) and found[f"eval/{name}_se"] == pytest.approx(1.5)
-        assert found[f"eval/{name}_change"] == pytest.approx(1.5) and found[f"eval/{name}_change_se"] == pytest.approx(0.5)
-    assert found["eval/perplexity"] == pytest.approx(math.exp(3.5)) and found["eval/perplexity_se"] == pytest.approx(1.5 * math.exp(3.5))
+        assert found[f"eval/{name}_change"] == pytest.approx(1.5) and found[f"eval/{name}_change_se"] == pytest.approx(
+            0.5
+        )
+    assert found["eval/perplexity"] == pytest.approx(math.exp(3.5)) and found["eval/perplexity_se"] == pytest.approx(
+        1.5 * math.exp(3.5)
+    )
     assert not [name for name in evaluation_metrics(after, None) if "change" in name]
 
 
@@ -482,7 +563,10 @@ def test_bfloat16_keeps_what_is_trained_in_float32(train, mode):
     state = saved_tensors(folder / "checkpoint-2")
     assert {tensor.dtype for tensor in state.values()} == {torch.float32}
     num_weights = sum(name.startswith("model.") for name in state)
-    assert sum(name.endswith((".exp_avg", ".exp_avg_sq")) for name in state) == 2 * num_weights and len(state) == 4 * num_weights
+    assert (
+        sum(name.endswith((".exp_avg", ".exp_avg_sq")) for name in state) == 2 * num_weights
+        and len(state) == 4 * num_weights
+    )
     assert {tensor.dtype for tensor in weights(folder).values()} == {torch.float32}
     for low, high in zip(training(folder), training(exact), strict=True):
         assert 1e-6 < abs(low["ebft/ce_loss"] - high["ebft/ce_loss"]) < 0.1
@@ -497,11 +581,23 @@ def test_packing_trains_on_the_same_tokens(train, write_config):
     config = load_config(str(write_config(**changes, data__packing=True, eval__num_documents=0)))
     rows, _ = load_rows(config, load_tokenizer(config.model))
     assert len(rows) < 40
-    packed = train("packed", "data.packing=true", f"train.batch_size={len(rows)}", f"train.per_device_batch_size={len(rows)}", **changes)
+    packed = train(
+        "packed",
+        "data.packing=true",
+        f"train.batch_size={len(rows)}",
+        f"train.per_device_batch_size={len(rows)}",
+        **changes,
+    )
     alone = train("alone", "train.batch_size=40", "train.per_device_batch_size=40", **changes)
     assert training(packed)[0]["ebft/ce_loss"] == pytest.approx(training(alone)[0]["ebft/ce_loss"], abs=1e-5)
     sft = dict(**changes, ebft__rl_coef=0.0)
-    packed = train("packed sft", "data.packing=true", f"train.batch_size={len(rows)}", f"train.per_device_batch_size={len(rows)}", **sft)
+    packed = train(
+        "packed sft",
+        "data.packing=true",
+        f"train.batch_size={len(rows)}",
+        f"train.per_device_batch_size={len(rows)}",
+        **sft,
+    )
     alone = train("alone sft", "train.batch_size=40", "train.per_device_batch_size=40", **sft)
     assert training(packed)[0]["train/grad_norm"] == pytest.approx(training(alone)[0]["train/grad_norm"], rel=1e-5)
 
@@ -530,19 +626,36 @@ VARIANTS = {
 
 def test_every_choice_does_something(train):
     """Guards against an option that is read and then ignored: each one's loss is finite and unlike all the others'."""
-    losses = {name: training(train(name.replace(" ", "_"), "train.max_steps=1", *overrides))[0]["ebft/rl_loss"] for name, overrides in VARIANTS.items()}
+    losses = {
+        name: training(train(name.replace(" ", "_"), "train.max_steps=1", *overrides))[0]["ebft/rl_loss"]
+        for name, overrides in VARIANTS.items()
+    }
     assert all(math.isfinite(loss) for loss in losses.values())
     values = sorted(losses.values())
     assert min(high - low for low, high in zip(values, values[1:])) > 1e-6, losses
-    same = training(train("completion_mean", "train.max_steps=1", "ebft.embed_method=completion_mean"))[0]["ebft/rl_loss"]
+    same = training(train("completion_mean", "train.max_steps=1", "ebft.embed_method=completion_mean"))[0][
+        "ebft/rl_loss"
+    ]
     assert same == losses["mean_pooling"]  # a strided rollout is its completion
 
 
 def test_logged_loss_is_the_weighted_sum(train):
     """Guards against coefficients that are applied twice or not at all."""
-    (entry,) = training(train("run", "train.max_steps=1", "ebft.rl_coef=0.7", "ebft.ce_coef=0.2", "ebft.alignment_coef=0.5", "ebft.diversity_coef=0.25", "ebft.use_whitening=false"))
+    (entry,) = training(
+        train(
+            "run",
+            "train.max_steps=1",
+            "ebft.rl_coef=0.7",
+            "ebft.ce_coef=0.2",
+            "ebft.alignment_coef=0.5",
+            "ebft.diversity_coef=0.25",
+            "ebft.use_whitening=false",
+        )
+    )
     assert entry["train/loss"] == pytest.approx(0.7 * entry["ebft/rl_loss"] + 0.2 * entry["ebft/ce_loss"], abs=1e-5)
-    assert entry["ebft/mean_reward"] == pytest.approx(0.5 * entry["ebft/alignment"] - 0.25 * entry["ebft/diversity"], abs=1e-5)
+    assert entry["ebft/mean_reward"] == pytest.approx(
+        0.5 * entry["ebft/alignment"] - 0.25 * entry["ebft/diversity"], abs=1e-5
+    )
 
 
 def test_seed_decides_and_nothing_else(train):
@@ -551,15 +664,36 @@ def test_seed_decides_and_nothing_else(train):
     torch.manual_seed(77)
     torch.rand(3)
     assert training(train("second", "train.max_steps=2", lora={"r": 2})) == training(first)
-    assert training(train("third", "train.max_steps=2", "train.seed=1", lora={"r": 2}))[0]["ebft/rl_loss"] != training(first)[0]["ebft/rl_loss"]
+    assert (
+        training(train("third", "train.max_steps=2", "train.seed=1", lora={"r": 2}))[0]["ebft/rl_loss"]
+        != training(first)[0]["ebft/rl_loss"]
+    )
 
 
 def test_a_document_gets_other_rollouts_each_time(train):
     """Guards against rollouts that are keyed by the row alone: each epoch would train on the same ones. (The policy stands still: rate 1e-20.)"""
-    first, second = training(train("run", "data.max_documents=3", "train.batch_size=3", "train.per_device_batch_size=3", "train.max_steps=2", "train.learning_rate=1e-20"))
+    first, second = training(
+        train(
+            "run",
+            "data.max_documents=3",
+            "train.batch_size=3",
+            "train.per_device_batch_size=3",
+            "train.max_steps=2",
+            "train.learning_rate=1e-20",
+        )
+    )
     assert first["ebft/ce_loss"] == pytest.approx(second["ebft/ce_loss"], abs=1e-6)  # the same three documents
     assert abs(first["ebft/alignment"] - second["ebft/alignment"]) > 1e-3
-    (both,) = training(train("both", "data.max_documents=3", "train.batch_size=6", "train.per_device_batch_size=6", "train.max_steps=1", "train.learning_rate=1e-20"))
+    (both,) = training(
+        train(
+            "both",
+            "data.max_documents=3",
+            "train.batch_size=6",
+            "train.per_device_batch_size=6",
+            "train.max_steps=1",
+            "train.learning_rate=1e-20",
+        )
+    )
     assert both["ebft/alignment"] == pytest.approx((first["ebft/alignment"] + second["ebft/alignment"]) / 2, abs=1e-5)
 
 
@@ -589,13 +723,17 @@ def test_logging_and_table_steps(train):
 )
 def test_learning_rate_by_hand(write_config, scheduler, warmup, expected):
     """Guards against a first or last step at learning rate 0 (wasted), and a peak that is never reached."""
-    config = load_config(str(write_config(train__max_steps=8, train__lr_scheduler=scheduler, train__warmup_ratio=warmup)))
+    config = load_config(
+        str(write_config(train__max_steps=8, train__lr_scheduler=scheduler, train__warmup_ratio=warmup))
+    )
     assert [learning_rate(config, step) / 1e-3 for step in range(8)] == pytest.approx(expected, abs=1e-6)
 
 
 def test_logged_learning_rate_is_the_one_of_the_step(train):
     """Guards against logging the next step's rate, and against a schedule that never reaches the optimizer: the weights must show the same rates."""
-    folder = train("run", "train.max_steps=4", "train.lr_scheduler=linear", "train.warmup_ratio=0", "train.learning_rate=1e-2")
+    folder = train(
+        "run", "train.max_steps=4", "train.lr_scheduler=linear", "train.warmup_ratio=0", "train.learning_rate=1e-2"
+    )
     assert [entry["train/learning_rate"] for entry in training(folder)] == pytest.approx([1e-2, 7.5e-3, 5e-3, 2.5e-3])
 
 

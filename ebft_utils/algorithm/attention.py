@@ -77,7 +77,9 @@ def strided_sdpa_forward(
         document_query, query = query.split([num_document, query.shape[2] - num_document], dim=2)
         mask = strided_blocks.document_mask
         outputs.append(
-            scaled_dot_product_attention(document_query, document_key, document_value, attn_mask=mask, is_causal=mask is None, scale=scaling)
+            scaled_dot_product_attention(
+                document_query, document_key, document_value, attn_mask=mask, is_causal=mask is None, scale=scaling
+            )
         )
     if strided_blocks.blocks:
         widths = [block.end - block.start for block in strided_blocks.blocks]

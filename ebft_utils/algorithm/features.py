@@ -47,7 +47,9 @@ def cut_decoder(decoder: torch.nn.Module, num_layers: int) -> torch.nn.Module:
     """
     final_norm = [name for name in FINAL_NORMS if name in decoder._modules]
     if "layers" not in decoder._modules or len(final_norm) != 1:
-        raise ValueError(f"{type(decoder).__name__} is not built of `layers` and a final norm ({', '.join(FINAL_NORMS)})")
+        raise ValueError(
+            f"{type(decoder).__name__} is not built of `layers` and a final norm ({', '.join(FINAL_NORMS)})"
+        )
     view = copy.copy(decoder)
     view._modules = dict(decoder._modules)
     view.layers = torch.nn.ModuleList(list(decoder.layers)[:num_layers])
@@ -65,7 +67,9 @@ class FeatureNetwork:
         frozen: for LoRA, the context in which the policy's own decoder computes phi: its adapter switched off. Closed again before anything is trained.
     """
 
-    def __init__(self, decoder: torch.nn.Module, layers: list[int], frozen: Callable[[], AbstractContextManager] | None = None):
+    def __init__(
+        self, decoder: torch.nn.Module, layers: list[int], frozen: Callable[[], AbstractContextManager] | None = None
+    ):
         self.layers = layers
         self.is_policy = frozen is not None
         self.decoder = cut_decoder(decoder, max(layers))
@@ -93,14 +97,22 @@ class FeatureNetwork:
                     captured[layer] = read(args[0])
 
                 stack.callback(self.decoder.layers[layer].register_forward_pre_hook(hook).remove)
-            last = self.decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False, **attention).last_hidden_state
+            last = self.decoder(
+                input_ids=input_ids, position_ids=position_ids, use_cache=False, **attention
+            ).last_hidden_state
             captured[max(self.layers)] = read(last)
         return [captured[layer] for layer in self.layers]
 
 
 @torch.no_grad()
 def strided_features(
-    network: FeatureNetwork, document_ids: Tensor, segment_ids: Tensor, rollouts: Tensor, anchors: Tensor, valid: Tensor, embed_method: str
+    network: FeatureNetwork,
+    document_ids: Tensor,
+    segment_ids: Tensor,
+    rollouts: Tensor,
+    anchors: Tensor,
+    valid: Tensor,
+    embed_method: str,
 ) -> tuple[Tensor, Tensor]:
     """Features of all rollouts and of the ground truth at the same places, in one packed forward.
 
@@ -110,7 +122,9 @@ def strided_features(
     Returns: rollouts' features (B, A, N, D) and truth's (B, A, D), float32.
     """
     home, device = document_ids.device, network.device
-    document_ids, segment_ids, rollouts, anchors, valid = (tensor.to(device) for tensor in (document_ids, segment_ids, rollouts, anchors, valid))
+    document_ids, segment_ids, rollouts, anchors, valid = (
+        tensor.to(device) for tensor in (document_ids, segment_ids, rollouts, anchors, valid)
+    )
     batch, num_anchors, num_samples, num_generated = rollouts.shape
     length = document_ids.shape[1]
     steps = torch.tensor(pooled_steps(embed_method, num_generated), device=device)
@@ -133,7 +147,13 @@ def strided_features(
 
 @torch.no_grad()
 def completion_features(
-    network: FeatureNetwork, document_ids: Tensor, prompt_lengths: Tensor, truth_lengths: Tensor, completions: Tensor, completion_lengths: Tensor, embed_method: str
+    network: FeatureNetwork,
+    document_ids: Tensor,
+    prompt_lengths: Tensor,
+    truth_lengths: Tensor,
+    completions: Tensor,
+    completion_lengths: Tensor,
+    embed_method: str,
 ) -> tuple[Tensor, Tensor]:
     """Features of prompt + completion, for each completion, and of prompt + truth, in one packed forward: the strided layout with one anchor, at the prompt's end.
 
@@ -152,20 +172,42 @@ def completion_features(
     (_, length), (_, num_samples, num_generated) = document_ids.shape, completions.shape
     index = torch.arange(length, device=device)
     segment_ids = torch.where(index < (prompt_lengths + truth_lengths).unsqueeze(-1), 0, -1)
-    layout = pack_layout(segment_ids, prompt_lengths.unsqueeze(-1), torch.ones_like(prompt_lengths, dtype=torch.bool).unsqueeze(-1), num_samples, num_generated)
-    steps, counted = read_steps(torch.cat([truth_lengths.unsqueeze(-1), completion_lengths], dim=1), embed_method)  # (B, 1 + N, T)
-    starts = torch.cat([prompt_lengths.unsqueeze(-1), length + torch.arange(num_samples, device=device).expand(len(prompt_lengths), -1) * num_generated], dim=1)
+    layout = pack_layout(
+        segment_ids,
+        prompt_lengths.unsqueeze(-1),
+        torch.ones_like(prompt_lengths, dtype=torch.bool).unsqueeze(-1),
+        num_samples,
+        num_generated,
+    )
+    steps, counted = read_steps(
+        torch.cat([truth_lengths.unsqueeze(-1), completion_lengths], dim=1), embed_method
+    )  # (B, 1 + N, T)
+    starts = torch.cat(
+        [
+            prompt_lengths.unsqueeze(-1),
+            length + torch.arange(num_samples, device=device).expand(len(prompt_lengths), -1) * num_generated,
+        ],
+        dim=1,
+    )
     read = (starts.unsqueeze(-1) + steps).flatten(1)
     if embed_method == "mean_pooling":
         read = torch.cat([read, index[: int(prompt_lengths.max())].expand(len(read), -1)], dim=1)
-    states = network.hidden_states(torch.cat([document_ids, completions.flatten(1)], dim=1), layout.position_ids, read, **attention_arguments(network.decoder, layout))
+    states = network.hidden_states(
+        torch.cat([document_ids, completions.flatten(1)], dim=1),
+        layout.position_ids,
+        read,
+        **attention_arguments(network.decoder, layout),
+    )
     own, prompt = _normalised(states).split([steps[0].numel(), read.shape[1] - steps[0].numel()], dim=1)
     own = own.unflatten(1, (1 + num_samples, -1))  # (B, 1 + N, T, D)
     if embed_method in ("mean_pooling", "completion_mean"):
         total, number = torch.where(counted.unsqueeze(-1), own, 0.0).sum(2), counted.sum(2)
         if embed_method == "mean_pooling":
             of_prompt = index[: prompt.shape[1]] < prompt_lengths.unsqueeze(-1)
-            total, number = total + torch.where(of_prompt.unsqueeze(-1), prompt, 0.0).sum(1, keepdim=True), number + prompt_lengths.unsqueeze(-1)
+            total, number = (
+                total + torch.where(of_prompt.unsqueeze(-1), prompt, 0.0).sum(1, keepdim=True),
+                number + prompt_lengths.unsqueeze(-1),
+            )
         features = total / number.unsqueeze(-1)
     else:
         features = own.flatten(2)

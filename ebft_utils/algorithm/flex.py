@@ -42,7 +42,13 @@ def padded_length(length: int) -> int:
 # Masks
 
 
-def make_block_mask(predicate: Callable[[Tensor, Tensor, Tensor], Tensor], batch: int, num_queries: int, num_keys: int, device: torch.device) -> BlockMask:
+def make_block_mask(
+    predicate: Callable[[Tensor, Tensor, Tensor], Tensor],
+    batch: int,
+    num_queries: int,
+    num_keys: int,
+    device: torch.device,
+) -> BlockMask:
     """The BlockMask of predicate(row, query, key) -> bool, evaluated on all cells, a few rows of blocks at a time: Q x K cells are never held at once.
 
     Args: num_queries, num_keys: multiples of 128. The predicate may capture nothing but tensors: anything else would be compiled into the kernel.
@@ -68,7 +74,9 @@ def make_block_mask(predicate: Callable[[Tensor, Tensor, Tensor], Tensor], batch
 def _chosen_first(chosen: Tensor) -> tuple[Tensor, Tensor]:
     """(..., K/128) bool -> how many are True, and the indices with those first."""
     order = chosen.int().argsort(dim=-1, descending=True, stable=True)
-    return chosen.sum(-1).to(torch.int32, memory_format=torch.contiguous_format), order.to(torch.int32, memory_format=torch.contiguous_format)
+    return chosen.sum(-1).to(torch.int32, memory_format=torch.contiguous_format), order.to(
+        torch.int32, memory_format=torch.contiguous_format
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -76,7 +84,14 @@ def _chosen_first(chosen: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def strided_flex_forward(
-    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: BlockMask | Tensor | None, *, scaling: float | None = None, **kwargs
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: BlockMask | Tensor | None,
+    *,
+    scaling: float | None = None,
+    **kwargs,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface. query (B, H, Q, d), key and value (B, H_kv, K, d). Returns ((B, Q, H, d), None).
 
@@ -86,9 +101,14 @@ def strided_flex_forward(
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     num_queries, (padded_queries, padded_keys) = query.shape[2], attention_mask.seq_lengths
     dtype = _attended_dtype(value)
-    query, key, value = (_padded(tensor.to(dtype), length) for tensor, length in ((query, padded_queries), (key, padded_keys), (value, padded_keys)))
+    query, key, value = (
+        _padded(tensor.to(dtype), length)
+        for tensor, length in ((query, padded_queries), (key, padded_keys), (value, padded_keys))
+    )
     attend = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention
-    output = attend(query, key, value, block_mask=attention_mask, scale=scaling, enable_gqa=query.shape[1] != key.shape[1])
+    output = attend(
+        query, key, value, block_mask=attention_mask, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+    )
     return output[:, :, :num_queries].transpose(1, 2).contiguous(), None
 
 
@@ -180,36 +200,59 @@ def why_not_flex(head_width: int, device: torch.device, backward: bool) -> str |
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < OLDEST_GPU:
         return f"{torch.cuda.get_device_name(device)} has compute capability {'.'.join(map(str, torch.cuda.get_device_capability(device)))}, and 8.0 is needed"
     if head_width > LARGEST_HEAD or (device.type == "cuda" and head_width < SMALLEST_HEAD):
-        return f"the model's heads are {head_width} wide, and its kernels are made for {SMALLEST_HEAD} to {LARGEST_HEAD}"
+        return (
+            f"the model's heads are {head_width} wide, and its kernels are made for {SMALLEST_HEAD} to {LARGEST_HEAD}"
+        )
     return None
 
 
-def prove_flex_attention(num_heads: int, num_key_heads: int, head_width: int, dtype: torch.dtype, device: torch.device, backward: bool) -> str | None:
+def prove_flex_attention(
+    num_heads: int, num_key_heads: int, head_width: int, dtype: torch.dtype, device: torch.device, backward: bool
+) -> str | None:
     """Runs the kernel once on that device, and sdpa on the same numbers: what is wrong with outputs or gradients, None when they agree."""
     generator = torch.Generator().manual_seed(0)
     length = 4 * BLOCK
-    segments = torch.tensor([0, 1, 1, 1, 1, 1, -1, -1], device=device).repeat_interleave(BLOCK // 2)  # full, partial and empty blocks
+    segments = torch.tensor([0, 1, 1, 1, 1, 1, -1, -1], device=device).repeat_interleave(
+        BLOCK // 2
+    )  # full, partial and empty blocks
 
     def predicate(row, query, key):
         return ((segments[query] == segments[key]) & (key <= query)) | (query == key)
 
     def inputs() -> list[Tensor]:
-        return [torch.randn(1, heads, length, head_width, generator=generator).to(device, dtype).requires_grad_(backward) for heads in (num_heads, num_key_heads, num_key_heads)]
+        return [
+            torch.randn(1, heads, length, head_width, generator=generator).to(device, dtype).requires_grad_(backward)
+            for heads in (num_heads, num_key_heads, num_key_heads)
+        ]
 
     query, key, value = inputs()
     index = torch.arange(length, device=device)
     mask = predicate(None, index[:, None], index[None])
     with torch.set_grad_enabled(backward), torch.autocast(device.type, enabled=False):
         try:
-            found, _ = strided_flex_forward(None, query, key, value, make_block_mask(predicate, 1, length, length, device), scaling=0.5)
+            found, _ = strided_flex_forward(
+                None, query, key, value, make_block_mask(predicate, 1, length, length, device), scaling=0.5
+            )
             groups = num_heads // num_key_heads
-            expected = scaled_dot_product_attention(query, repeat_kv(key, groups), repeat_kv(value, groups), attn_mask=mask, scale=0.5).transpose(1, 2)
+            expected = scaled_dot_product_attention(
+                query, repeat_kv(key, groups), repeat_kv(value, groups), attn_mask=mask, scale=0.5
+            ).transpose(1, 2)
             pairs = [(found, expected)]
             if backward:
                 weights = torch.randn(found.shape, generator=generator).to(device, dtype)
-                pairs += zip(*(torch.autograd.grad((output * weights).sum(), (query, key, value)) for output in (found, expected)), strict=True)
+                pairs += zip(
+                    *(
+                        torch.autograd.grad((output * weights).sum(), (query, key, value))
+                        for output in (found, expected)
+                    ),
+                    strict=True,
+                )
         except Exception as error:  # compilers fail in many ways
             return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
     gaps = [((one - other).float().norm() / other.float().norm()).item() for one, other in pairs]
     tolerance, worst = 2e-2 if dtype == torch.bfloat16 else 2e-3, max(gaps, key=lambda gap: (math.isnan(gap), gap))
-    return None if worst <= tolerance else f"it differs from sdpa on this device by {worst:.2g} of the result's size (allowed {tolerance})"
+    return (
+        None
+        if worst <= tolerance
+        else f"it differs from sdpa on this device by {worst:.2g} of the result's size (allowed {tolerance})"
+    )

@@ -14,7 +14,9 @@ from torch import Tensor
 LOGITS_PER_CHUNK = 2**25  # 128 MB of float32 logits at a time, whatever the vocabulary
 
 
-def token_logprobs(hidden: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor, temperature: float) -> Tensor:
+def token_logprobs(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor, temperature: float
+) -> Tensor:
     """log softmax((hidden W^T + b) / temperature)[token], for one token at each position, differentiable in hidden, W and b.
 
     Naive: torch.log_softmax((hidden @ weight.T + bias).float() / temperature, -1).gather(-1, token_ids[:, None])[:, 0].
@@ -41,7 +43,9 @@ def policy_gradient_loss(logprobs: Tensor, advantages: Tensor, mask: Tensor, num
     return (-torch.where(mask, advantages, 0.0) * torch.where(mask, logprobs.sum(-1), 0.0)).sum() / num_tokens
 
 
-def completion_token_weights(mask: Tensor, loss_type: str, num_completions: Tensor | float, num_tokens: Tensor | float, max_length: int) -> Tensor:
+def completion_token_weights(
+    mask: Tensor, loss_type: str, num_completions: Tensor | float, num_tokens: Tensor | float, max_length: int
+) -> Tensor:
     """How much each token of a completion counts in the policy-gradient loss: sum over tokens of weight * loss is the loss of the whole global batch.
 
         bnpo     1 / num_tokens                                          every token of the batch counts the same
@@ -74,7 +78,9 @@ def importance_weights(logprobs: Tensor, behaviour_logprobs: Tensor, mask: Tenso
     return torch.where(mask, logprobs.detach() - behaviour_logprobs, 0.0).exp().clamp_max(cap)
 
 
-def clipped_policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, weights: Tensor, epsilon: float) -> Tensor:
+def clipped_policy_loss(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, weights: Tensor, epsilon: float
+) -> Tensor:
     """Sum over tokens of -weight * min(ratio * A, clip(ratio, 1 - epsilon, 1 + epsilon) * A), ratio = exp(logprob - old logprob).
 
     Where the policy is still the old one the ratio is 1, and this is the plain policy gradient.

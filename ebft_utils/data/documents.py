@@ -37,7 +37,9 @@ COLUMNS = datasets.Features(
         "problem": datasets.Value("string"),  # why the row cannot be used
     }
 )
-TEMPLATE_DAY = datetime.date(2024, 7, 26)  # for templates that tell the date (Llama 3.2's own default): with today's a run would be another one tomorrow
+TEMPLATE_DAY = datetime.date(
+    2024, 7, 26
+)  # for templates that tell the date (Llama 3.2's own default): with today's a run would be another one tomorrow
 THINKING_PART = re.compile(r"<think>\s*(</think>\s*)?")  # empty thinking that a template adds, or begins
 ANSWER = "\u2063answer\u2063"  # stands for an answer in a rendered conversation, and is found again in it
 
@@ -52,7 +54,10 @@ class Document:
 
 def documents_from(columns: dict[str, list]) -> list[Document]:
     """Rows of a tokenised table as documents."""
-    return [Document(tokens, list(zip(spans[::2], spans[1::2], strict=True))) for tokens, spans in zip(columns["input_ids"], columns["spans"], strict=True)]
+    return [
+        Document(tokens, list(zip(spans[::2], spans[1::2], strict=True)))
+        for tokens, spans in zip(columns["input_ids"], columns["spans"], strict=True)
+    ]
 
 
 def table_of(documents: list[Document]) -> datasets.Dataset:
@@ -65,8 +70,18 @@ def _row_of(document: Document | None, problem: str = "") -> dict:
     if document is None:
         return {"input_ids": [], "spans": [], "num_tokens": 0, "digest": 0, "problem": problem}
     spans = list(itertools.chain.from_iterable(document.spans))
-    digest = int.from_bytes(hashlib.blake2b(np.array(document.tokens, dtype=np.int32).tobytes(), digest_size=8).digest(), "little", signed=True)
-    return {"input_ids": document.tokens, "spans": spans, "num_tokens": len(document.tokens), "digest": digest, "problem": ""}
+    digest = int.from_bytes(
+        hashlib.blake2b(np.array(document.tokens, dtype=np.int32).tobytes(), digest_size=8).digest(),
+        "little",
+        signed=True,
+    )
+    return {
+        "input_ids": document.tokens,
+        "spans": spans,
+        "num_tokens": len(document.tokens),
+        "digest": digest,
+        "problem": "",
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -93,7 +108,9 @@ class Tokenizing:
         self.trims = None  # whether the chat template does away with space around an answer
         self.adds_end = tokenizer("x")["input_ids"][-1:] == [tokenizer.eos_token_id]
         tokens = tokenizer.convert_ids_to_tokens(tokenizer("x", add_special_tokens=False)["input_ids"])
-        self.sets_off = bool(tokens) and tokens[0].startswith("\u2581")  # SentencePiece puts a space before a text: not before one that goes on
+        self.sets_off = bool(tokens) and tokens[0].startswith(
+            "\u2581"
+        )  # SentencePiece puts a space before a text: not before one that goes on
 
     def documents(self, rows: list[dict], numbers: list[int]) -> list[Document | str]:
         """A document for each row, or why there is none ("": its transform left it out). numbers: of the rows, for messages.
@@ -111,14 +128,19 @@ class Tokenizing:
             answers, between = [next(further) for _ in pieces.answers], [next(further) for _ in pieces.between]
             return self._document(opening, answers, between, pieces)
 
-        return [self._checked(assemble, pieces, number) if isinstance(pieces, _Pieces) else pieces for pieces, number in zip(found, numbers, strict=True)]
+        return [
+            self._checked(assemble, pieces, number) if isinstance(pieces, _Pieces) else pieces
+            for pieces, number in zip(found, numbers, strict=True)
+        ]
 
     def _checked(self, function, argument, number: int):
         try:
             return function(argument)
         except BadRow as reason:
             if self.config.data.on_bad_row == "error":
-                raise UserError(f"{self.source.key}: {self.source}, row {number}, {reason}; data.on_bad_row: skip leaves such rows out") from None
+                raise UserError(
+                    f"{self.source.key}: {self.source}, row {number}, {reason}; data.on_bad_row: skip leaves such rows out"
+                ) from None
             return f"row {number}, {reason}"
         except UserError as error:
             raise UserError(f"{error} ({self.source}, row {number})") from None
@@ -130,7 +152,9 @@ class Tokenizing:
         if special and self.config.mode == "strided":  # a prompt that is cut here is refused
             limit = dict(truncation=True, max_length=self.config.data.sequence_length + self.adds_end)
         found = self.tokenizer(texts, add_special_tokens=special, **limit)["input_ids"]
-        return [tokens[:-1] for tokens in found] if special and self.adds_end else found  # the end is set here, where there is one
+        return (
+            [tokens[:-1] for tokens in found] if special and self.adds_end else found
+        )  # the end is set here, where there is one
 
     def _ids_of_rest(self, texts: list[str]) -> list[list[int]]:
         """Of texts that go on from another one."""
@@ -147,9 +171,15 @@ class Tokenizing:
         if "text" in example:
             return _Pieces(example["text"], special=True, prompt_column=prompt_column)
         prompt, turns = example["prompt"], example.get("turns") or []
-        answers, further = [example["completion"], *(turn["completion"] for turn in turns)], [turn["prompt"] for turn in turns]
+        answers, further = (
+            [example["completion"], *(turn["completion"] for turn in turns)],
+            [turn["prompt"] for turn in turns],
+        )
         turns_column = self.source.columns.turns or "turns"
-        later = [completion_column if self.source.transform.name in OF_MESSAGES else f"{turns_column}[{number}].completion" for number in range(len(turns))]
+        later = [
+            completion_column if self.source.transform.name in OF_MESSAGES else f"{turns_column}[{number}].completion"
+            for number in range(len(turns))
+        ]
         where = prompt_column, [completion_column, *later]
         templated = self.source.apply_chat_template and isinstance(prompt, str)
         if templated:
@@ -161,7 +191,10 @@ class Tokenizing:
             answers = [answer.strip() for answer in answers]
         if opening.rstrip().endswith(START_OF_THINKING):  # the template has begun to think: the answer goes on
             if not all(END_OF_THINKING in answer for answer in answers):
-                raise BadRow(completion_column, f"the chat template begins with {START_OF_THINKING}, and an answer has no thinking: it would be learnt as if it were; take the transform reasoning, or another template")
+                raise BadRow(
+                    completion_column,
+                    f"the chat template begins with {START_OF_THINKING}, and an answer has no thinking: it would be learnt as if it were; take the transform reasoning, or another template",
+                )
             answers = [answer.lstrip().removeprefix(START_OF_THINKING).lstrip("\n") for answer in answers]
         return _Pieces(opening, False, answers, between, *where)
 
@@ -173,7 +206,9 @@ class Tokenizing:
             raise
         except Exception as error:  # whatever somebody's function raises
             if transform.own:
-                raise UserError(f"{self.source.key}.transform: {transform.name} raised {type(error).__name__}: {error}") from None
+                raise UserError(
+                    f"{self.source.key}.transform: {transform.name} raised {type(error).__name__}: {error}"
+                ) from None
             if isinstance(error, KeyError):
                 raise BadRow(error.args[0], "is missing") from None
             raise
@@ -185,15 +220,25 @@ class Tokenizing:
         """Raises UserError when somebody's own transform returns something else than it should."""
         allowed = "{text}, {prompt, completion} or {prompt, completion, turns}"
         where = f"{self.source.key}.transform: {self.source.transform.name} returned"
-        if not isinstance(example, dict) or set(example) not in ({"text"}, {"prompt", "completion"}, {"prompt", "completion", "turns"}):
-            raise UserError(f"{where} {sorted(map(str, example)) if isinstance(example, dict) else shorten(example)}; allowed: {allowed}, or None for a row to leave out")
+        if not isinstance(example, dict) or set(example) not in (
+            {"text"},
+            {"prompt", "completion"},
+            {"prompt", "completion", "turns"},
+        ):
+            raise UserError(
+                f"{where} {sorted(map(str, example)) if isinstance(example, dict) else shorten(example)}; allowed: {allowed}, or None for a row to leave out"
+            )
         if "text" in example and self.config.mode == "structured":
             raise UserError(f"{where} raw text, which train_structured.py cannot use: it needs prompt and completion")
         texts = {name: example[name] for name in ("text", "completion") if name in example}
         if not isinstance(example.get("prompt"), list):
             texts |= {name: example[name] for name in ("prompt",) if name in example}
-        elif not all(isinstance(message, dict) and {"role", "content"} <= message.keys() for message in example["prompt"]):
-            raise UserError(f"{where} the prompt {shorten(example['prompt'])}, which is neither text nor a list of messages (role, content)")
+        elif not all(
+            isinstance(message, dict) and {"role", "content"} <= message.keys() for message in example["prompt"]
+        ):
+            raise UserError(
+                f"{where} the prompt {shorten(example['prompt'])}, which is neither text nor a list of messages (role, content)"
+            )
         turns = example.get("turns") or []
         if not isinstance(turns, list):
             raise UserError(f"{where} turns {shorten(turns)}, which is not a list of {{prompt, completion}}")
@@ -211,12 +256,19 @@ class Tokenizing:
 
     def _rendered(self, messages: list[dict], further: list[str], column: str) -> tuple[str, list[str]]:
         """The prompt in the tokenizer's chat template, and what the template puts between one answer of the assistant and the next."""
-        if not messages or not all(isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str) for message in messages):
+        if not messages or not all(
+            isinstance(message, dict)
+            and isinstance(message.get("role"), str)
+            and isinstance(message.get("content"), str)
+            for message in messages
+        ):
             raise BadRow(column, f"{shorten(messages)} is not a list of messages (role, content)")
         if not messages[-1]["content"].strip():
             raise BadRow(column, f"the last message is empty: {shorten(messages[-1])}")
         if self.tokenizer.chat_template is None:
-            raise UserError("model.tokenizer: the rows hold messages, and the tokenizer has no chat template; take the tokenizer of an instruction-tuned model, or a transform that makes a prompt of plain text")
+            raise UserError(
+                "model.tokenizer: the rows hold messages, and the tokenizer has no chat template; take the tokenizer of an instruction-tuned model, or a transform that makes a prompt of plain text"
+            )
         try:
             opening, gaps = self._chat(messages, True), []
             if self.trims is None:
@@ -232,74 +284,126 @@ class Tokenizing:
     def _chat(self, messages: list[dict], generation_prompt: bool, **settings) -> str:
         if self.config.data.enable_thinking is not None:
             settings = {"enable_thinking": self.config.data.enable_thinking} | settings
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt, strftime_now=TEMPLATE_DAY.strftime, **settings)
+        return self.tokenizer.apply_chat_template(
+            messages,
+            tokenize=False,
+            add_generation_prompt=generation_prompt,
+            strftime_now=TEMPLATE_DAY.strftime,
+            **settings,
+        )
 
     def _check_template(self, messages: list[dict], opening: str) -> None:
         """Raises UserError for a template whose answered conversation is another text than its prompt and the answer, and for a switch for thinking that it
         does not have; finds out whether it trims answers."""
-        if self.config.data.enable_thinking is not None and self._chat(messages, True, enable_thinking=True) == self._chat(messages, True, enable_thinking=False):
-            raise UserError("data.enable_thinking: the tokenizer's chat template has no such switch: it writes the same with true and with false; leave it out")
+        if self.config.data.enable_thinking is not None and self._chat(
+            messages, True, enable_thinking=True
+        ) == self._chat(messages, True, enable_thinking=False):
+            raise UserError(
+                "data.enable_thinking: the tokenizer's chat template has no such switch: it writes the same with true and with false; leave it out"
+            )
         answered = [*messages, {"role": "assistant", "content": ANSWER}]
         self._gap(answered, False)
-        before, asked = (THINKING_PART.sub("", text) for text in (self._chat(answered, False).partition(ANSWER)[0], opening))
+        before, asked = (
+            THINKING_PART.sub("", text) for text in (self._chat(answered, False).partition(ANSWER)[0], opening)
+        )
         if before != asked:
-            raise UserError(f"model.tokenizer: the chat template puts {shorten(before[-30:])} before an answer, and asks for one with {shorten(asked[-30:])}: it has no use for add_generation_prompt; take a tokenizer whose template has")
-        self.trims = f" {ANSWER} " not in self._chat([*messages, {"role": "assistant", "content": f" {ANSWER} "}], False)
+            raise UserError(
+                f"model.tokenizer: the chat template puts {shorten(before[-30:])} before an answer, and asks for one with {shorten(asked[-30:])}: it has no use for add_generation_prompt; take a tokenizer whose template has"
+            )
+        self.trims = f" {ANSWER} " not in self._chat(
+            [*messages, {"role": "assistant", "content": f" {ANSWER} "}], False
+        )
 
     def _gap(self, messages: list[dict], generation_prompt: bool) -> str:
         """What the template puts behind the last answer. Raises UserError when that does not begin with the end-of-text token, which ends each answer here."""
         gap, end = self._chat(messages, generation_prompt).rpartition(ANSWER)[2], self.tokenizer.eos_token
         if not gap.startswith(end):
-            raise UserError(f"model.eos_token: the chat template does not end an answer with {end!r} but with {shorten(gap[:20])}; name the token that ends an answer")
+            raise UserError(
+                f"model.eos_token: the chat template does not end an answer with {end!r} but with {shorten(gap[:20])}; name the token that ends an answer"
+            )
         return gap.removeprefix(end)
 
     # --- tokens ------------------------------------------------------------------------------------------------------------------------
 
-    def _document(self, opening: list[int], answers: list[list[int]], between: list[list[int]], pieces: _Pieces) -> Document:
+    def _document(
+        self, opening: list[int], answers: list[list[int]], between: list[list[int]], pieces: _Pieces
+    ) -> Document:
         structured, end = self.config.mode == "structured", [self.tokenizer.eos_token_id]
-        last = len(answers) if structured or self.config.data.append_eos else len(answers) - 1  # an answer that the user answers to has always ended
+        last = (
+            len(answers) if structured or self.config.data.append_eos else len(answers) - 1
+        )  # an answer that the user answers to has always ended
         answers = [answer + end if number < last else answer for number, answer in enumerate(answers)]
         if structured:
             self._check_lengths(opening, answers, between, pieces)
         if not answers:  # raw text
-            tokens = opening + end if self.config.data.append_eos and len(opening) < self.config.data.sequence_length else opening
+            tokens = (
+                opening + end
+                if self.config.data.append_eos and len(opening) < self.config.data.sequence_length
+                else opening
+            )
             return self._with_room(Document(tokens, [(0, len(tokens))]), pieces)
         tokens, spans = list(opening), []
         for gap, answer in zip([[], *between], answers, strict=True):
             start = len(tokens) + len(gap)
             tokens += gap + answer
             spans.append((start, start + len(answer)))
-        return Document(tokens, spans) if structured else self._with_room(self._cut(tokens, spans, len(opening), pieces), pieces)
+        return (
+            Document(tokens, spans)
+            if structured
+            else self._with_room(self._cut(tokens, spans, len(opening), pieces), pieces)
+        )
 
-    def _check_lengths(self, opening: list[int], answers: list[list[int]], between: list[list[int]], pieces: _Pieces) -> None:
+    def _check_lengths(
+        self, opening: list[int], answers: list[list[int]], between: list[list[int]], pieces: _Pieces
+    ) -> None:
         data, limit = self.config.data, self.config.ebft.max_completion_length
         if len(opening) > data.max_prompt_length:
-            raise BadRow(pieces.prompt_column, f"the prompt has {len(opening)} tokens, more than data.max_prompt_length {data.max_prompt_length}, and prompts are never cut")
+            raise BadRow(
+                pieces.prompt_column,
+                f"the prompt has {len(opening)} tokens, more than data.max_prompt_length {data.max_prompt_length}, and prompts are never cut",
+            )
         for number, answer in enumerate(answers):
             if len(answer) > limit:
-                raise BadRow(pieces.answer_columns[number], f"the ground truth has {len(answer)} tokens (end-of-text token included), more than ebft.max_completion_length {limit}")
+                raise BadRow(
+                    pieces.answer_columns[number],
+                    f"the ground truth has {len(answer)} tokens (end-of-text token included), more than ebft.max_completion_length {limit}",
+                )
         longest, keys = self.config.longest_sequence
-        possible = len(opening) + sum(map(len, between)) + len(answers) * (1 + limit) - 1  # 1: an end for a turn that was cut short
+        possible = (
+            len(opening) + sum(map(len, between)) + len(answers) * (1 + limit) - 1
+        )  # 1: an end for a turn that was cut short
         if len(answers) > 1 and possible > longest:
-            raise BadRow(pieces.prompt_column, f"the conversation can come to {possible} tokens with answers of ebft.max_completion_length {limit}, more than {keys} {longest}; raise data.max_conversation_length")
+            raise BadRow(
+                pieces.prompt_column,
+                f"the conversation can come to {possible} tokens with answers of ebft.max_completion_length {limit}, more than {keys} {longest}; raise data.max_conversation_length",
+            )
 
     def _cut(self, tokens: list[int], spans: list[tuple[int, int]], prompt_length: int, pieces: _Pieces) -> Document:
         limit = self.config.data.sequence_length
         if prompt_length >= limit:
-            raise BadRow(pieces.prompt_column, f"the prompt has {prompt_length} tokens or more, which leaves nothing of data.sequence_length {limit} to the completion")
+            raise BadRow(
+                pieces.prompt_column,
+                f"the prompt has {prompt_length} tokens or more, which leaves nothing of data.sequence_length {limit} to the completion",
+            )
         return Document(tokens[:limit], [(start, min(end, limit)) for start, end in spans if start < limit])
 
     def _with_room(self, document: Document, pieces: _Pieces) -> Document:
         """The document, when one anchor fits into it (strided mode)."""
         ebft, words = self.config.ebft, "; text " + shorten(pieces.opening) if not pieces.answers else ""
-        if not any(first_anchor(span, ebft.context_length, ebft.min_completion_prefix) + ebft.generate_max_len <= span[1] for span in document.spans):
+        if not any(
+            first_anchor(span, ebft.context_length, ebft.min_completion_prefix) + ebft.generate_max_len <= span[1]
+            for span in document.spans
+        ):
             if not pieces.answers:
                 needs = f"{len(document.tokens)} tokens have no room for one anchor, which needs {self.config.first_anchor + ebft.generate_max_len}"
             else:
                 start, end = max(document.spans, key=lambda span: span[1] - span[0])
                 at = f"{end - start} tokens of the completion, behind {start}, have no room for one anchor, which needs"
                 needs = f"{at} {first_anchor((start, end), ebft.context_length, ebft.min_completion_prefix) - start + ebft.generate_max_len}"
-            raise BadRow(pieces.answer_columns[0] if pieces.answers else pieces.prompt_column, f"{needs} (ebft.context_length or min_completion_prefix + ebft.generate_max_len){words}")
+            raise BadRow(
+                pieces.answer_columns[0] if pieces.answers else pieces.prompt_column,
+                f"{needs} (ebft.context_length or min_completion_prefix + ebft.generate_max_len){words}",
+            )
         return document
 
 
@@ -321,7 +425,10 @@ def load_documents(config: Config, tokenizer: PreTrainedTokenizerBase, source: S
 
     def tokenize(columns: dict, numbers: list[int]) -> dict:
         rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-        found = [_row_of(None, made) if isinstance(made, str) else _row_of(made) for made in tokenizing.documents(rows, numbers)]
+        found = [
+            _row_of(None, made) if isinstance(made, str) else _row_of(made)
+            for made in tokenizing.documents(rows, numbers)
+        ]
         return {name: [row[name] for row in found] for name in COLUMNS}
 
     documents = table.map(
@@ -334,14 +441,20 @@ def load_documents(config: Config, tokenizer: PreTrainedTokenizerBase, source: S
         left_out = LeftOut(source)
         left_out.add(documents.select(np.flatnonzero(lengths == 0))["problem"][:])
         if len(kept) == 0:
-            raise UserError(f"{source.key}: {source} has no row that can be used. {left_out.text(f'of {len(lengths)}')}")
+            raise UserError(
+                f"{source.key}: {source} has no row that can be used. {left_out.text(f'of {len(lengths)}')}"
+            )
         PartialState().print(left_out.text(f"of {len(lengths)}"))
     return documents.select(kept)
 
 
 def columns_read(table, source: Source):
     """A table or stream without the columns that the transform does not look at: an image there would be decoded for nothing."""
-    return table if table.column_names is None else table.select_columns(source.transform.columns_read(source.columns, table.column_names))
+    return (
+        table
+        if table.column_names is None
+        else table.select_columns(source.transform.columns_read(source.columns, table.column_names))
+    )
 
 
 class LeftOut:
@@ -353,17 +466,23 @@ class LeftOut:
     def add(self, problems: list[str]) -> None:
         """problems: why each row is left out; "" where the transform did that."""
         for problem in problems:
-            kind = re.sub(r"\d+|'[^']*'|\"[^\"]*\"", "", problem).partition("; text")[0]  # without what is particular to the row
+            kind = re.sub(r"\d+|'[^']*'|\"[^\"]*\"", "", problem).partition("; text")[
+                0
+            ]  # without what is particular to the row
             self.number += 1
             self.kinds[kind] += 1
-            self.examples.setdefault(kind, f"like {problem}" if problem else f"by the transform {self.source.transform.name}")
+            self.examples.setdefault(
+                kind, f"like {problem}" if problem else f"by the transform {self.source.transform.name}"
+            )
 
     def text(self, of: str) -> str:
         """How many, and why: one example of each of the commonest kinds."""
         common = self.kinds.most_common(4)
         reasons = [f"{count} {self.examples[kind]}" for kind, count in common]
         others = self.number - sum(count for _, count in common)
-        return f"data: {self.number} {of} rows of {self.source} left out: {'; '.join(reasons)}" + (f"; {others} for other reasons" if others else "")
+        return f"data: {self.number} {of} rows of {self.source} left out: {'; '.join(reasons)}" + (
+            f"; {others} for other reasons" if others else ""
+        )
 
 
 def cache_key(config: Config, tokenizer: PreTrainedTokenizerBase, source: Source, table: datasets.Dataset) -> str:
@@ -373,7 +492,13 @@ def cache_key(config: Config, tokenizer: PreTrainedTokenizerBase, source: Source
     """
     data, ebft = config.data, config.ebft
     if config.mode == "strided":
-        limits = [data.sequence_length, data.append_eos, ebft.context_length, ebft.min_completion_prefix, ebft.generate_max_len]
+        limits = [
+            data.sequence_length,
+            data.append_eos,
+            ebft.context_length,
+            ebft.min_completion_prefix,
+            ebft.generate_max_len,
+        ]
     else:
         limits = [data.max_prompt_length, ebft.max_completion_length, config.longest_sequence[0]]
     own_code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
@@ -392,4 +517,6 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
         inner = tokenizer.backend_tokenizer.to_str()
     else:
         inner = json.dumps([type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())])
-    return hashlib.sha256(json.dumps([inner, tokenizer.chat_template, tokenizer.eos_token_id, tokenizer.bos_token_id]).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps([inner, tokenizer.chat_template, tokenizer.eos_token_id, tokenizer.bos_token_id]).encode()
+    ).hexdigest()

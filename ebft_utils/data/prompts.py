@@ -73,9 +73,16 @@ class PromptBatch:
 def make_prompt_batch(rows, row_ids: list, keys: list[int], pad_token_id: int, device: torch.device) -> PromptBatch:
     """Collates rows of conversations."""
     conversations = [rows[row] for row in row_ids]
-    prompts, truths = [conversation.prompt for conversation in conversations], [conversation.truth for conversation in conversations]
-    document_ids = padded([prompt + truth for prompt, (truth, _) in zip(prompts, truths, strict=True)], pad_token_id, device)
-    written = padded([[False] * len(prompt) + spoken for prompt, (_, spoken) in zip(prompts, truths, strict=True)], False, device)
+    prompts, truths = (
+        [conversation.prompt for conversation in conversations],
+        [conversation.truth for conversation in conversations],
+    )
+    document_ids = padded(
+        [prompt + truth for prompt, (truth, _) in zip(prompts, truths, strict=True)], pad_token_id, device
+    )
+    written = padded(
+        [[False] * len(prompt) + spoken for prompt, (_, spoken) in zip(prompts, truths, strict=True)], False, device
+    )
     prompt_lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     truth_lengths = torch.tensor([len(truth) for truth, _ in truths], device=device)
     index = torch.arange(document_ids.shape[1], device=device)
@@ -117,7 +124,9 @@ class Completion:
         self.written += [written] * len(tokens)
 
 
-def converse(config: StructuredConfig, conversations: list[Conversation], row_keys: list[int], complete, eos_token_id: int) -> list[list[Completion]]:
+def converse(
+    config: StructuredConfig, conversations: list[Conversation], row_keys: list[int], complete, eos_token_id: int
+) -> list[list[Completion]]:
     """N completions of each conversation's prompt, turn by turn: in each the policy answers to the prompt, its own answers so far, and the next user turn.
 
     complete(contexts, limits, keys, n): n completions (tokens, log-probs or None, truncated) of at most limits[i] new tokens for each context, a
@@ -129,15 +138,25 @@ def converse(config: StructuredConfig, conversations: list[Conversation], row_ke
         rows = [row for row, conversation in enumerate(conversations) if turn < len(conversation.truths)]
         limits = [most_new_tokens(config, conversations[row], turn) for row in rows]
         if turn == 0:
-            answers = complete([conversations[row].prompt for row in rows], limits, [(row_keys[row], turn, 0) for row in rows], samples)
+            answers = complete(
+                [conversations[row].prompt for row in rows], limits, [(row_keys[row], turn, 0) for row in rows], samples
+            )
         else:
             for row in rows:
                 for completion in completions[row]:
-                    completion.add([eos_token_id] * completion.truncated + conversations[row].between[turn - 1], None, written=False)
-            contexts = [conversations[row].prompt + completion.tokens for row in rows for completion in completions[row]]
+                    completion.add(
+                        [eos_token_id] * completion.truncated + conversations[row].between[turn - 1],
+                        None,
+                        written=False,
+                    )
+            contexts = [
+                conversations[row].prompt + completion.tokens for row in rows for completion in completions[row]
+            ]
             keys = [(row_keys[row], turn, sample) for row in rows for sample in range(samples)]
             flat = complete(contexts, [limit for limit in limits for _ in range(samples)], keys, 1)
-            answers = [[answer for (answer,) in flat[start : start + samples]] for start in range(0, len(flat), samples)]
+            answers = [
+                [answer for (answer,) in flat[start : start + samples]] for start in range(0, len(flat), samples)
+            ]
         for row, group in zip(rows, answers, strict=True):
             for completion, (tokens, logprobs, truncated) in zip(completions[row], group, strict=True):
                 completion.add(tokens, logprobs, written=True)
@@ -156,7 +175,10 @@ def without_thinking(tokens: list[int], written: list[bool], opened: bool, token
     A turn that began to think (opened: the prompt ends inside of it) and did not come to an end has no answer: only its last token stays, which of a
     turn that ended is the end-of-text token.
     """
-    turns = [(spoken, [token for token, _ in run]) for spoken, run in itertools.groupby(zip(tokens, written, strict=True), key=lambda pair: pair[1])]
+    turns = [
+        (spoken, [token for token, _ in run])
+        for spoken, run in itertools.groupby(zip(tokens, written, strict=True), key=lambda pair: pair[1])
+    ]
     return [token for spoken, turn in turns for token in (_answer(turn, opened, tokenizer) if spoken else turn)]
 
 

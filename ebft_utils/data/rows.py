@@ -24,12 +24,12 @@ from accelerate import PartialState
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from ..algorithm.strided import find_anchors
+from ..config.data import MIX_BLOCK
 from ..config.modes import Config
 from ..config.settings import UserError
-from ..config.data import MIX_BLOCK
 from .documents import Document, LeftOut, Tokenizing, columns_read, documents_from, load_documents, table_of
 from .sources import Source, evaluation_source, load_table, training_sources
-from ..algorithm.strided import find_anchors
 
 STREAM_EVALUATION = 64  # held-out documents of a stream, of which a tenth is not known
 
@@ -46,7 +46,13 @@ class Rows:
         form: what rows[i] gives of the row's documents.
     """
 
-    def __init__(self, documents: datasets.Dataset, members: Sequence[Sequence[int]], seed: tuple[int, ...] = (0,), form: Callable = list):
+    def __init__(
+        self,
+        documents: datasets.Dataset,
+        members: Sequence[Sequence[int]],
+        seed: tuple[int, ...] = (0,),
+        form: Callable = list,
+    ):
         self.documents, self.members, self.seed, self.form = documents, members, seed, form
         self.places: list = []  # see StreamedRows
 
@@ -72,7 +78,9 @@ class Rows:
         """Nothing to look for: all rows are there."""
 
 
-@lru_cache(maxsize=16)  # a step reads one epoch of a source, or two at its end; shuffling millions of rows at every step would cost more than the step
+@lru_cache(
+    maxsize=16
+)  # a step reads one epoch of a source, or two at its end; shuffling millions of rows at every step would cost more than the step
 def _epoch_order(num_rows: int, seed: tuple[int, ...], epoch: int) -> np.ndarray:
     return np.random.default_rng([*seed, epoch]).permutation(num_rows)
 
@@ -88,10 +96,22 @@ class StreamedRows:
         pack(documents, seed): the documents of each row. keep: how far back of the newest position rows are still asked for.
     """
 
-    def __init__(self, name: str, open_at: Callable, make: Callable, pack: Callable, block_size: int, seed: tuple[int, ...], keep: int, form: Callable = list):
+    def __init__(
+        self,
+        name: str,
+        open_at: Callable,
+        make: Callable,
+        pack: Callable,
+        block_size: int,
+        seed: tuple[int, ...],
+        keep: int,
+        form: Callable = list,
+    ):
         self.name, self.open_at, self.make, self.pack = name, open_at, make, pack
         self.block_size, self.seed, self.keep, self.form = block_size, seed, keep, form
-        self.places: list[list[int]] = []  # [epoch, block, position of its first row] of the blocks in memory: a checkpoint holds them
+        self.places: list[
+            list[int]
+        ] = []  # [epoch, block, position of its first row] of the blocks in memory: a checkpoint holds them
         self.blocks: deque[list[list[Document]]] = deque()
         self._restart(0, 0, 0)
         digest = hashlib.sha256(repr(self[0]).encode())  # reads the first block, or says what is wrong with it
@@ -137,7 +157,9 @@ class StreamedRows:
 
     def go_on_from(self, places: list, position: int) -> None:
         """Goes to the block of a position, without making documents of what comes before it. places: as a checkpoint holds them."""
-        self._restart(*max((place for place in places if place[2] <= position), key=lambda place: place[2], default=(0, 0, 0)))
+        self._restart(
+            *max((place for place in places if place[2] <= position), key=lambda place: place[2], default=(0, 0, 0))
+        )
 
 
 class MixedRows:
@@ -213,13 +235,19 @@ def pack_documents(lengths: list[int], sequence_length: int, seed) -> list[list[
 # What a run trains and evaluates on
 
 
-def load_rows(config: Config, tokenizer: PreTrainedTokenizerBase, form: Callable = list) -> tuple[Rows | StreamedRows | MixedRows, Rows | None]:
+def load_rows(
+    config: Config, tokenizer: PreTrainedTokenizerBase, form: Callable = list
+) -> tuple[Rows | StreamedRows | MixedRows, Rows | None]:
     """Rows to train on, and held-out rows (always one document a row; None when eval.num_documents is 0), of which no copy is trained on."""
     sources = training_sources(config)
     load = _streams if config.data.streaming else _tables
     train, held_out = load(config, tokenizer, sources, form)
     held_out = None if held_out is None else Rows(held_out, one_a_row(len(held_out)), form=form)
-    return (train[0] if config.data.mix is None else MixedRows(train, [source.weight for source in sources], config.train.seed)), held_out
+    return (
+        train[0]
+        if config.data.mix is None
+        else MixedRows(train, [source.weight for source in sources], config.train.seed)
+    ), held_out
 
 
 def _order_seed(config: Config, number: int) -> tuple[int, ...]:
@@ -230,14 +258,20 @@ def _packs(config: Config) -> bool:
     return config.mode == "strided" and config.data.packing
 
 
-def _tables(config: Config, tokenizer, sources: list[Source], form: Callable) -> tuple[list[Rows], datasets.Dataset | None]:
+def _tables(
+    config: Config, tokenizer, sources: list[Source], form: Callable
+) -> tuple[list[Rows], datasets.Dataset | None]:
     """Rows of each source, and the documents for evaluation."""
     train = [load_documents(config, tokenizer, source) for source in sources]
     train, held_out = hold_out(config, tokenizer, sources, train)
     rows = []
     for number, documents in enumerate(train):
         lengths = documents["num_tokens"][:]
-        members = pack_documents(lengths, config.data.sequence_length, config.train.seed) if _packs(config) else one_a_row(len(lengths))
+        members = (
+            pack_documents(lengths, config.data.sequence_length, config.train.seed)
+            if _packs(config)
+            else one_a_row(len(lengths))
+        )
         rows.append(Rows(documents, members, _order_seed(config, number), form))
     return rows, held_out
 
@@ -247,7 +281,9 @@ def _shares(weights: list[float], number: int) -> list[int]:
     return np.diff(np.floor(np.cumsum([0.0, *weights]) / sum(weights) * number + 0.5).astype(int)).tolist()
 
 
-def hold_out(config: Config, tokenizer, sources: list[Source], train: list[datasets.Dataset]) -> tuple[list[datasets.Dataset], datasets.Dataset | None]:
+def hold_out(
+    config: Config, tokenizer, sources: list[Source], train: list[datasets.Dataset]
+) -> tuple[list[datasets.Dataset], datasets.Dataset | None]:
     """Documents of each source to train on, and those for evaluation: of eval.dataset, or taken out of the sources by their weights."""
     evaluation = config.eval
     own = None if evaluation.dataset is None else evaluation_source(config)
@@ -255,9 +291,15 @@ def hold_out(config: Config, tokenizer, sources: list[Source], train: list[datas
     spare = own is None and not evaluation.only  # something must be left to train on
     total = sum(map(len, pools))
     wanted, from_sources = evaluation.num_documents, sources if own is None else [own]
-    numbers = _shares([source.weight for source in from_sources], min(64, total // 10 if own is None else total) if wanted is None else wanted)
+    numbers = _shares(
+        [source.weight for source in from_sources],
+        min(64, total // 10 if own is None else total) if wanted is None else wanted,
+    )
     if wanted is None:
-        numbers = [min(number, len(pool) // 10 if own is None else len(pool)) for number, pool in zip(numbers, pools, strict=True)]
+        numbers = [
+            min(number, len(pool) // 10 if own is None else len(pool))
+            for number, pool in zip(numbers, pools, strict=True)
+        ]
         PartialState().print(f"data: {sum(numbers)} of {total} documents are for evaluation (eval.num_documents)")
     for source, pool, number in zip(from_sources, pools, numbers, strict=True):
         if number > len(pool) - spare:
@@ -269,10 +311,14 @@ def hold_out(config: Config, tokenizer, sources: list[Source], train: list[datas
         return train, None
     seeds = [evaluation.seed if len(pools) == 1 else [evaluation.seed, number] for number in range(len(pools))]
     orders = [np.random.default_rng(seed).permutation(len(pool)) for seed, pool in zip(seeds, pools, strict=True)]
-    held_out = datasets.concatenate_datasets([pool.select(np.sort(order[:number])) for pool, order, number in zip(pools, orders, numbers, strict=True)])
+    held_out = datasets.concatenate_datasets(
+        [pool.select(np.sort(order[:number])) for pool, order, number in zip(pools, orders, numbers, strict=True)]
+    )
     if not evaluation.only and train:
         if own is None:
-            train = [pool.select(np.sort(order[number:])) for pool, order, number in zip(pools, orders, numbers, strict=True)]
+            train = [
+                pool.select(np.sort(order[number:])) for pool, order, number in zip(pools, orders, numbers, strict=True)
+            ]
         train = [_without_copies(documents, held_out, source) for documents, source in zip(train, sources, strict=True)]
     return train, held_out
 
@@ -281,13 +327,19 @@ def _without_copies(documents: datasets.Dataset, held_out: datasets.Dataset, sou
     """The documents that are not token for token one of the held-out ones. Data sets often hold a text twice."""
     kept = np.flatnonzero(~np.isin(documents["digest"][:], held_out["digest"][:]))
     if not len(kept):
-        raise UserError(f"eval.num_documents: every other document of {source} is a copy of a held-out one: nothing is left to train on")
+        raise UserError(
+            f"eval.num_documents: every other document of {source} is a copy of a held-out one: nothing is left to train on"
+        )
     if len(kept) < len(documents):
-        PartialState().print(f"data: {len(documents) - len(kept)} documents of {source} left out of training: copies of held-out ones")
+        PartialState().print(
+            f"data: {len(documents) - len(kept)} documents of {source} left out of training: copies of held-out ones"
+        )
     return documents.select(kept)
 
 
-def _streams(config: Config, tokenizer, sources: list[Source], form: Callable) -> tuple[list[StreamedRows], datasets.Dataset | None]:
+def _streams(
+    config: Config, tokenizer, sources: list[Source], form: Callable
+) -> tuple[list[StreamedRows], datasets.Dataset | None]:
     """The same of streams, whose first usable documents are for evaluation when eval.dataset is null."""
     evaluation, data = config.eval, config.data
     held_out, taken = None, [0] * len(sources)
@@ -296,8 +348,14 @@ def _streams(config: Config, tokenizer, sources: list[Source], form: Callable) -
         _, held_out = hold_out(config, tokenizer, sources, [])
     elif evaluation.num_documents != 0:
         wanted = STREAM_EVALUATION if evaluation.num_documents is None else evaluation.num_documents
-        found = [stream.first(share) for stream, share in zip(streams, _shares([source.weight for source in sources], wanted), strict=True)]
-        held_out, taken = table_of([document for documents, _ in found for document in documents]), [number for _, number in found]
+        found = [
+            stream.first(share)
+            for stream, share in zip(streams, _shares([source.weight for source in sources], wanted), strict=True)
+        ]
+        held_out, taken = (
+            table_of([document for documents, _ in found for document in documents]),
+            [number for _, number in found],
+        )
     if evaluation.only:  # then they are not kept apart
         taken = [0] * len(sources)
     copies = set() if held_out is None or evaluation.only else set(held_out["digest"][:])
@@ -306,14 +364,27 @@ def _streams(config: Config, tokenizer, sources: list[Source], form: Callable) -
     for number, stream in enumerate(streams):
         stream.begin, stream.copies = taken[number], copies
         name = f"{stream.source.key}: {stream.source}"
-        rows.append(StreamedRows(name, stream.open_at, stream.documents, _pack_block(config), data.shuffle_buffer, _order_seed(config, number), keep, form))
+        rows.append(
+            StreamedRows(
+                name,
+                stream.open_at,
+                stream.documents,
+                _pack_block(config),
+                data.shuffle_buffer,
+                _order_seed(config, number),
+                keep,
+                form,
+            )
+        )
     return rows, held_out
 
 
 def _pack_block(config: Config) -> Callable:
     def pack(documents: list[Document], seed: list[int]) -> list[list[Document]]:
         if _packs(config):
-            members = pack_documents([len(document.tokens) for document in documents], config.data.sequence_length, seed)
+            members = pack_documents(
+                [len(document.tokens) for document in documents], config.data.sequence_length, seed
+            )
         else:
             members = [[document] for document in np.random.default_rng(seed).permutation(len(documents)).tolist()]
         return [[documents[document] for document in row] for row in members]
@@ -325,7 +396,11 @@ class _Stream:
     """A source that is read row after row. begin: rows at its beginning that are for evaluation; copies: digests of documents that are not trained on."""
 
     def __init__(self, config: Config, tokenizer, source: Source):
-        self.table, self.source, self.tokenizing = columns_read(load_table(source, streaming=True), source), source, Tokenizing(config, tokenizer, source)
+        self.table, self.source, self.tokenizing = (
+            columns_read(load_table(source, streaming=True), source),
+            source,
+            Tokenizing(config, tokenizer, source),
+        )
         self.begin, self.copies, self.left_out, self.furthest, self.said = 0, set(), LeftOut(source), -1, 1
 
     def open_at(self, number: int):
@@ -352,19 +427,25 @@ class _Stream:
         """The first usable documents, and how many rows they took."""
         stream, documents, taken = self._reading(iter(self.table)), [], 0
         for row in stream if number else ():
-            documents += [document for document in self.tokenizing.documents([row], [taken]) if isinstance(document, Document)]
+            documents += [
+                document for document in self.tokenizing.documents([row], [taken]) if isinstance(document, Document)
+            ]
             taken += 1
             if len(documents) == number:
                 return documents, taken
         if number:
-            raise UserError(f"eval.num_documents: {number} cannot be taken out of the {len(documents)} usable documents of {self.source}; lower it, or set eval.dataset")
+            raise UserError(
+                f"eval.num_documents: {number} cannot be taken out of the {len(documents)} usable documents of {self.source}; lower it, or set eval.dataset"
+            )
         return documents, taken
 
     def _reading(self, stream):
         try:
             yield from stream
         except Exception as error:  # network, file system, decompression, parsers: nothing else happens here
-            raise UserError(f"{self.source.key}: {self.source} cannot be read on: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}") from None
+            raise UserError(
+                f"{self.source.key}: {self.source} cannot be read on: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            ) from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -389,10 +470,27 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The batch with its tensors on a device."""
-        return Batch(self.row_ids, self.keys, *(tensor.to(device) for tensor in (self.document_ids, self.segment_ids, self.completion_ids, self.anchors, self.valid)))
+        return Batch(
+            self.row_ids,
+            self.keys,
+            *(
+                tensor.to(device)
+                for tensor in (self.document_ids, self.segment_ids, self.completion_ids, self.anchors, self.valid)
+            ),
+        )
 
 
-def make_batch(rows, row_ids: list, keys: list[int], pad_token_id: int, *, context_length: int, min_completion_prefix: int, stride: int, num_generated: int) -> Batch:
+def make_batch(
+    rows,
+    row_ids: list,
+    keys: list[int],
+    pad_token_id: int,
+    *,
+    context_length: int,
+    min_completion_prefix: int,
+    stride: int,
+    num_generated: int,
+) -> Batch:
     """Collates rows: right padding up to the longest, anchors of each row (`strided.find_anchors`)."""
     contents = [rows[row] for row in row_ids]
     length = max(sum(len(document.tokens) for document in documents) for documents in contents)
@@ -408,7 +506,12 @@ def make_batch(rows, row_ids: list, keys: list[int], pad_token_id: int, *, conte
                 completion += 1
             start = own.stop
     anchors, valid = find_anchors(
-        segment_ids, completion_ids, context_length=context_length, min_completion_prefix=min_completion_prefix, stride=stride, num_generated=num_generated
+        segment_ids,
+        completion_ids,
+        context_length=context_length,
+        min_completion_prefix=min_completion_prefix,
+        stride=stride,
+        num_generated=num_generated,
     )
     return Batch(row_ids, keys, document_ids, segment_ids, completion_ids, anchors, valid)
 
@@ -416,4 +519,8 @@ def make_batch(rows, row_ids: list, keys: list[int], pad_token_id: int, *, conte
 def rollout_uniforms(seed: int, keys: list[int], num_anchors: int, num_samples: int, num_generated: int) -> Tensor:
     """The uniform numbers that rollouts are drawn with: a function of seed and each row's key, whichever process runs the row. (B, A, N, G)."""
     shape = (num_anchors, num_samples, num_generated)
-    return torch.from_numpy(np.stack([np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, key]))).random(shape) for key in keys]))
+    return torch.from_numpy(
+        np.stack(
+            [np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, key]))).random(shape) for key in keys]
+        )
+    )

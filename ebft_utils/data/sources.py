@@ -13,14 +13,22 @@ from pathlib import Path
 
 import datasets
 
+from ..config.data import ColumnsConfig
 from ..config.modes import Config
 from ..config.settings import UserError
-from ..config.data import ColumnsConfig
 from .transforms import Transform, load_transform
 
 LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow", ".txt": "text"}
 PACKED = (".jsonl", ".json", ".csv", ".txt")  # are also read as .gz
-LOADING_ERRORS = (OSError, EOFError, zlib.error, ValueError, RuntimeError, NotImplementedError, datasets.exceptions.DatasetsError)
+LOADING_ERRORS = (
+    OSError,
+    EOFError,
+    zlib.error,
+    ValueError,
+    RuntimeError,
+    NotImplementedError,
+    datasets.exceptions.DatasetsError,
+)
 
 
 @dataclass(frozen=True)
@@ -48,7 +56,10 @@ def training_sources(config: Config) -> list[Source]:
     data = config.data
     if data.mix is None:
         return [_source("data", data, config, max_documents=data.max_documents)]
-    return [_source(f"data.mix[{number}]", source, config, max_documents=source.max_documents, weight=source.weight) for number, source in enumerate(data.mix)]
+    return [
+        _source(f"data.mix[{number}]", source, config, max_documents=source.max_documents, weight=source.weight)
+        for number, source in enumerate(data.mix)
+    ]
 
 
 def evaluation_source(config: Config) -> Source:
@@ -70,7 +81,16 @@ def _source(key: str, section, config: Config, **more) -> Source:
     templated = section.apply_chat_template if section.apply_chat_template is not None else data.apply_chat_template
     transform = load_transform(section.transform or data.transform, f"{key if section.transform else 'data'}.transform")
     return Source(
-        key, section.dataset, section.name, section.revision, split, transform, section.columns or data.columns, templated, section.file_pattern or data.file_pattern, **more
+        key,
+        section.dataset,
+        section.name,
+        section.revision,
+        split,
+        transform,
+        section.columns or data.columns,
+        templated,
+        section.file_pattern or data.file_pattern,
+        **more,
     )
 
 
@@ -79,12 +99,20 @@ def load_table(source: Source, streaming: bool = False) -> datasets.Dataset | da
     try:
         table = _open(source, streaming)
     except LOADING_ERRORS as error:
-        raise UserError(f"{source.key}: {source} (split {source.split!r}) cannot be loaded: {_reason(error, source)}") from None
+        raise UserError(
+            f"{source.key}: {source} (split {source.split!r}) cannot be loaded: {_reason(error, source)}"
+        ) from None
     if table.column_names is not None:  # a stream may not know
         for setting, column in source.transform.columns_needed(source.columns).items():
             if column not in table.column_names:
-                remedy = f"set {source.key}.{setting}, or another {source.key}.transform than {source.transform.name}" if setting != column else f"the transform {source.transform.name} reads it: take another {source.key}.transform"
-                raise UserError(f"{source.key}: {source} has no column {column!r}; it has {', '.join(table.column_names)}: {remedy}")
+                remedy = (
+                    f"set {source.key}.{setting}, or another {source.key}.transform than {source.transform.name}"
+                    if setting != column
+                    else f"the transform {source.transform.name} reads it: take another {source.key}.transform"
+                )
+                raise UserError(
+                    f"{source.key}: {source} has no column {column!r}; it has {', '.join(table.column_names)}: {remedy}"
+                )
     if streaming:
         return table if source.max_documents is None else table.take(source.max_documents)
     if len(table) == 0:
@@ -95,10 +123,14 @@ def load_table(source: Source, streaming: bool = False) -> datasets.Dataset | da
 def _open(source: Source, streaming: bool):
     path = Path(os.path.expanduser(source.dataset))
     if streaming and "[" in source.split:
-        raise UserError(f"{source.key}.split: {source.split!r} is a part of a split, and a stream has only whole ones; write {source.split.partition('[')[0]}, or leave data.streaming out")
+        raise UserError(
+            f"{source.key}.split: {source.split!r} is a part of a split, and a stream has only whole ones; write {source.split.partition('[')[0]}, or leave data.streaming out"
+        )
     for key in ("name", "revision"):
         if getattr(source, key) is not None and is_local(source.dataset):
-            raise UserError(f"{source.key}.{key}: {getattr(source, key)!r} is for datasets of the hub, and {source} is none; leave it out")
+            raise UserError(
+                f"{source.key}.{key}: {getattr(source, key)!r} is for datasets of the hub, and {source} is none; leave it out"
+            )
     if source.dataset in BUILT_IN:
         return _part(BUILT_IN[source.dataset](), source, streaming)
     if path.is_dir():
@@ -108,8 +140,12 @@ def _open(source: Source, streaming: bool):
             raise UserError(f"{source.key}: the file {source.dataset} does not exist")
         return _open_files([path], source, streaming)
     if is_local(source.dataset):
-        raise UserError(f"{source.key}: {source.dataset} is neither a folder nor a file of a known kind ({', '.join(LOADERS)})")
-    return datasets.load_dataset(source.dataset, source.name, revision=source.revision, split=source.split, streaming=streaming)
+        raise UserError(
+            f"{source.key}: {source.dataset} is neither a folder nor a file of a known kind ({', '.join(LOADERS)})"
+        )
+    return datasets.load_dataset(
+        source.dataset, source.name, revision=source.revision, split=source.split, streaming=streaming
+    )
 
 
 def kind_of(file: Path) -> str:
@@ -133,20 +169,33 @@ def _open_folder(folder: Path, source: Source, streaming: bool):
         raise UserError(f"{source.key}: the folder {source.dataset} holds no file that matches {pattern}")
     kinds = {kind_of(file) for file in files}
     if len(kinds) > 1 and kinds & LOADERS.keys():
-        raise UserError(f"{source.key}: {pattern} matches files of several kinds in {source.dataset} ({', '.join(sorted(kinds))}); narrow it to one")
-    return _open_files(files, source, streaming) if kinds & LOADERS.keys() else _part(_file_texts(files, source), source, streaming)
+        raise UserError(
+            f"{source.key}: {pattern} matches files of several kinds in {source.dataset} ({', '.join(sorted(kinds))}); narrow it to one"
+        )
+    return (
+        _open_files(files, source, streaming)
+        if kinds & LOADERS.keys()
+        else _part(_file_texts(files, source), source, streaming)
+    )
 
 
 def _open_files(files: list[Path], source: Source, streaming: bool):
     _check_local_split(source)
     if not any(file.stat().st_size for file in files):
         raise UserError(f"{source.key}: {', '.join(map(str, files))} (split {source.split!r}) is empty")
-    return datasets.load_dataset(LOADERS[kind_of(files[0])], data_files={"train": [glob.escape(str(file)) for file in files]}, split=source.split, streaming=streaming)
+    return datasets.load_dataset(
+        LOADERS[kind_of(files[0])],
+        data_files={"train": [glob.escape(str(file)) for file in files]},
+        split=source.split,
+        streaming=streaming,
+    )
 
 
 def _check_local_split(source: Source, split: str = "train") -> None:
     if source.split.partition("[")[0] != split:
-        raise UserError(f"{source.key}: local data has one split, {split}, of which {source.split!r} is no part; write for example {split} or {split}[:10%] ({source.key}.split)")
+        raise UserError(
+            f"{source.key}: local data has one split, {split}, of which {source.split!r} is no part; write for example {split} or {split}[:10%] ({source.key}.split)"
+        )
 
 
 def _part(whole: datasets.Dataset, source: Source, streaming: bool, split: str = "train"):
@@ -190,7 +239,9 @@ def _file_texts(files: list[Path], source: Source | None) -> datasets.Dataset:
         try:
             texts.append(file.read_text(encoding="utf-8"))
         except UnicodeDecodeError:
-            raise UserError(f"{source.key}: {file} in {source} is not UTF-8 text; narrow {source.key}.file_pattern") from None
+            raise UserError(
+                f"{source.key}: {file} in {source} is not UTF-8 text; narrow {source.key}.file_pattern"
+            ) from None
     return datasets.Dataset.from_dict({"text": [text for text in texts if text.strip()]})
 
 
@@ -206,7 +257,11 @@ def stdlib_functions() -> datasets.Dataset:
         text = file.read_text(encoding="utf-8")
         lines = text.splitlines(keepends=True)
         for node in ast.walk(ast.parse(text)):
-            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or ast.get_docstring(node) is None or len(node.body) < 2:
+            if (
+                not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+                or ast.get_docstring(node) is None
+                or len(node.body) < 2
+            ):
                 continue
             docstring_end = node.body[0].end_lineno
             if node.body[1].lineno <= docstring_end:  # on the docstring's own line

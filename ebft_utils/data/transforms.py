@@ -24,10 +24,34 @@ from ..config.settings import UserError
 
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 START_OF_THINKING, END_OF_THINKING = "<think>", "</think>"
-THINKING_MARKS = [(START_OF_THINKING, END_OF_THINKING), ("<reasoning>", "</reasoning>"), ("<|begin_of_thought|>", "<|end_of_thought|>")]
+THINKING_MARKS = [
+    (START_OF_THINKING, END_OF_THINKING),
+    ("<reasoning>", "</reasoning>"),
+    ("<|begin_of_thought|>", "<|end_of_thought|>"),
+]
 LANGUAGES = {
-    "cs": "Czech", "da": "Danish", "de": "German", "en": "English", "es": "Spanish", "fi": "Finnish", "fr": "French", "ha": "Hausa", "hr": "Croatian", "is": "Icelandic", "it": "Italian",
-    "ja": "Japanese", "ko": "Korean", "liv": "Livonian", "nl": "Dutch", "pl": "Polish", "pt": "Portuguese", "ro": "Romanian", "ru": "Russian", "sv": "Swedish", "uk": "Ukrainian", "zh": "Chinese",
+    "cs": "Czech",
+    "da": "Danish",
+    "de": "German",
+    "en": "English",
+    "es": "Spanish",
+    "fi": "Finnish",
+    "fr": "French",
+    "ha": "Hausa",
+    "hr": "Croatian",
+    "is": "Icelandic",
+    "it": "Italian",
+    "ja": "Japanese",
+    "ko": "Korean",
+    "liv": "Livonian",
+    "nl": "Dutch",
+    "pl": "Polish",
+    "pt": "Portuguese",
+    "ro": "Romanian",
+    "ru": "Russian",
+    "sv": "Swedish",
+    "uk": "Ukrainian",
+    "zh": "Chinese",
 }
 
 
@@ -56,7 +80,11 @@ def text(row: dict, columns) -> dict:
 def prompt_completion(row: dict, columns) -> dict:
     """A prompt and what should follow it; with columns.turns the further turns of the conversation."""
     prompt = [row[columns.prompt]] if isinstance(row[columns.prompt], dict) else row[columns.prompt]
-    example = {"prompt": prompt, "completion": text_of(row[columns.completion], columns.completion, "assistant"), "turns": []}
+    example = {
+        "prompt": prompt,
+        "completion": text_of(row[columns.completion], columns.completion, "assistant"),
+        "turns": [],
+    }
     if not isinstance(prompt, list):
         text_of(prompt, columns.prompt)
     turns = [] if columns.turns is None or row[columns.turns] is None else row[columns.turns]
@@ -66,7 +94,12 @@ def prompt_completion(row: dict, columns) -> dict:
         if not isinstance(turn, dict) or not {"prompt", "completion"} <= turn.keys():
             raise BadRow(f"{columns.turns}[{number}]", f"{shorten(turn)} is not of the form {{prompt, completion}}")
         speakers = {"prompt": "user", "completion": "assistant"}
-        example["turns"].append({name: text_of(turn[name], f"{columns.turns}[{number}].{name}", speaker) for name, speaker in speakers.items()})
+        example["turns"].append(
+            {
+                name: text_of(turn[name], f"{columns.turns}[{number}].{name}", speaker)
+                for name, speaker in speakers.items()
+            }
+        )
     return example
 
 
@@ -79,7 +112,10 @@ def chat(row: dict, columns) -> dict:
     messages = conversation_of(row, columns)
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     if len(answers) > 1:
-        raise BadRow(columns.messages, f"the conversation has {len(answers)} answers; data.transform says which to learn: first_turn, last_turn or all_turns")
+        raise BadRow(
+            columns.messages,
+            f"the conversation has {len(answers)} answers; data.transform says which to learn: first_turn, last_turn or all_turns",
+        )
     return _answered(messages, answers[0])
 
 
@@ -100,7 +136,10 @@ def all_turns(row: dict, columns) -> dict:
     messages = conversation_of(row, columns)
     first = next(index for index, message in enumerate(messages) if message["role"] == "assistant")
     rest = [message["content"] for message in messages[first + 1 :]]
-    return {**_answered(messages, first), "turns": [{"prompt": prompt, "completion": completion} for prompt, completion in zip(rest[::2], rest[1::2])]}
+    return {
+        **_answered(messages, first),
+        "turns": [{"prompt": prompt, "completion": completion} for prompt, completion in zip(rest[::2], rest[1::2])],
+    }
 
 
 def reasoning(row: dict, columns) -> dict:
@@ -111,7 +150,12 @@ def reasoning(row: dict, columns) -> dict:
     out, as chat models see them.
     """
     if columns.reasoning is not None:
-        thoughts = text_of(row[columns.reasoning], columns.reasoning).strip().removeprefix(START_OF_THINKING).removesuffix(END_OF_THINKING)
+        thoughts = (
+            text_of(row[columns.reasoning], columns.reasoning)
+            .strip()
+            .removeprefix(START_OF_THINKING)
+            .removesuffix(END_OF_THINKING)
+        )
         example = prompt_completion(row, columns)
         return {**example, "completion": _thought(thoughts, example["completion"])}
     messages = conversation_of(row, columns)
@@ -121,8 +165,14 @@ def reasoning(row: dict, columns) -> dict:
             message["content"] = _split_thinking(message)[1]
     thoughts, answer = _split_thinking(messages[last])
     if not thoughts.strip() or not answer.strip():
-        part = "answer behind its thinking" if thoughts.strip() else "thinking before it (<think> .. </think>, or the field reasoning_content)"
-        raise BadRow(f"{columns.messages}[{last}]", f"the last answer has no {part}: {shorten(messages[last]['content'])}")
+        part = (
+            "answer behind its thinking"
+            if thoughts.strip()
+            else "thinking before it (<think> .. </think>, or the field reasoning_content)"
+        )
+        raise BadRow(
+            f"{columns.messages}[{last}]", f"the last answer has no {part}: {shorten(messages[last]['content'])}"
+        )
     return {**_answered(messages, last), "completion": _thought(thoughts, answer)}
 
 
@@ -145,7 +195,10 @@ def _split_thinking(message: dict) -> tuple[str, str]:
 
 
 def _answered(messages: list[dict], answer: int) -> dict:
-    return {"prompt": [{"role": message["role"], "content": message["content"]} for message in messages[:answer]], "completion": messages[answer]["content"]}
+    return {
+        "prompt": [{"role": message["role"], "content": message["content"]} for message in messages[:answer]],
+        "completion": messages[answer]["content"],
+    }
 
 
 def _thought(thoughts: str, answer: str) -> str:
@@ -160,8 +213,14 @@ def conversation_of(row: dict, columns) -> list[dict]:
     column, messages = columns.messages, row[columns.messages]
     if not isinstance(messages, list) or not messages:
         raise BadRow(column, f"{shorten(messages)} is not a list of messages (role, content)")
-    silent = isinstance(messages[0], dict) and "system" in (messages[0].get("role"), messages[0].get("from")) and not (messages[0].get("content") or messages[0].get("value"))
-    found = [_message(message, f"{column}[{number}]") for number, message in enumerate(messages) if number or not silent]
+    silent = (
+        isinstance(messages[0], dict)
+        and "system" in (messages[0].get("role"), messages[0].get("from"))
+        and not (messages[0].get("content") or messages[0].get("value"))
+    )
+    found = [
+        _message(message, f"{column}[{number}]") for number, message in enumerate(messages) if number or not silent
+    ]
     if not found:
         raise BadRow(column, f"{shorten(messages)} is not a list of messages (role, content)")
     roles = [message["role"] for message in found]
@@ -169,7 +228,10 @@ def conversation_of(row: dict, columns) -> list[dict]:
     for number, role in enumerate(spoken, start=len(roles) - len(spoken)):
         expected = ("user", "assistant")[(number - len(roles) + len(spoken)) % 2]
         if role != expected:
-            raise BadRow(f"{column}[{number}]", f"the role is {role!r} where {expected!r} should speak: user and assistant have to alternate, after at most one system message")
+            raise BadRow(
+                f"{column}[{number}]",
+                f"the role is {role!r} where {expected!r} should speak: user and assistant have to alternate, after at most one system message",
+            )
     if "assistant" not in spoken:
         raise BadRow(column, "the conversation has no turn of the assistant")
     return found
@@ -179,8 +241,12 @@ def _message(message, place: str) -> dict:
     if not isinstance(message, dict):
         raise BadRow(place, f"{shorten(message)} is not a message (role, content)")
     sharegpt = message.get("from") is not None
-    role, content = (message.get("from"), message.get("value")) if sharegpt else (message.get("role"), message.get("content"))
-    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in content):
+    role, content = (
+        (message.get("from"), message.get("value")) if sharegpt else (message.get("role"), message.get("content"))
+    )
+    if isinstance(content, list) and all(
+        isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in content
+    ):
         content = "".join(part["text"] for part in content)
     if role is not None and not isinstance(role, str):
         raise BadRow(f"{place}.{'from' if sharegpt else 'role'}", f"{shorten(role)} is not text")
@@ -188,7 +254,11 @@ def _message(message, place: str) -> dict:
     thinking = message.get(field)
     if thinking and not isinstance(thinking, str):
         raise BadRow(f"{place}.{field}", f"{shorten(thinking)} is not text")
-    return {"role": SHAREGPT_ROLES.get(role, role), "content": text_of(content, f"{place}.{'value' if sharegpt else 'content'}"), "thinking": thinking}
+    return {
+        "role": SHAREGPT_ROLES.get(role, role),
+        "content": text_of(content, f"{place}.{'value' if sharegpt else 'content'}"),
+        "thinking": thinking,
+    }
 
 
 def text_of(value, column: str, speaker: str | None = None) -> str:
@@ -219,7 +289,10 @@ def swallow_code(row: dict, columns) -> dict:
 
 def question_answer(row: dict, columns) -> dict:
     """openai/gsm8k and its like: question and answer."""
-    return {"prompt": f"Question: {text_of(row['question'], 'question').strip()}\nAnswer:", "completion": " " + text_of(row["answer"], "answer").strip()}
+    return {
+        "prompt": f"Question: {text_of(row['question'], 'question').strip()}\nAnswer:",
+        "completion": " " + text_of(row["answer"], "answer").strip(),
+    }
 
 
 def translate_to_english(row: dict, columns) -> dict:
@@ -239,11 +312,17 @@ def _translation(row: dict, into_english: bool) -> dict:
         pair = {language: words for language, words in pair.items() if words is not None}
     others = sorted(set(pair) - {"en"}) if isinstance(pair, dict) else []
     if len(others) != 1 or "en" not in pair or others[0] not in LANGUAGES:
-        raise BadRow(column, f"{shorten(pair)} is not a text in English and in one other language ({{en: .., de: ..}}; known: {', '.join(LANGUAGES)})")
+        raise BadRow(
+            column,
+            f"{shorten(pair)} is not a text in English and in one other language ({{en: .., de: ..}}; known: {', '.join(LANGUAGES)})",
+        )
     source, target = (others[0], "en") if into_english else ("en", others[0])
     original, translation = (text_of(pair[language], f"{column}.{language}").strip() for language in (source, target))
     names = LANGUAGES[source], LANGUAGES[target]
-    return {"prompt": f"Translate this from {names[0]} to {names[1]}:\n{names[0]}: {original}\n{names[1]}:", "completion": f" {translation}"}
+    return {
+        "prompt": f"Translate this from {names[0]} to {names[1]}:\n{names[0]}: {original}\n{names[1]}:",
+        "completion": f" {translation}",
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -264,7 +343,9 @@ class Transform:
         if self.own:
             return {}
         named = {f"columns.{name}": getattr(columns, name) for name in columns_read(self.name, columns)}
-        return {key: column for key, column in named.items() if column is not None} | {name: name for name in FIXED_COLUMNS.get(self.function, ())}
+        return {key: column for key, column in named.items() if column is not None} | {
+            name: name for name in FIXED_COLUMNS.get(self.function, ())
+        }
 
     def columns_read(self, columns, of_dataset: list[str]) -> list[str]:
         """Which of a dataset's columns it looks at."""
@@ -289,10 +370,25 @@ class Transform:
         return columns.prompt, columns.completion
 
 
-FIXED_COLUMNS = {opencodeinstruct: ("input", "output"), swallow_code: ("text",), question_answer: ("question", "answer")}
+FIXED_COLUMNS = {
+    opencodeinstruct: ("input", "output"),
+    swallow_code: ("text",),
+    question_answer: ("question", "answer"),
+}
 FUNCTIONS = (
-    text, prompt_completion, chat, first_turn, last_turn, all_turns, reasoning, reasoning_answer,
-    opencodeinstruct, swallow_code, question_answer, translate_to_english, translate_from_english,
+    text,
+    prompt_completion,
+    chat,
+    first_turn,
+    last_turn,
+    all_turns,
+    reasoning,
+    reasoning_answer,
+    opencodeinstruct,
+    swallow_code,
+    question_answer,
+    translate_to_english,
+    translate_from_english,
 )  # what each reads, and what the configuration allows: ebft_utils/config/data.py
 TRANSFORMS = {function.__name__: function for function in FUNCTIONS}
 
@@ -314,15 +410,23 @@ def load_transform(name: str, key: str = "data.transform") -> Transform:
         except ImportError as error:
             raise UserError(f"{key}: {name!r}: the module {place} cannot be imported: {error}") from None
         except (Exception, SystemExit) as error:  # whatever somebody's module raises
-            raise UserError(f"{key}: {name!r}: the module {place} cannot be run: {type(error).__name__}: {error}") from None
+            raise UserError(
+                f"{key}: {name!r}: the module {place} cannot be run: {type(error).__name__}: {error}"
+            ) from None
     function = vars(module).get(attribute)
     if not callable(function):
-        own = [other for other, value in vars(module).items() if inspect.isfunction(value) and value.__module__ == module.__name__ and not other.startswith("_")]
+        own = [
+            other
+            for other, value in vars(module).items()
+            if inspect.isfunction(value) and value.__module__ == module.__name__ and not other.startswith("_")
+        ]
         raise UserError(f"{key}: {place} has no function {attribute!r}; it has {', '.join(own) or 'none'}")
     try:
         inspect.signature(function).bind({}, None)
     except (TypeError, ValueError):
-        raise UserError(f"{key}: {name}: a transform takes a row and the names of the columns: def {attribute}(row, columns)") from None
+        raise UserError(
+            f"{key}: {name}: a transform takes a row and the names of the columns: def {attribute}(row, columns)"
+        ) from None
     if not place.endswith(".py"):  # the file that defines it, which may be another one than the module's
         file = Path(inspect.getsourcefile(inspect.unwrap(function) if inspect.isfunction(function) else type(function)))
     return Transform(name, function, _digest(file) + _digest(Path(__file__)), own=True)  # it may call those here

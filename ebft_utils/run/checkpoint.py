@@ -50,7 +50,10 @@ MAY_CHANGE = {  # settings that a resumed run may change
     "lora.merge",
     *(f"vllm.{field.name}" for field in fields(VLLMConfig)),
     *(f"eval.{name}" for name in ("only", "at_start", "at_end", "every_steps", "per_device_batch_size")),
-    *(f"train.{name}" for name in ("output_dir", "per_device_batch_size", "max_steps", "logging_steps", "rollout_table_steps")),
+    *(
+        f"train.{name}"
+        for name in ("output_dir", "per_device_batch_size", "max_steps", "logging_steps", "rollout_table_steps")
+    ),
     *(f"train.{name}" for name in ("save_steps", "save_total_limit", "resume", "process_timeout_minutes", "dry_run")),
     "data.num_proc",
 }
@@ -137,7 +140,11 @@ def _reads(path: Path, token: str) -> bool:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Finished checkpoints, oldest first."""
-    found = [(int(match[1]), path) for path in folder.glob("checkpoint-*") if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and (path / SUMS_FILE).is_file()]
+    found = [
+        (int(match[1]), path)
+        for path in folder.glob("checkpoint-*")
+        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and (path / SUMS_FILE).is_file()
+    ]
     return [path for _, path in sorted(found)]
 
 
@@ -158,7 +165,9 @@ def find_checkpoint(config: Config, accelerator: Accelerator) -> Path | None:
                 return path
             passed_over.append(f"{path} is damaged ({damage})")
             accelerator.print(f"{passed_over[-1]}: passed over")
-        raise UserError(f"train.resume: latest: {folder} holds no {'whole ' if passed_over else ''}checkpoint{''.join(f'; {word}' for word in passed_over)}")
+        raise UserError(
+            f"train.resume: latest: {folder} holds no {'whole ' if passed_over else ''}checkpoint{''.join(f'; {word}' for word in passed_over)}"
+        )
     path = Path(config.train.resume).expanduser()
     if not (path / SUMS_FILE).is_file():
         raise UserError(f"train.resume: {path} is not a checkpoint folder (it has no {SUMS_FILE})")
@@ -176,7 +185,9 @@ def damage_of(path: Path, accelerator: Accelerator) -> str | None:
         expected = {}
     unknown = {str(file.relative_to(path)) for file in (path / "state").glob("*")} - expected.keys()
     mine = sorted(expected)[accelerator.process_index :: accelerator.num_processes]
-    problems = [] if {"config.yaml", "run.json", "state/.metadata"} <= expected.keys() else [f"{SUMS_FILE} is not whole"]
+    problems = (
+        [] if {"config.yaml", "run.json", "state/.metadata"} <= expected.keys() else [f"{SUMS_FILE} is not whole"]
+    )
     problems += [f"{SUMS_FILE} does not know {name}" for name in sorted(unknown)]
     for name in mine:
         try:
@@ -201,9 +212,15 @@ def check_same_run(config: Config, checkpoint: Path) -> list[str]:
     words = {key: f"{key} is {here.get(key)!r} and was {there.get(key)!r}" for key in changed}
     if "train.max_steps" in words:
         words["train.max_steps"] += " (warm-up and decay are shares of it: the learning rates change with it)"
-    refused = [words[key] for key in changed if key not in MAY_CHANGE and (not config.eval.only or key.startswith(("model.", "lora")))]
+    refused = [
+        words[key]
+        for key in changed
+        if key not in MAY_CHANGE and (not config.eval.only or key.startswith(("model.", "lora")))
+    ]
     if refused:
-        raise UserError(f"train.resume: {checkpoint} was made with other settings: {'; '.join(refused)}; restore them, or start a new run in another train.output_dir")
+        raise UserError(
+            f"train.resume: {checkpoint} was made with other settings: {'; '.join(refused)}; restore them, or start a new run in another train.output_dir"
+        )
     return [words[key] for key in changed if key not in ("train.resume", "train.output_dir")]
 
 
@@ -220,11 +237,24 @@ def _flatten(tree: dict, prefix: str = "") -> dict:
 
 def trained_state(policy: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict]:
     """The tensors of a checkpoint, by name: the very ones that are trained (under FSDP2 the process's shards), so loading into them is all there is to do."""
-    weights = {name.removeprefix("module."): parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
+    weights = {
+        name.removeprefix("module."): parameter
+        for name, parameter in policy.named_parameters()
+        if parameter.requires_grad
+    }
     return {"model": weights, "optimizer": get_optimizer_state_dict(policy, optimizer)["state"]}
 
 
-def save_checkpoint(config: Config, accelerator: Accelerator, policy, optimizer, run: RunState, *, alone: bool = False, keep_all: bool = False) -> Path:
+def save_checkpoint(
+    config: Config,
+    accelerator: Accelerator,
+    policy,
+    optimizer,
+    run: RunState,
+    *,
+    alone: bool = False,
+    keep_all: bool = False,
+) -> Path:
     """Writes checkpoint-STEP, then removes the oldest ones over train.save_total_limit, and later ones: a run that was resumed further back has left
     that continuation (keep_all: removes none). Raises UserError on all processes when it cannot be written; what was saved before stays.
 
@@ -247,7 +277,9 @@ def save_checkpoint(config: Config, accelerator: Accelerator, policy, optimizer,
     except OSError as problem:
         errors.append(problem)
     errors = gather(errors)
-    files = tell(sorted(path for path in temporary.rglob("*") if path.is_file()))  # network file systems may show each machine another list
+    files = tell(
+        sorted(path for path in temporary.rglob("*") if path.is_file())
+    )  # network file systems may show each machine another list
     try:
         mine = files if alone else files[accelerator.process_index :: accelerator.num_processes]
         sums = [f"{_sha256(path)}  {path.relative_to(temporary)}\n" for path in mine if not errors]
@@ -266,7 +298,10 @@ def save_checkpoint(config: Config, accelerator: Accelerator, policy, optimizer,
         if accelerator.is_main_process:
             shutil.rmtree(temporary, ignore_errors=True)
         kept = list_checkpoints(folder)
-        raise UserError(f"{target} could not be written: {errors[0]} ({_free(folder)}); " + (f"{kept[-1].name} is whole: train.resume=latest goes on from it" if kept else "there is no earlier one"))
+        raise UserError(
+            f"{target} could not be written: {errors[0]} ({_free(folder)}); "
+            + (f"{kept[-1].name} is whole: train.resume=latest goes on from it" if kept else "there is no earlier one")
+        )
     if accelerator.is_main_process and not keep_all:
         _remove_old(folder, target, config.train.save_total_limit)
     return target
@@ -307,16 +342,27 @@ def load_checkpoint(path: Path, policy: torch.nn.Module, optimizer: torch.optim.
     """Restores weights and optimizer state, whatever number of processes wrote them. Raises UserError when the checkpoint is of another model."""
     values = json.loads((path / "run.json").read_text())
     before = values.pop("before")
-    run = RunState(**values, before=None if before is None else {name: torch.tensor(table, dtype=torch.float64) for name, table in before.items()})
+    run = RunState(
+        **values,
+        before=None
+        if before is None
+        else {name: torch.tensor(table, dtype=torch.float64) for name, table in before.items()},
+    )
     state = trained_state(policy, optimizer)
     found = dcp.FileSystemReader(path / "state").read_metadata().state_dict_metadata
     saved = {name: tuple(entry.size) for name, entry in found.items()}
     shapes = {f"model.{name}": tuple(tensor.shape) for name, tensor in state["model"].items()}
-    shapes |= {f"optimizer.{name}.{key}": tuple(tensor.shape) for name, entry in state["optimizer"].items() for key, tensor in entry.items()}
+    shapes |= {
+        f"optimizer.{name}.{key}": tuple(tensor.shape)
+        for name, entry in state["optimizer"].items()
+        for key, tensor in entry.items()
+    }
     wrong = [name for name in shapes | saved if saved.get(name) != shapes.get(name)]
     if wrong:
         here, there = (known.get(wrong[0], "missing") for known in (shapes, saved))
-        raise UserError(f"train.resume: {path} is of another model or adapter: {len(wrong)} tensors differ, for example {wrong[0]} ({here} here, {there} there)")
+        raise UserError(
+            f"train.resume: {path} is of another model or adapter: {len(wrong)} tensors differ, for example {wrong[0]} ({here} here, {there} there)"
+        )
     dcp.load(state, checkpoint_id=path / "state")
     return run
 
@@ -325,9 +371,13 @@ def continue_with(config: Config, accelerator: Accelerator, run: RunState, rows)
     """Brings the rows to where a loaded run is. Raises UserError when it cannot go on as it began; says so when it goes on under another launch."""
     data = rows.fingerprint()
     if run.step > config.train.max_steps:
-        raise UserError(f"train.max_steps: {config.train.max_steps} is less than the {run.step} steps that checkpoint-{run.step} has done")
+        raise UserError(
+            f"train.max_steps: {config.train.max_steps} is less than the {run.step} steps that checkpoint-{run.step} has done"
+        )
     if run.data != data:
-        raise UserError(f"train.resume: {config.data.described!r} has changed: {data} to train on, and it was {run.data}; bring it back, or start a new run in another train.output_dir")
+        raise UserError(
+            f"train.resume: {config.data.described!r} has changed: {data} to train on, and it was {run.data}; bring it back, or start a new run in another train.output_dir"
+        )
     if run.launch != launch_of(accelerator):
         accelerator.print(
             f"begun on {run.launch}, goes on on {launch_of(accelerator)}: the same rows and rollouts, but sums are rounded in another order, so the numbers "
@@ -371,7 +421,10 @@ def whole_state(config: Config, policy: torch.nn.Module) -> dict[str, Tensor]:
     Tied weights are there under each of their names.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=config.lora is not None)
-    return {name.removeprefix("causal_lm."): tensor for name, tensor in get_model_state_dict(policy, options=options).items()}
+    return {
+        name.removeprefix("causal_lm."): tensor
+        for name, tensor in get_model_state_dict(policy, options=options).items()
+    }
 
 
 def export_final(config: Config, accelerator: Accelerator, policy: torch.nn.Module, tokenizer, card: str) -> Path:
@@ -397,12 +450,16 @@ def export_final(config: Config, accelerator: Accelerator, policy: torch.nn.Modu
                 (temporary / "training_config.yaml").write_text(config.to_yaml())
                 (temporary / "README.md").write_text(card)
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{target} could not be written: {error} ({_free(target.parent)}); the checkpoints are whole: train.resume=latest writes it again") from None
+            raise UserError(
+                f"{target} could not be written: {error} ({_free(target.parent)}); the checkpoints are whole: train.resume=latest writes it again"
+            ) from None
     accelerator.wait_for_everyone()
     return target
 
 
-def _export_adapter(config: Config, causal_lm: PeftModel, weights: dict[str, Tensor], tokenizer, folder: Path, target: Path) -> None:
+def _export_adapter(
+    config: Config, causal_lm: PeftModel, weights: dict[str, Tensor], tokenizer, folder: Path, target: Path
+) -> None:
     """target: what `folder` will be called."""
     is_gguf = resolve_source(config.model.name_or_path)[1] is not None
     if is_gguf:

@@ -18,10 +18,10 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, register_fs
 from torch.distributed.tensor import DTensor
 
 from ..algorithm.attention import STRIDED_SDPA
-from ..config.modes import Config
-from ..config.settings import UserError
 from ..algorithm.features import FeatureNetwork
 from ..algorithm.flex import STRIDED_FLEX
+from ..config.modes import Config
+from ..config.settings import UserError
 from ..models import DTYPES, feature_device
 
 PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>: the signal that a process gets when its parent ends
@@ -42,7 +42,9 @@ def prepare_accelerator(config: Config) -> Accelerator:
         InitProcessGroupKwargs(timeout=timedelta(minutes=config.train.process_timeout_minutes)),
         DistributedDataParallelKwargs(broadcast_buffers=False),  # they are constants
     ]
-    accelerator = Accelerator(mixed_precision={"bfloat16": "bf16", "float32": "no"}[config.model.dtype], kwargs_handlers=handlers)
+    accelerator = Accelerator(
+        mixed_precision={"bfloat16": "bf16", "float32": "no"}[config.model.dtype], kwargs_handlers=handlers
+    )
     kind = accelerator.distributed_type
     if fsdp and kind != DistributedType.FSDP:
         raise UserError(
@@ -50,7 +52,9 @@ def prepare_accelerator(config: Config) -> Accelerator:
             "use accelerate_configs/cpu.yaml, ddp.yaml or single_gpu.yaml"
         )
     if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP):
-        raise UserError(f"distributed_type: {kind.value} in the accelerate config is not supported; allowed: NO, MULTI_GPU, FSDP")
+        raise UserError(
+            f"distributed_type: {kind.value} in the accelerate config is not supported; allowed: NO, MULTI_GPU, FSDP"
+        )
     _refuse_missing_gpus(accelerator)
     feature_device(config.feature_network.device, accelerator.device)  # or it refuses
     if kind == DistributedType.FSDP:
@@ -59,9 +63,13 @@ def prepare_accelerator(config: Config) -> Accelerator:
             param_dtype=DTYPES[config.model.dtype], reduce_dtype=torch.float32, cast_forward_inputs=False
         )
         if config.model.compile_decoding:
-            raise UserError("model.compile_decoding: true and FSDP2 exclude each other: it gathers and frees weights in the middle of what would be compiled; leave it out")
+            raise UserError(
+                "model.compile_decoding: true and FSDP2 exclude each other: it gathers and frees weights in the middle of what would be compiled; leave it out"
+            )
     elif config.feature_network.shard:
-        raise UserError("feature_network.shard: true needs a launch that shards: --config_file accelerate_configs/fsdp2.yaml")
+        raise UserError(
+            "feature_network.shard: true needs a launch that shards: --config_file accelerate_configs/fsdp2.yaml"
+        )
     return accelerator
 
 
@@ -69,7 +77,9 @@ def _refuse_contradicting_launch(config: Config) -> None:
     """What accelerate passes on in environment variables and this program does not do, or does by its own configuration."""
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launched not in ("no", {"bfloat16": "bf16", "float32": "no"}[config.model.dtype]):
-        raise UserError(f"mixed_precision: {launched} in the accelerate config contradicts model.dtype: {config.model.dtype}; set mixed_precision: 'no' there")
+        raise UserError(
+            f"mixed_precision: {launched} in the accelerate config contradicts model.dtype: {config.model.dtype}; set mixed_precision: 'no' there"
+        )
     steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if steps != "1":
         raise UserError(
@@ -78,12 +88,16 @@ def _refuse_contradicting_launch(config: Config) -> None:
         )
     processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
     if 0 < gpus < processes and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true":
-        raise UserError(f"num_processes: {processes} processes were launched on a machine with {gpus} GPUs; launch with --num_processes {gpus}")
+        raise UserError(
+            f"num_processes: {processes} processes were launched on a machine with {gpus} GPUs; launch with --num_processes {gpus}"
+        )
     backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
     if backend.lower() != "no":
         raise UserError(f"dynamo_backend: {backend} in the accelerate config is not supported; leave it out there")
     if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() == "true":
-        raise UserError("parallelism_config in the accelerate config is not supported; leave it out there: FSDP2 shards over all processes")
+        raise UserError(
+            "parallelism_config in the accelerate config is not supported; leave it out there: FSDP2 shards over all processes"
+        )
     if {"MASTER_ADDR", "MASTER_PORT", "ACCELERATE_USE_CPU"} <= os.environ.keys() and "WORLD_SIZE" not in os.environ:
         raise UserError(
             "num_processes: accelerate launch silently starts one process where distributed_type is 'NO'; several processes on the CPU: "
@@ -102,7 +116,9 @@ def _refuse_missing_gpus(accelerator: Accelerator) -> None:
             "processes ACCELERATE_USE_CPU=true and accelerate_configs/ddp.yaml"
         )
     if launched != accelerator.num_processes:
-        raise UserError(f"num_processes: {launched} processes were launched, and accelerate would run each by itself; check num_processes and the GPUs that are visible")
+        raise UserError(
+            f"num_processes: {launched} processes were launched, and accelerate would run each by itself; check num_processes and the GPUs that are visible"
+        )
 
 
 def _refuse_fsdp_settings() -> None:
@@ -119,14 +135,22 @@ def _refuse_fsdp_settings() -> None:
         raise UserError("fsdp_offload_params: true in the accelerate config is not supported; leave it out there")
     policy = os.environ.get("FSDP_AUTO_WRAP_POLICY", "NO_WRAP").upper()
     if policy != "TRANSFORMER_BASED_WRAP":
-        raise UserError(f"fsdp_auto_wrap_policy: {policy} in the accelerate config would not shard layer by layer; set TRANSFORMER_BASED_WRAP")
+        raise UserError(
+            f"fsdp_auto_wrap_policy: {policy} in the accelerate config would not shard layer by layer; set TRANSFORMER_BASED_WRAP"
+        )
     if os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP"):
-        raise UserError("fsdp_transformer_layer_cls_to_wrap in the accelerate config: leave it out there; the model's own decoder layers are sharded")
+        raise UserError(
+            "fsdp_transformer_layer_cls_to_wrap in the accelerate config: leave it out there; the model's own decoder layers are sharded"
+        )
     if os.environ.get("FSDP_IGNORED_MODULES"):
-        raise UserError("fsdp_ignored_modules in the accelerate config: leave it out there; the gradients of ignored modules would not be reduced")
+        raise UserError(
+            "fsdp_ignored_modules in the accelerate config: leave it out there; the gradients of ignored modules would not be reduced"
+        )
     kind = os.environ.get("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT").upper()
     if kind != "SHARDED_STATE_DICT":
-        raise UserError(f"fsdp_state_dict_type: {kind} in the accelerate config: checkpoints are always sharded and the final model is always whole; set SHARDED_STATE_DICT")
+        raise UserError(
+            f"fsdp_state_dict_type: {kind} in the accelerate config: checkpoints are always sharded and the final model is always whole; set SHARDED_STATE_DICT"
+        )
 
 
 def micro_batches_per_step(config: Config, accelerator: Accelerator) -> int:
@@ -193,9 +217,13 @@ def prepare_policy(accelerator: Accelerator, policy: torch.nn.Module, optimizer:
         layers = accelerator.unwrap_model(policy).decoder.layers
         whole = sum(not isinstance(layer, FSDPModule) for layer in layers)
         if whole:
-            raise UserError(f"FSDP2: {whole} of {len(layers)} decoder layers would not be sharded: this architecture names no layer class to split at")
+            raise UserError(
+                f"FSDP2: {whole} of {len(layers)} decoder layers would not be sharded: this architecture names no layer class to split at"
+            )
         if not all(isinstance(parameter, DTensor) for parameter in policy.parameters()):
-            raise UserError("FSDP2: some weights would not be sharded, and their gradients not reduced; use accelerate_configs/fsdp2.yaml as it is")
+            raise UserError(
+                "FSDP2: some weights would not be sharded, and their gradients not reduced; use accelerate_configs/fsdp2.yaml as it is"
+            )
     return policy, optimizer
 
 
@@ -210,7 +238,9 @@ def whole_weights(accelerator: Accelerator, policy: torch.nn.Module):
         yield
     finally:
         policy.set_reshard_after_forward(accelerator.state.fsdp_plugin.reshard_after_forward)
-        policy.set_reshard_after_forward(False, recurse=False)  # the root's weights are used until the end of the backward pass
+        policy.set_reshard_after_forward(
+            False, recurse=False
+        )  # the root's weights are used until the end of the backward pass
         for module in policy.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
@@ -242,7 +272,13 @@ def describe_run(config: Config, accelerator: Accelerator, policy: torch.nn.Modu
     if config.lora:
         features = "the policy with its adapter off"
     else:
-        spread = "split over the processes" if config.feature_network.shard else "whole on each process" if processes > 1 else "a frozen copy"
+        spread = (
+            "split over the processes"
+            if config.feature_network.shard
+            else "whole on each process"
+            if processes > 1
+            else "a frozen copy"
+        )
         features = f"{spread}, {config.model.dtype}, {network.device}"
     attention = accelerator.unwrap_model(policy).decoder.config._attn_implementation
     attention = {STRIDED_SDPA: "sdpa in blocks", STRIDED_FLEX: "flex_attention"}.get(attention, attention)
@@ -296,7 +332,9 @@ def run_as_command(main) -> None:
     """Runs a script's main(argv), and ends the process with one message for whatever the user can mend."""
     process = int(os.environ.get("RANK", "0"))
     if sys.platform == "linux" and {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys():
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)  # a launcher that dies leaves no orphans: they save and stop
+        ctypes.CDLL(None).prctl(
+            PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0
+        )  # a launcher that dies leaves no orphans: they save and stop
     try:
         main(sys.argv[1:])
     except UserError as error:
@@ -305,7 +343,9 @@ def run_as_command(main) -> None:
         sys.exit(f"error{f' on process {process}' if process else ''}: {error}")
     except Stopped as stopped:
         if not process:
-            print(f"{stopped}; train.resume=latest goes on from the last checkpoint, where there is one", file=sys.stderr)
+            print(
+                f"{stopped}; train.resume=latest goes on from the last checkpoint, where there is one", file=sys.stderr
+            )
         sys.exit(128 + stopped.number)
     except KeyboardInterrupt:
         sys.exit("interrupted; train.resume=latest goes on from the last checkpoint, where there is one")

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
-from .checkpoint import RunState, save_checkpoint
 from ..config.modes import Config
 from ..config.settings import UserError
+from .checkpoint import RunState, save_checkpoint
 from .distributed import AgreedError, Stopped, StopSignals, clip_gradients
 from .metrics import MetricLogger, evaluation_metrics, summary_of
 
@@ -27,7 +27,10 @@ def learning_rate(config: Config, step: int) -> float:
     if step < warmup_steps:
         return train.learning_rate * (step + 1) / (warmup_steps + 1)
     done = (step - warmup_steps) / max(1, train.max_steps - warmup_steps)
-    return train.learning_rate * {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[train.lr_scheduler]
+    return (
+        train.learning_rate
+        * {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[train.lr_scheduler]
+    )
 
 
 class TrainingLoop:
@@ -41,7 +44,20 @@ class TrainingLoop:
         shown: label -> metric, for the console.
     """
 
-    def __init__(self, config: Config, accelerator: Accelerator, policy, optimizer, run: RunState, results: dict[int, dict[str, float]], logger: MetricLogger | None, *, take_step, evaluate, shown):
+    def __init__(
+        self,
+        config: Config,
+        accelerator: Accelerator,
+        policy,
+        optimizer,
+        run: RunState,
+        results: dict[int, dict[str, float]],
+        logger: MetricLogger | None,
+        *,
+        take_step,
+        evaluate,
+        shown,
+    ):
         self.config, self.accelerator, self.policy, self.optimizer = config, accelerator, policy, optimizer
         self.run, self.results, self.logger = run, results, logger
         self.take_step, self.evaluate, self.shown = take_step, evaluate, shown
@@ -51,7 +67,9 @@ class TrainingLoop:
         """Runs to train.max_steps. Raises Stopped when the run was asked to stop, UserError when the loss is not finite or a step cannot be done."""
         config, accelerator, run, train = self.config, self.accelerator, self.run, self.config.train
         finished = False
-        self.progress = tqdm(total=train.max_steps, initial=run.step, desc="training", disable=not accelerator.is_main_process)
+        self.progress = tqdm(
+            total=train.max_steps, initial=run.step, desc="training", disable=not accelerator.is_main_process
+        )
         self.policy.train()
         try:
             if run.step == 0 and config.eval.at_start:
@@ -69,13 +87,21 @@ class TrainingLoop:
         except AgreedError as error:
             if run.step > self.saved and not self.updating:
                 self._save()
-            kept = f"step {self.saved} is saved: train.resume=latest goes on from it" if self.saved else "nothing was trained yet"
+            kept = (
+                f"step {self.saved} is saved: train.resume=latest goes on from it"
+                if self.saved
+                else "nothing was trained yet"
+            )
             finished = True
             raise UserError(f"{error} ({kept})") from None
         finally:
-            if run.step > self.saved and not (finished or self.updating or signals.at_once):  # an error, perhaps on this process alone
+            if run.step > self.saved and not (
+                finished or self.updating or signals.at_once
+            ):  # an error, perhaps on this process alone
                 if isinstance(self.policy, FSDPModule) and accelerator.num_processes > 1:
-                    accelerator.print(f"step {run.step} cannot be saved without all processes, which hold a part of the weights each; the last checkpoint is of step {self.saved}")
+                    accelerator.print(
+                        f"step {run.step} cannot be saved without all processes, which hold a part of the weights each; the last checkpoint is of step {self.saved}"
+                    )
                 elif accelerator.is_main_process:
                     self._save(alone=True)
             self.progress.close()
@@ -97,7 +123,12 @@ class TrainingLoop:
             self.progress.set_postfix_str(line)
             self.progress.write(f"step {run.step}: {line}")
         self.progress.update()
-        if self.logger is not None and table is not None and train.rollout_table_steps and (run.step % train.rollout_table_steps == 0 or run.step == 1):
+        if (
+            self.logger is not None
+            and table is not None
+            and train.rollout_table_steps
+            and (run.step % train.rollout_table_steps == 0 or run.step == 1)
+        ):
             self.logger.text(run.step, "rollouts", table())
 
     def _update(self, loss: float) -> None:
@@ -106,7 +137,11 @@ class TrainingLoop:
         if not (math.isfinite(self.loss) and math.isfinite(self.grad_norm)):  # the same numbers on every process
             if not self.updating:
                 self._save(keep_all=True)  # these weights may already be bad
-            kept = f"the weights after step {self.saved} are saved as checkpoint-{self.saved}, beside earlier ones" if self.saved else "nothing was trained yet"
+            kept = (
+                f"the weights after step {self.saved} are saved as checkpoint-{self.saved}, beside earlier ones"
+                if self.saved
+                else "nothing was trained yet"
+            )
             raise UserError(
                 f"step {step + 1}: loss {self.loss}, gradient norm {self.grad_norm}: not finite, stopped before the update; {kept}. Going on would end here again: "
                 "start a new run with a lower train.learning_rate"
@@ -137,7 +172,9 @@ class TrainingLoop:
 def evaluate_only(accelerator: Accelerator, output_dir: Path, step: int, evaluate, signals: StopSignals) -> None:
     """eval.only: evaluates once, prints the results and writes them to eval.json. Raises Stopped when the run was asked to stop."""
     if evaluate is None:
-        raise UserError("eval.only: true without held-out documents leaves nothing to do; set eval.num_documents above 0")
+        raise UserError(
+            "eval.only: true without held-out documents leaves nothing to do; set eval.num_documents above 0"
+        )
     table = evaluate()
     if table is None:
         raise Stopped(signals.agreed(accelerator))

@@ -15,18 +15,32 @@ import torch
 from accelerate import Accelerator, DistributedType
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from .checkpoint import MAY_CHANGE
-from ..config.modes import Config, FeatureNetworkConfig, LoraConfig
-from ..config.settings import UserError
 from ..algorithm.features import cut_decoder, layer_indices
 from ..algorithm.losses import LOGITS_PER_CHUNK
-from ..models import DTYPES, LOADING_ERRORS, attention_heads, base_causal_lm, feature_device, first_line, refuse_short_context, refuse_unsupported, resolve_source, with_adapter
 from ..algorithm.strided import QUERIES_PER_BLOCK, number_of_parts
+from ..config.modes import Config, FeatureNetworkConfig, LoraConfig
+from ..config.settings import UserError
+from ..models import (
+    DTYPES,
+    LOADING_ERRORS,
+    attention_heads,
+    base_causal_lm,
+    feature_device,
+    first_line,
+    refuse_short_context,
+    refuse_unsupported,
+    resolve_source,
+    with_adapter,
+)
+from .checkpoint import MAY_CHANGE
 
 GB = 2**30
 WORTH_SAYING = 0.05  # share of the peak that a setting has to save
 IN_TURN = ("rollouts", "forward and backward", "update")
-NO_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "CUDA error: out of memory")  # what else than torch.OutOfMemoryError says it
+NO_MEMORY = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "CUDA error: out of memory",
+)  # what else than torch.OutOfMemoryError says it
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -61,7 +75,9 @@ def shape_of(config: Config) -> Shape:
             cut_decoder(model.get_decoder(), 0)  # or it refuses
             policy = model if config.lora is None else with_adapter(config, model)
     except LOADING_ERRORS as error:
-        raise UserError(f"model.name_or_path: {config.model.name_or_path!r} cannot be loaded: {first_line(error)}") from None
+        raise UserError(
+            f"model.name_or_path: {config.model.name_or_path!r} cannot be loaded: {first_line(error)}"
+        ) from None
     decoder = base_causal_lm(policy).get_decoder()
     base = {name: parameter for name, parameter in policy.named_parameters() if "lora_" not in name}
     layer = sum(parameter.numel() for name, parameter in decoder.layers[0].named_parameters() if "lora_" not in name)
@@ -84,13 +100,19 @@ def shape_of(config: Config) -> Shape:
 def largest_row(config: Config) -> tuple[int, int]:
     """Most tokens of a row, and most anchors: those of a raw text of so many tokens."""
     tokens, ebft = config.longest_sequence[0], config.ebft
-    return tokens, 1 if config.mode == "structured" else (tokens - config.first_anchor - ebft.generate_max_len) // ebft.stride + 1
+    return tokens, 1 if config.mode == "structured" else (
+        tokens - config.first_anchor - ebft.generate_max_len
+    ) // ebft.stride + 1
 
 
 def rollouts_of(config: Config, document_tokens: int) -> tuple[int, int]:
     """Rollouts at an anchor, and most tokens of one."""
     ebft = config.ebft
-    return (ebft.n_samples_per_prompt, ebft.generate_max_len) if config.mode == "strided" else (ebft.num_generations, document_tokens - config.data.max_prompt_length)
+    return (
+        (ebft.n_samples_per_prompt, ebft.generate_max_len)
+        if config.mode == "strided"
+        else (ebft.num_generations, document_tokens - config.data.max_prompt_length)
+    )
 
 
 def rollout_tokens_at_once(config: Config, document_tokens: int, anchors: int) -> int:
@@ -100,7 +122,15 @@ def rollout_tokens_at_once(config: Config, document_tokens: int, anchors: int) -
     return -(-anchors // number_of_parts(anchors, samples * length, document_tokens, limit)) * samples * length
 
 
-def memory_estimate(config: Config, shape: Shape, document_tokens: int, anchors: int, num_processes: int, sharded: bool, device: torch.device) -> dict[str, float]:
+def memory_estimate(
+    config: Config,
+    shape: Shape,
+    document_tokens: int,
+    anchors: int,
+    num_processes: int,
+    sharded: bool,
+    device: torch.device,
+) -> dict[str, float]:
     """Bytes of one process on the policy's device, by what they are for; the last entry is the peak: all that stays, and the largest of what comes in turn.
 
     Args: document_tokens, anchors: of the largest row.
@@ -117,9 +147,13 @@ def memory_estimate(config: Config, shape: Shape, document_tokens: int, anchors:
     tokens = rows * row_tokens
     trained = shape.trained / parts if trains else 0
     beside = not lora and _same(feature_device(config.feature_network.device, device), device)
-    evaluated = config.eval.only or (config.eval.num_documents != 0 and (config.eval.at_start or config.eval.at_end or config.eval.every_steps > 0))
+    evaluated = config.eval.only or (
+        config.eval.num_documents != 0 and (config.eval.at_start or config.eval.at_end or config.eval.every_steps > 0)
+    )
     writing = max(rows if trains and ebft.rl_coef > 0 else 0, config.eval.per_device_batch_size if evaluated else 0)
-    writing = writing if config.mode == "strided" or not ebft.use_vllm else 0  # rows whose rollouts the policy writes at a time
+    writing = (
+        writing if config.mode == "strided" or not ebft.use_vllm else 0
+    )  # rows whose rollouts the policy writes at a time
     keys_and_values = writing * (document_tokens + rollout_tokens) * 2 * shape.key_value * shape.layers * width
     stays = {
         "weights": (shape.parameters * width + 4 * shape.trained if lora else 4 * shape.parameters) / parts,
@@ -135,15 +169,26 @@ def memory_estimate(config: Config, shape: Shape, document_tokens: int, anchors:
     per_layer = width * (kept * shape.hidden + 4 * shape.inner)
     blocks = 0 if flex or attention == "eager" else -(-trained_rollout_tokens // QUERIES_PER_BLOCK)
     per_layer_keys = width * rows * 2 * shape.hidden * blocks * (document_tokens // 2 + QUERIES_PER_BLOCK)
-    per_layer_scores = rows * shape.heads * row_tokens**2 * (4 if width == 4 else 4 + width) if attention == "eager" else 0
+    per_layer_scores = (
+        rows * shape.heads * row_tokens**2 * (4 if width == 4 else 4 + width) if attention == "eager" else 0
+    )
     one_layer = tokens * per_layer + per_layer_keys + per_layer_scores
-    activations = tokens * shape.hidden * width * shape.layers + one_layer if config.model.gradient_checkpointing else one_layer * shape.layers
-    logits, sampled = (min(LOGITS_PER_CHUNK, number * shape.vocabulary) for number in (tokens, writing * rollout_tokens // rollouts_of(config, document_tokens)[1]))
+    activations = (
+        tokens * shape.hidden * width * shape.layers + one_layer
+        if config.model.gradient_checkpointing
+        else one_layer * shape.layers
+    )
+    logits, sampled = (
+        min(LOGITS_PER_CHUNK, number * shape.vocabulary)
+        for number in (tokens, writing * rollout_tokens // rollouts_of(config, document_tokens)[1])
+    )
     head = 3 * 4 * logits + tokens * shape.hidden * 4 + (4 * shape.vocabulary * shape.hidden if not lora else 0)
     in_turn = (
         6 * 4 * sampled + (0 if config.model.compile_decoding else keys_and_values) + used if writing else 0,
         activations + head + used if trains else 0,
-        4 * trained if device.type == "cuda" else 0,  # AdamW takes all weights at once there: the square roots of their moments are a copy
+        4 * trained
+        if device.type == "cuda"
+        else 0,  # AdamW takes all weights at once there: the square roots of their moments are a copy
     )
     return {**stays, **dict(zip(IN_TURN, in_turn, strict=True)), "peak": sum(stays.values()) + max(in_turn)}
 
@@ -153,7 +198,13 @@ def memory_estimate(config: Config, shape: Shape, document_tokens: int, anchors:
 
 
 def ways_to_save(
-    config: Config, shape: Shape, document_tokens: int, anchors: int, num_processes: int, sharded: bool, device: torch.device
+    config: Config,
+    shape: Shape,
+    document_tokens: int,
+    anchors: int,
+    num_processes: int,
+    sharded: bool,
+    device: torch.device,
 ) -> list[tuple[str, float]]:
     """Settings (as on the command line, with what they are now) that lower the peak, each alone, and by how many bytes; the largest first.
 
@@ -179,20 +230,41 @@ def ways_to_save(
     ways = saved(_harmless(config, document_tokens, anchors, sharded, device))
     if num_processes > 1 and not sharded and device.type == "cuda" and not config.model.compile_decoding:
         less = now - memory_estimate(config, shape, document_tokens, anchors, num_processes, True, device)["peak"]
-        ways = sorted([*ways, ("--config_file accelerate_configs/fsdp2.yaml (now DDP)", less)], key=lambda one: -one[1]) if less >= WORTH_SAYING * now else ways
+        ways = (
+            sorted([*ways, ("--config_file accelerate_configs/fsdp2.yaml (now DDP)", less)], key=lambda one: -one[1])
+            if less >= WORTH_SAYING * now
+            else ways
+        )
     if not ways:
         ways = saved(_other_training(config))
     return ways + (saved([("lora.r", LoraConfig().r)]) if config.lora is None else [])
 
 
-def _harmless(config: Config, document_tokens: int, anchors: int, sharded: bool, device: torch.device) -> list[tuple[str, object]]:
+def _harmless(
+    config: Config, document_tokens: int, anchors: int, sharded: bool, device: torch.device
+) -> list[tuple[str, object]]:
     """Settings that leave the update as it is, up to rounding, in the order of preference. (What is already set saves nothing.)"""
     rows = config.train.per_device_batch_size
-    half = max((size for size in range(1, rows // 2 + 1) if rows % size == 0), default=1)  # a divisor goes with any number of processes
-    candidates = [("train.per_device_batch_size", half), ("eval.per_device_batch_size", max(1, config.eval.per_device_batch_size // 2))]
+    half = max(
+        (size for size in range(1, rows // 2 + 1) if rows % size == 0), default=1
+    )  # a divisor goes with any number of processes
+    candidates = [
+        ("train.per_device_batch_size", half),
+        ("eval.per_device_batch_size", max(1, config.eval.per_device_batch_size // 2)),
+    ]
     if config.mode == "strided":
-        candidates.append(("ebft.max_packed_tokens", (document_tokens + rollout_tokens_at_once(config, document_tokens, anchors)) // 2))
-    candidates += [("model.gradient_checkpointing", True), ("model.attn_implementation", "auto"), ("model.compile_decoding", False), ("model.dtype", "bfloat16")]
+        candidates.append(
+            (
+                "ebft.max_packed_tokens",
+                (document_tokens + rollout_tokens_at_once(config, document_tokens, anchors)) // 2,
+            )
+        )
+    candidates += [
+        ("model.gradient_checkpointing", True),
+        ("model.attn_implementation", "auto"),
+        ("model.compile_decoding", False),
+        ("model.dtype", "bfloat16"),
+    ]
     if sharded:
         candidates.append(("feature_network.shard", True))
     elif device.type == "cuda":
@@ -204,7 +276,11 @@ def _other_training(config: Config) -> list[tuple[str, object]]:
     """Settings that save memory because less is trained at a time: another run."""
     ebft, data = config.ebft, config.data
     if config.mode == "strided":
-        values = [("ebft.n_samples_per_prompt", max(2, ebft.n_samples_per_prompt // 2)), ("ebft.stride", 2 * ebft.stride), ("data.sequence_length", data.sequence_length // 2)]
+        values = [
+            ("ebft.n_samples_per_prompt", max(2, ebft.n_samples_per_prompt // 2)),
+            ("ebft.stride", 2 * ebft.stride),
+            ("data.sequence_length", data.sequence_length // 2),
+        ]
     else:
         length = ("ebft.max_completion_length", max(1, ebft.max_completion_length // 2))
         if data.max_conversation_length is not None:
@@ -216,7 +292,9 @@ def _other_training(config: Config) -> list[tuple[str, object]]:
 def with_setting(config: Config, key: str, value) -> Config:
     """The configuration with another value. Raises ConfigError when that does not go with the others."""
     if key == "lora.r":
-        return replace(config, lora=LoraConfig(r=value), feature_network=FeatureNetworkConfig())  # there is no frozen copy with it
+        return replace(
+            config, lora=LoraConfig(r=value), feature_network=FeatureNetworkConfig()
+        )  # there is no frozen copy with it
     section, _, name = key.partition(".")
     return replace(config, **{section: replace(getattr(config, section), **{name: value})})
 
@@ -236,7 +314,9 @@ def in_words(peak: float, ways: list[tuple[str, float]]) -> str:
     """Of `ways_to_save`, without a stop."""
     if not ways:
         return f"no setting lowers the estimated {peak / GB:.1f} GB of a process by much: it takes larger devices, or a smaller model"
-    return f"settings that lower the estimated {peak / GB:.1f} GB of a process, each alone: " + "; ".join(f"{setting}: about {less / GB:.1f} GB less" for setting, less in ways)
+    return f"settings that lower the estimated {peak / GB:.1f} GB of a process, each alone: " + "; ".join(
+        f"{setting}: about {less / GB:.1f} GB less" for setting, less in ways
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -260,7 +340,9 @@ def _ran_out(error: Exception) -> Exception | None:
     """The error that says that memory has run out: this one, or the one that a message was made of (of loading) or hides (of saving, afterwards)."""
     context: BaseException | None = error
     while context is not None:
-        if isinstance(context, torch.OutOfMemoryError) or (isinstance(context, RuntimeError) and any(words in str(context) for words in NO_MEMORY)):
+        if isinstance(context, torch.OutOfMemoryError) or (
+            isinstance(context, RuntimeError) and any(words in str(context) for words in NO_MEMORY)
+        ):
             return context
         context = context.__context__ if isinstance(error, UserError) else None
     return None
@@ -269,13 +351,28 @@ def _ran_out(error: Exception) -> Exception | None:
 def _out_of_memory(config: Config, accelerator: Accelerator, error: Exception) -> str:
     policy_device = accelerator.device
     number = re.search(r"GPU (\d+) has a total capacity", str(error))
-    device = torch.device("cpu") if NO_MEMORY[0] in str(error) else torch.device("cuda", int(number[1])) if number else policy_device
+    device = (
+        torch.device("cpu")
+        if NO_MEMORY[0] in str(error)
+        else torch.device("cuda", int(number[1]))
+        if number
+        else policy_device
+    )
     has = f" ({torch.cuda.get_device_properties(device).total_memory / GB:.0f} GB)" if device.type == "cuda" else ""
     start = f"out of memory on {device if device.type == 'cuda' else device.type}{has}: the run does not fit"
     if not _same(device, policy_device):
-        what = "the feature network lies there" if config.lora is None and _same(device, feature_device(config.feature_network.device, policy_device)) else "weights are read and saved there"
+        what = (
+            "the feature network lies there"
+            if config.lora is None and _same(device, feature_device(config.feature_network.device, policy_device))
+            else "weights are read and saved there"
+        )
         return f"{start}; the policy is on {policy_device}, and {what}"
-    where = *largest_row(config), accelerator.num_processes, accelerator.distributed_type == DistributedType.FSDP, policy_device
+    where = (
+        *largest_row(config),
+        accelerator.num_processes,
+        accelerator.distributed_type == DistributedType.FSDP,
+        policy_device,
+    )
     try:
         shape = shape_of(config)
     except UserError:  # the advice is lost, not the message
@@ -283,7 +380,11 @@ def _out_of_memory(config: Config, accelerator: Accelerator, error: Exception) -
     ways = ways_to_save(config, shape, *where)
     may_change = [setting.partition("=")[0] for setting, _ in ways if setting.partition("=")[0] in MAY_CHANGE]
     saved = any(Path(config.train.output_dir).expanduser().glob("checkpoint-*"))
-    resume = f". train.resume=latest goes on from the last checkpoint, with another {' or '.join(may_change)}" if saved and may_change else ""
+    resume = (
+        f". train.resume=latest goes on from the last checkpoint, with another {' or '.join(may_change)}"
+        if saved and may_change
+        else ""
+    )
     return f"{start}; {in_words(memory_estimate(config, shape, *where)['peak'], ways)}{resume}"
 
 

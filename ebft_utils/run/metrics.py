@@ -113,7 +113,9 @@ def logged_evaluations(output_dir: Path, last_step: int) -> dict[int, dict[str, 
     """The evaluations among them, by step."""
     found = {}
     for entry in logged_entries(output_dir, last_step):
-        metrics = {name: math.nan if value is None else value for name, value in entry.items() if name.startswith("eval/")}
+        metrics = {
+            name: math.nan if value is None else value for name, value in entry.items() if name.startswith("eval/")
+        }
         if metrics:
             found[entry["step"]] = metrics
     return found
@@ -148,7 +150,9 @@ def evaluation_metrics(table: dict[str, Tensor], before: dict[str, Tensor] | Non
     metrics |= {"eval/perplexity": perplexity, "eval/perplexity_se": perplexity * metrics["eval/cross_entropy_se"]}
     if before is not None:
         for name, (totals, weights) in table.items():
-            metrics[f"eval/{name}_change"], metrics[f"eval/{name}_change_se"] = mean_with_error(totals - before[name][0], weights)
+            metrics[f"eval/{name}_change"], metrics[f"eval/{name}_change_se"] = mean_with_error(
+                totals - before[name][0], weights
+            )
     return metrics
 
 
@@ -169,7 +173,16 @@ def rollout_table(rows: list[dict[str, str | float]]) -> str:
     def cell(value: str | float) -> str:
         if isinstance(value, float):
             return f"{value:.3f}"
-        return "`" + value.replace("|", "¦").replace("`", "'").replace("\r\n", "\n").replace("\r", "\n").replace("\n", "⏎").strip() + "`"
+        return (
+            "`"
+            + value.replace("|", "¦")
+            .replace("`", "'")
+            .replace("\r\n", "\n")
+            .replace("\r", "\n")
+            .replace("\n", "⏎")
+            .strip()
+            + "`"
+        )
 
     names = ["prefix", "rollout", "ground truth", "reward"]
     lines = ["| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]

@@ -51,14 +51,28 @@ class VLLMServer:
             line = None
             while (waited := time.monotonic() - started) < self.vllm.timeout or not problem:
                 try:
-                    answer = self.session.request("GET" if body is None else "POST", self.url + path, json=body, timeout=(10, self.vllm.request_timeout))
+                    answer = self.session.request(
+                        "GET" if body is None else "POST",
+                        self.url + path,
+                        json=body,
+                        timeout=(10, self.vllm.request_timeout),
+                    )
                     if answer.status_code < 500:
                         return self._content_of(answer, path)
                     problem = f"it answers {path} with {answer.status_code}: {_message_of(answer)}"
-                except requests.RequestException as error:  # an answer that breaks off is neither a ConnectionError nor a Timeout
+                except (
+                    requests.RequestException
+                ) as error:  # an answer that breaks off is neither a ConnectionError nor a Timeout
                     problem = f"{path}: {_reason_of(error)}"
                 if line is None and waiting_line:
-                    line = stack.enter_context(tqdm(total=round(self.vllm.timeout), desc=f"waiting for the vLLM server at {self.url}", unit="s", leave=False))
+                    line = stack.enter_context(
+                        tqdm(
+                            total=round(self.vllm.timeout),
+                            desc=f"waiting for the vLLM server at {self.url}",
+                            unit="s",
+                            leave=False,
+                        )
+                    )
                 if line is not None:
                     line.n = min(round(waited), line.total)
                     line.refresh()
@@ -70,7 +84,9 @@ class VLLMServer:
 
     def _content_of(self, answer: requests.Response, path: str) -> dict:
         if answer.status_code == 401:
-            raise UserError(f"vllm.api_key: the vLLM server at {self.url} does not accept it (or the one in VLLM_API_KEY)")
+            raise UserError(
+                f"vllm.api_key: the vLLM server at {self.url} does not accept it (or the one in VLLM_API_KEY)"
+            )
         if answer.status_code != 200:
             text = _message_of(answer)
             if answer.status_code == 404 and "does not exist" in text:
@@ -90,26 +106,40 @@ class VLLMServer:
         models = self.call("/v1/models")["data"]
         names = [model["id"] for model in models if model.get("parent") is None]
         if self.model_name not in names:
-            raise UserError(f"model.name_or_path: {where} serves {', '.join(map(repr, names))}, and the configuration names {self.model_name!r}; {START_IT}")
+            raise UserError(
+                f"model.name_or_path: {where} serves {', '.join(map(repr, names))}, and the configuration names {self.model_name!r}; {START_IT}"
+            )
         try:
             info = self.call("/server_info?config_format=json")["vllm_config"]
         except UserError as error:
-            raise UserError(f"{where} has no /server_info: it runs without VLLM_SERVER_DEV_MODE=1, or is not vLLM; {START_IT} ({error})") from None
+            raise UserError(
+                f"{where} has no /server_info: it runs without VLLM_SERVER_DEV_MODE=1, or is not vLLM; {START_IT} ({error})"
+            ) from None
         model, lora, parallel = info["model_config"], info["lora_config"], info["parallel_config"]
         if model["logprobs_mode"] != "processed_logprobs":
-            raise UserError(f"{where} runs with --logprobs-mode {model['logprobs_mode']}: its log-probs are not those at the sampling temperature; {START_IT}")
+            raise UserError(
+                f"{where} runs with --logprobs-mode {model['logprobs_mode']}: its log-probs are not those at the sampling temperature; {START_IT}"
+            )
         needed, keys = config.longest_sequence
         if model["max_model_len"] < needed:
-            raise UserError(f"vllm.max_model_len: {where} takes {model['max_model_len']} tokens, and {keys} need {needed}")
+            raise UserError(
+                f"vllm.max_model_len: {where} takes {model['max_model_len']} tokens, and {keys} need {needed}"
+            )
         if config.lora is not None:
             if lora is None:
                 raise UserError(f"lora: {where} runs without --enable-lora; {START_IT}")
             if lora["max_lora_rank"] < config.lora.r:
-                raise UserError(f"lora.r: {config.lora.r} is above the rank {lora['max_lora_rank']} that {where} takes (--max-lora-rank); {START_IT}")
+                raise UserError(
+                    f"lora.r: {config.lora.r} is above the rank {lora['max_lora_rank']} that {where} takes (--max-lora-rank); {START_IT}"
+                )
             if parallel["data_parallel_size"] > 1:
-                raise UserError(f"vllm.data_parallel_size: {where} has {parallel['data_parallel_size']} copies of the model, and only one would get the adapter")
+                raise UserError(
+                    f"vllm.data_parallel_size: {where} has {parallel['data_parallel_size']} copies of the model, and only one would get the adapter"
+                )
         elif lora is not None:
-            raise UserError(f"lora: {where} runs with --enable-lora, and the configuration has no lora section: full weights do not get there; {START_IT}")
+            raise UserError(
+                f"lora: {where} runs with --enable-lora, and the configuration has no lora section: full weights do not get there; {START_IT}"
+            )
         self.max_model_len, self.dtype = model["max_model_len"], model["dtype"].removeprefix("torch.")
         version = self.call("/version")["version"]
         limit = f", adapters up to rank {lora['max_lora_rank']}" if lora else ""
@@ -117,30 +147,66 @@ class VLLMServer:
 
     # --- completions and scores --------------------------------------------------------------------------------------------------------
 
-    def complete(self, model: str, contexts: list[list[int]], limits: list[int], seeds: list[int], n: int, temperature: float, stop_ids: list[int]):
+    def complete(
+        self,
+        model: str,
+        contexts: list[list[int]],
+        limits: list[int],
+        seeds: list[int],
+        n: int,
+        temperature: float,
+        stop_ids: list[int],
+    ):
         """n completions of each context: lists of (tokens, log-probs, truncated). The last token of one that was not truncated is a stop token."""
 
         def one(context: list[int], limit: int, seed: int) -> list[tuple[list[int], list[float], bool]]:
-            answer = self._sample(model, context, n=n, max_tokens=limit, seed=seed, temperature=temperature, stop_token_ids=stop_ids)
+            answer = self._sample(
+                model, context, n=n, max_tokens=limit, seed=seed, temperature=temperature, stop_token_ids=stop_ids
+            )
             return [self._completion(choice, len(context)) for choice in answer["choices"]]
 
         with ThreadPoolExecutor(min(PARALLEL_REQUESTS, len(contexts))) as pool:
             return list(pool.map(one, contexts, limits, seeds))
 
-    def score(self, model: str, tokens: list[int], num_sampled: int, temperature: float) -> tuple[list[float], list[int], list[float]]:
+    def score(
+        self, model: str, tokens: list[int], num_sampled: int, temperature: float
+    ) -> tuple[list[float], list[int], list[float]]:
         """Log-probs of tokens[1:] at temperature 1, then num_sampled sampled tokens and their log-probs at the sampling temperature."""
-        answer = self._sample(model, tokens, n=1, max_tokens=num_sampled, seed=0, temperature=temperature, ignore_eos=True, prompt_logprobs=0)
+        answer = self._sample(
+            model,
+            tokens,
+            n=1,
+            max_tokens=num_sampled,
+            seed=0,
+            temperature=temperature,
+            ignore_eos=True,
+            prompt_logprobs=0,
+        )
         (choice,) = answer["choices"]
-        given = [entry[str(token)]["logprob"] for token, entry in zip(tokens[1:], choice["prompt_logprobs"][1:], strict=True)]
+        given = [
+            entry[str(token)]["logprob"] for token, entry in zip(tokens[1:], choice["prompt_logprobs"][1:], strict=True)
+        ]
         sampled, logprobs, _ = self._completion(choice, len(tokens))
         return given, sampled, logprobs
 
     def _sample(self, model: str, prompt: list[int], **parameters) -> dict:
-        neutral = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
-        answer = self.call("/v1/completions", {"model": model, "prompt": prompt, "logprobs": 0, "return_token_ids": True, **neutral, **parameters})
+        neutral = {
+            "top_p": 1.0,
+            "top_k": 0,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
+        }
+        answer = self.call(
+            "/v1/completions",
+            {"model": model, "prompt": prompt, "logprobs": 0, "return_token_ids": True, **neutral, **parameters},
+        )
         for choice in answer["choices"]:
             if choice.get("prompt_token_ids") != prompt:
-                raise UserError(f"the vLLM server at {self.url} has read another prompt than it was sent ({len(prompt)} tokens): it does not take token ids as they are")
+                raise UserError(
+                    f"the vLLM server at {self.url} has read another prompt than it was sent ({len(prompt)} tokens): it does not take token ids as they are"
+                )
         return answer
 
     def _completion(self, choice: dict, prompt_length: int) -> tuple[list[int], list[float], bool]:
@@ -180,7 +246,9 @@ class VLLMServer:
         deadline = time.monotonic() + self.vllm.timeout
         while not self.call("/reset_prefix_cache", {})["success"]:  # 200, and false, while requests are running
             if time.monotonic() > deadline:
-                raise UserError(f"the vLLM server at {self.url} does not give up its prefix cache, which holds states of old weights: it is busy with other requests")
+                raise UserError(
+                    f"the vLLM server at {self.url} does not give up its prefix cache, which holds states of old weights: it is busy with other requests"
+                )
             time.sleep(0.5)
         self.call("/update_weight_version", {"new_version": version})
 

@@ -27,14 +27,25 @@ class PolicySource(WeightSource):
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self.parameters:
-            whole = parameter.detach().full_tensor() if isinstance(parameter, DTensor) else parameter.detach()  # full_tensor: all processes together
+            whole = (
+                parameter.detach().full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
+            )  # full_tensor: all processes together
             yield name, whole.to(self.dtype).contiguous()
 
 
-def open_transfer(accelerator: Accelerator, causal_lm: torch.nn.Module, url: str, num_server_gpus: int, dtype: torch.dtype, timeout: float) -> TrainerWeightTransferEngine:
+def open_transfer(
+    accelerator: Accelerator,
+    causal_lm: torch.nn.Module,
+    url: str,
+    num_server_gpus: int,
+    dtype: torch.dtype,
+    timeout: float,
+) -> TrainerWeightTransferEngine:
     """The connection; its send_weights() is called by all processes. The trainer's first GPU is rank 0 of a group with the server's GPUs."""
     local = any(name in url for name in ("//127.0.0.1", "//localhost", "//[::1]"))
     address, port = broadcast_object_list(["127.0.0.1" if local else get_ip(), get_open_port()])
-    init = NCCLTrainerInitInfo(rank=accelerator.process_index, master_address=address, master_port=port, world_size=num_server_gpus + 1)
+    init = NCCLTrainerInitInfo(
+        rank=accelerator.process_index, master_address=address, master_port=port, world_size=num_server_gpus + 1
+    )
     client = HTTPVLLMWeightSyncClient(url, timeout)
     return WeightTransferTrainerFactory.trainer_init(init, client=client, source=PolicySource(causal_lm, dtype))

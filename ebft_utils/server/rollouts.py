@@ -10,9 +10,9 @@ from transformers import PreTrainedTokenizerBase
 
 from ..config.modes import StructuredConfig
 from ..config.settings import UserError
+from ..data.prompts import Completion, PromptBatch, converse, padded, seed_of
 from ..data.rows import rollout_uniforms
 from ..run.distributed import agree, precision, whole_weights
-from ..data.prompts import Completion, PromptBatch, converse, padded, seed_of
 from .client import ForgottenWeights
 from .weight_sync import ServedPolicy
 
@@ -38,8 +38,14 @@ class Rollouts:
     """
 
     def __init__(
-        self, config: StructuredConfig, accelerator: Accelerator, policy: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, stop_ids: list[int],
-        served: ServedPolicy | None, step_batches,
+        self,
+        config: StructuredConfig,
+        accelerator: Accelerator,
+        policy: torch.nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        stop_ids: list[int],
+        served: ServedPolicy | None,
+        step_batches,
     ):
         self.config, self.accelerator, self.policy = config, accelerator, policy
         self.tokenizer, self.stop_ids, self.served, self.step_batches = tokenizer, stop_ids, served, step_batches
@@ -81,7 +87,9 @@ class Rollouts:
     # --- from the server ---------------------------------------------------------------------------------------------------------------
 
     def _collect(self, step: int) -> Written:
-        return self._agreed(lambda: self.ahead.pop(step, None) or self._start(self.step_batches(step), self.config.train.seed))
+        return self._agreed(
+            lambda: self.ahead.pop(step, None) or self._start(self.step_batches(step), self.config.train.seed)
+        )
 
     def _start(self, batches: list[PromptBatch], seed: int) -> Future:
         return self.thread.submit(self._by_server, batches, seed, self.served.version, self.served.name)
@@ -94,11 +102,23 @@ class Rollouts:
         def complete(contexts: list[list[int]], limits: list[int], keys: list[tuple[int, int, int]], n: int):
             for context, limit in zip(contexts, limits, strict=True):
                 if len(context) + limit > longest:
-                    raise UserError(f"vllm.max_model_len: a conversation of {len(context)} tokens and its next answer of up to {limit} are more than the server's {longest}; raise it")
-            return served.server.complete(name, contexts, limits, [seed_of(seed, *key) for key in keys], n, config.ebft.temperature, self.stop_ids)
+                    raise UserError(
+                        f"vllm.max_model_len: a conversation of {len(context)} tokens and its next answer of up to {limit} are more than the server's {longest}; raise it"
+                    )
+            return served.server.complete(
+                name, contexts, limits, [seed_of(seed, *key) for key in keys], n, config.ebft.temperature, self.stop_ids
+            )
 
         conversations = [conversation for batch in batches for conversation in batch.conversations]
-        rows = iter(converse(config, conversations, [key for batch in batches for key in batch.keys], complete, self.tokenizer.eos_token_id))
+        rows = iter(
+            converse(
+                config,
+                conversations,
+                [key for batch in batches for key in batch.keys],
+                complete,
+                self.tokenizer.eos_token_id,
+            )
+        )
         served.check_version()
         return Written([[next(rows) for _ in batch.keys] for batch in batches], version, time.perf_counter() - started)
 
@@ -113,27 +133,42 @@ class Rollouts:
             except UserError as problem:
                 error = str(problem)
             agree(self.accelerator, error)
-            if not self.accelerator.reduce(torch.tensor(int(lost), device=self.accelerator.device), reduction="sum").item():
+            if not self.accelerator.reduce(
+                torch.tensor(int(lost), device=self.accelerator.device), reduction="sum"
+            ).item():
                 return written
             if not again:
-                self.accelerator.print(f"the vLLM server at {self.served.server.url} has lost the weights (was it started again?): they are sent once more")
+                self.accelerator.print(
+                    f"the vLLM server at {self.served.server.url} has lost the weights (was it started again?): they are sent once more"
+                )
                 self.served.sync(self.now)
-        agree(self.accelerator, f"the vLLM server at {self.served.server.url} loses the weights that it is given: does another run send its own?")
+        agree(
+            self.accelerator,
+            f"the vLLM server at {self.served.server.url} loses the weights that it is given: does another run send its own?",
+        )
 
     # --- from the policy itself --------------------------------------------------------------------------------------------------------
 
     def _by_policy(self, batches: list[PromptBatch], seed: int, version: int) -> Written:
-        started, policy, device = time.perf_counter(), self.accelerator.unwrap_model(self.policy), self.accelerator.device
+        started, policy, device = (
+            time.perf_counter(),
+            self.accelerator.unwrap_model(self.policy),
+            self.accelerator.device,
+        )
         stop_ids = torch.tensor(self.stop_ids, device=device)
 
         def complete(contexts: list[list[int]], limits: list[int], keys: list[tuple[int, int, int]], n: int):
             document_ids = padded(contexts, self.tokenizer.pad_token_id, device)
             lengths = torch.tensor([len(context) for context in contexts], device=device)
             width = self.config.ebft.max_completion_length  # of all draws, whatever the limits of the rows beside it
-            uniforms = torch.cat([rollout_uniforms(seed_of(seed, *key), [0], 1, n, width) for key in keys])[..., : max(limits)]
+            uniforms = torch.cat([rollout_uniforms(seed_of(seed, *key), [0], 1, n, width) for key in keys])[
+                ..., : max(limits)
+            ]
             tokens = policy.generate(
                 document_ids=document_ids,
-                segment_ids=torch.where(torch.arange(document_ids.shape[1], device=device) < lengths.unsqueeze(-1), 0, -1),
+                segment_ids=torch.where(
+                    torch.arange(document_ids.shape[1], device=device) < lengths.unsqueeze(-1), 0, -1
+                ),
                 anchors=lengths.unsqueeze(-1),
                 valid=torch.ones(len(contexts), 1, dtype=torch.bool, device=device),
                 temperature=self.config.ebft.temperature,
@@ -141,10 +176,18 @@ class Rollouts:
                 stop_ids=stop_ids,
             ).squeeze(1)  # (B, N, G)
             stops = torch.isin(tokens, stop_ids)
-            ends = torch.where(stops.any(-1), stops.int().argmax(-1) + 1, tokens.shape[-1] + 1).tolist()  # one more than there are: no end among them
+            ends = torch.where(
+                stops.any(-1), stops.int().argmax(-1) + 1, tokens.shape[-1] + 1
+            ).tolist()  # one more than there are: no end among them
             rows = zip(tokens.tolist(), ends, limits, strict=True)
-            return [[(sample[: min(end, limit)], None, end > limit) for sample, end in zip(samples, row, strict=True)] for samples, row, limit in rows]
+            return [
+                [(sample[: min(end, limit)], None, end > limit) for sample, end in zip(samples, row, strict=True)]
+                for samples, row, limit in rows
+            ]
 
         with precision(self.accelerator, policy), whole_weights(self.accelerator, policy):
-            completions = [converse(self.config, batch.conversations, batch.keys, complete, self.tokenizer.eos_token_id) for batch in batches]
+            completions = [
+                converse(self.config, batch.conversations, batch.keys, complete, self.tokenizer.eos_token_id)
+                for batch in batches
+            ]
         return Written(completions, version, time.perf_counter() - started)

@@ -23,9 +23,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ..run.checkpoint import whole_state
 from ..config.modes import StructuredConfig
 from ..config.settings import UserError
+from ..run.checkpoint import whole_state
 from ..run.distributed import AgreedError, agree, whole_weights
 from .client import START_IT, ForgottenWeights, VLLMServer
 
@@ -37,7 +37,14 @@ CANARY_SCALES = [0.02 * 2**power for power in range(8)]
 class ServedPolicy:
     """The policy as the server has it. version: optimizer steps of the weights that it was given last, None before the first; name: what to request."""
 
-    def __init__(self, config: StructuredConfig, accelerator: Accelerator, policy: torch.nn.Module, server: VLLMServer, probe: list[int]):
+    def __init__(
+        self,
+        config: StructuredConfig,
+        accelerator: Accelerator,
+        policy: torch.nn.Module,
+        server: VLLMServer,
+        probe: list[int],
+    ):
         self.config, self.accelerator, self.policy, self.server = config, accelerator, policy, server
         self.probe = probe[:PROBE_TOKENS]
         self.version, self.name, self.seconds = None, config.model.name_or_path, 0.0
@@ -53,7 +60,9 @@ class ServedPolicy:
         """
         words = self._on_main(lambda: self.server.check(self.config))
         self._on_main(self._clean_folder)
-        (self.server.max_model_len, self.server.dtype) = self._on_main(lambda: (self.server.max_model_len, self.server.dtype))
+        (self.server.max_model_len, self.server.dtype) = self._on_main(
+            lambda: (self.server.max_model_len, self.server.dtype)
+        )
         self.probe = self.probe[: self.server.max_model_len - PROBE_SAMPLED]
         plain = self._own_scores([])[0]
         with self._changed_weights(plain) as changed:
@@ -108,7 +117,11 @@ class ServedPolicy:
                 self.server.load_adapter(name, str(folder))
             else:
                 dtype = SERVER_DTYPES[self.server.dtype]
-                save_file({key: _own_copy(tensor, dtype) for key, tensor in weights.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+                save_file(
+                    {key: _own_copy(tensor, dtype) for key, tensor in weights.items()},
+                    folder / "model.safetensors",
+                    metadata={"format": "pt"},
+                )
                 self.server.reload_weights(str(folder), name)
             for older in self.folder.iterdir():
                 if older != folder or not isinstance(causal_lm, PeftModel):  # an adapter may be read again
@@ -125,19 +138,32 @@ class ServedPolicy:
                 self.transfer = self._open_transfer()
             self.transfer.send_weights()
         except (requests.RequestException, RuntimeError) as problem:
-            error = f"vllm.weight_sync: nccl: the weights did not get to the vLLM server at {self.server.url}: {problem}"
+            error = (
+                f"vllm.weight_sync: nccl: the weights did not get to the vLLM server at {self.server.url}: {problem}"
+            )
         agree(self.accelerator, error)
 
     def _open_transfer(self):
         if self.accelerator.device.type != "cuda":
-            raise UserError("vllm.weight_sync: nccl goes from GPU to GPU, and this process runs on the CPU; set it to files")
+            raise UserError(
+                "vllm.weight_sync: nccl goes from GPU to GPU, and this process runs on the CPU; set it to files"
+            )
         try:
             from .nccl_transfer import open_transfer
         except ImportError as error:
-            raise UserError(f"vllm.weight_sync: nccl needs vllm beside the trainer: pip install vllm==0.32.0 ({error})") from None
+            raise UserError(
+                f"vllm.weight_sync: nccl needs vllm beside the trainer: pip install vllm==0.32.0 ({error})"
+            ) from None
         num_gpus = self._on_main(lambda: self.server.call("/get_world_size")["world_size"])
         causal_lm = self.accelerator.unwrap_model(self.policy).causal_lm
-        return open_transfer(self.accelerator, causal_lm, self.server.url, num_gpus, SERVER_DTYPES[self.server.dtype], self.config.vllm.request_timeout)
+        return open_transfer(
+            self.accelerator,
+            causal_lm,
+            self.server.url,
+            num_gpus,
+            SERVER_DTYPES[self.server.dtype],
+            self.config.vllm.request_timeout,
+        )
 
     def _clean_folder(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -187,10 +213,15 @@ class ServedPolicy:
     def _prove(self, before: Tensor | None = None, expected: Tensor | None = None) -> None:
         """Scores the probe on both sides. before, expected: the trainer's scores before the change that was sent, and with it (at the start)."""
         temperature, tolerance = self.config.ebft.temperature, self.config.vllm.sync_tolerance
-        given, sampled, logprobs = self._on_main(lambda: self.server.score(self.name, self.probe, PROBE_SAMPLED, temperature))
+        given, sampled, logprobs = self._on_main(
+            lambda: self.server.score(self.name, self.probe, PROBE_SAMPLED, temperature)
+        )
         own_given, own_sampled = self._own_scores(sampled)
         given = torch.tensor(given)
-        gap, sampled_gap = (given - own_given).abs().mean().item(), (torch.tensor(logprobs) - own_sampled).abs().mean().item()
+        gap, sampled_gap = (
+            (given - own_given).abs().mean().item(),
+            (torch.tensor(logprobs) - own_sampled).abs().mean().item(),
+        )
         where = f"the vLLM server at {self.server.url}"
         if not gap <= tolerance:
             old_gap = None if before is None else (given - before).abs().mean().item()
@@ -213,20 +244,28 @@ class ServedPolicy:
     @contextmanager
     def _changed_weights(self, plain: Tensor):
         """Inside, the trained weights are changed so much that the probe shows it; gives the trainer's scores with them. Afterwards they are what they were, bit for bit."""
-        trained = [(name, _local(parameter)) for name, parameter in self.policy.named_parameters() if parameter.requires_grad]
+        trained = [
+            (name, _local(parameter)) for name, parameter in self.policy.named_parameters() if parameter.requires_grad
+        ]
         if self.config.lora is not None:
-            trained = [(name, weight) for name, weight in trained if "lora_B" in name]  # zero at the beginning: without them an adapter changes nothing
+            trained = [
+                (name, weight) for name, weight in trained if "lora_B" in name
+            ]  # zero at the beginning: without them an adapter changes nothing
         kept = [weight.detach().clone() for _, weight in trained]
         try:
             for scale in CANARY_SCALES:
                 for index, ((_, weight), original) in enumerate(zip(trained, kept, strict=True)):
                     sign = 1 if index % 2 else -1
-                    weight.data.copy_(original + scale if self.config.lora is not None else original * (1 + sign * scale))
+                    weight.data.copy_(
+                        original + scale if self.config.lora is not None else original * (1 + sign * scale)
+                    )
                 changed = self._own_scores([])[0]
                 if (changed - plain).abs().mean() > 5 * self.config.vllm.sync_tolerance:
                     break
             else:
-                raise AgreedError(f"vllm.sync_tolerance: {self.config.vllm.sync_tolerance:g} is so high that no change of the weights could be noticed; lower it")
+                raise AgreedError(
+                    f"vllm.sync_tolerance: {self.config.vllm.sync_tolerance:g} is so high that no change of the weights could be noticed; lower it"
+                )
             yield changed
         finally:
             for (_, weight), original in zip(trained, kept, strict=True):

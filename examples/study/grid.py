@@ -25,12 +25,25 @@ METHODS = {
     "ebft_0.1": ["ebft.ce_coef=0.1"],
 }
 RATES = {
-    "lora": {"sft": (1e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3), "ebft_0": (1e-4, 5e-4, 2e-3, 4e-3), "ebft_0.1": (1e-4, 5e-4, 2e-3, 4e-3)},
+    "lora": {
+        "sft": (1e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3),
+        "ebft_0": (1e-4, 5e-4, 2e-3, 4e-3),
+        "ebft_0.1": (1e-4, 5e-4, 2e-3, 4e-3),
+    },
     "full": {"sft": (1e-5, 3e-5, 1e-4, 3e-4, 1e-3), "ebft_0": (3e-6, 2e-5, 1e-4), "ebft_0.1": (3e-6, 2e-5, 1e-4, 3e-4)},
 }
-STRUCTURED = {"lora": {method: (1e-4, 5e-4, 2e-3) for method in ("sft", "ebft_0", "ebft_0.1")}}  # as RATES, in structured mode
-LARGER = {"lora": {"sft": (1e-3, 2e-3, 4e-3), "ebft_0": (2e-4, 5e-4, 2e-3), "ebft_0.1": (5e-4, 2e-3)}}  # as RATES, of strided_larger.yaml
-SWEPT = {"sft": "sft", "ebft_0": "ebft_0", "ebft_0.03": "ebft_0.1", "ebft_0.1": "ebft_0.1"}  # whose sweep gives a method's learning rate
+STRUCTURED = {
+    "lora": {method: (1e-4, 5e-4, 2e-3) for method in ("sft", "ebft_0", "ebft_0.1")}
+}  # as RATES, in structured mode
+LARGER = {
+    "lora": {"sft": (1e-3, 2e-3, 4e-3), "ebft_0": (2e-4, 5e-4, 2e-3), "ebft_0.1": (5e-4, 2e-3)}
+}  # as RATES, of strided_larger.yaml
+SWEPT = {
+    "sft": "sft",
+    "ebft_0": "ebft_0",
+    "ebft_0.03": "ebft_0.1",
+    "ebft_0.1": "ebft_0.1",
+}  # whose sweep gives a method's learning rate
 ABLATIONS = {
     "whitening_sample": ["ebft.whitening=sample"],
     "whitening_none": ["ebft.use_whitening=false"],
@@ -76,10 +89,20 @@ def sweep(base: str = "strided.yaml", prefix: str = "", kinds=RATES, steps: int 
     """Each method at several learning rates, one seed, a shorter run."""
     return [
         Run(
-            f"{prefix}sweep-{kind}-{method}-{rate:g}", base,
-            (*KINDS[kind], *METHODS[method], f"train.learning_rate={rate}", f"train.max_steps={steps}", "train.seed=100"), "validation",
+            f"{prefix}sweep-{kind}-{method}-{rate:g}",
+            base,
+            (
+                *KINDS[kind],
+                *METHODS[method],
+                f"train.learning_rate={rate}",
+                f"train.max_steps={steps}",
+                "train.seed=100",
+            ),
+            "validation",
         )
-        for kind, methods in kinds.items() for method, rates in methods.items() for rate in rates
+        for kind, methods in kinds.items()
+        for method, rates in methods.items()
+        for rate in rates
     ]
 
 
@@ -92,7 +115,10 @@ def chosen_rate(kind: str, method: str, prefix: str = "", kinds=RATES) -> float:
             raise UserError(f"{file.name} is missing in {RESULTS}: run the part {prefix.replace('-', '_')}sweep first")
         done = json.loads(file.read_text())
         config = load_config(str(HERE / done["base"]), done["overrides"], config_class(done["base"]))
-        ebft, length = config.ebft, config.ebft.max_completion_length if config.mode == "structured" else config.ebft.generate_max_len
+        ebft, length = (
+            config.ebft,
+            config.ebft.max_completion_length if config.mode == "structured" else config.ebft.generate_max_len,
+        )
         reward, cross_entropy = (mean_of_fresh(done["measured"], name) for name in ("reward_pass@1", "cross_entropy"))
         reached[rate] = ebft.rl_coef * reward / length - ebft.ce_coef * cross_entropy
     return max(reached, key=reached.get)
@@ -116,35 +142,64 @@ def mean_of_fresh(measured: dict[str, list], metric: str) -> float:
 
 def main_runs() -> list[Run]:
     """The comparison: methods x (LoRA, full) x seeds, and the base model."""
-    runs = [Run("lora-base", "strided.yaml", (), "everything"), Run("full-base", "strided.yaml", ("lora=null",), "everything")]  # which round differently
+    runs = [
+        Run("lora-base", "strided.yaml", (), "everything"),
+        Run("full-base", "strided.yaml", ("lora=null",), "everything"),
+    ]  # which round differently
     for seed in SEEDS:
         for kind in KINDS:
             for method, settings in METHODS.items():
                 rate = chosen_rate(kind, method)
                 overrides = (*KINDS[kind], *settings, f"train.learning_rate={rate}", f"train.seed={seed}")
-                runs.append(Run(f"main-{kind}-{method}-seed{seed}", "strided.yaml", overrides, "everything" if kind == "lora" else "without_lengths"))
+                runs.append(
+                    Run(
+                        f"main-{kind}-{method}-seed{seed}",
+                        "strided.yaml",
+                        overrides,
+                        "everything" if kind == "lora" else "without_lengths",
+                    )
+                )
     return runs
 
 
 def compute_runs() -> list[Run]:
     """SFT for as long as EBFT takes: about eight times the documents."""
     rate = chosen_rate("lora", "sft")
-    return [Run(f"compute-lora-sft-seed{seed}", "strided.yaml", (*METHODS["sft"], f"train.learning_rate={rate}", "train.max_steps=64", f"train.seed={seed}"), "everything") for seed in SEEDS]
+    return [
+        Run(
+            f"compute-lora-sft-seed{seed}",
+            "strided.yaml",
+            (*METHODS["sft"], f"train.learning_rate={rate}", "train.max_steps=64", f"train.seed={seed}"),
+            "everything",
+        )
+        for seed in SEEDS
+    ]
 
 
 def ablation_runs() -> list[Run]:
     """One setting changed in EBFT without cross-entropy, LoRA; the rival of a default with all seeds. All are measured with the settings of strided.yaml."""
     rate = chosen_rate("lora", "ebft_0")
     return [
-        Run(f"ablation-{name}-seed{seed}", "strided.yaml", (*METHODS["ebft_0"], f"train.learning_rate={rate}", f"train.seed={seed}", *settings), "held_out")
-        for name, settings in ABLATIONS.items() for seed in (SEEDS if name == "whitening_sample" else SEEDS[:1])
+        Run(
+            f"ablation-{name}-seed{seed}",
+            "strided.yaml",
+            (*METHODS["ebft_0"], f"train.learning_rate={rate}", f"train.seed={seed}", *settings),
+            "held_out",
+        )
+        for name, settings in ABLATIONS.items()
+        for seed in (SEEDS if name == "whitening_sample" else SEEDS[:1])
     ]
 
 
 def pass_at_k_runs() -> list[Run]:
     """HumanEval's pass@1 and pass@10: only with --execute, because it runs what the models write."""
     trained = [
-        Run(f"pass_at_k-lora-{method}-seed0", "strided.yaml", (*settings, f"train.learning_rate={chosen_rate('lora', method)}", "train.seed=0"), "pass_at_k")
+        Run(
+            f"pass_at_k-lora-{method}-seed0",
+            "strided.yaml",
+            (*settings, f"train.learning_rate={chosen_rate('lora', method)}", "train.seed=0"),
+            "pass_at_k",
+        )
         for method, settings in METHODS.items()
     ]
     return [Run("pass_at_k-base", "strided.yaml", (), "pass_at_k"), *trained]
@@ -152,11 +207,21 @@ def pass_at_k_runs() -> list[Run]:
 
 def gradient_runs() -> list[Run]:
     """How noisy the gradient is at the base model, document by document: no training."""
-    variants = {"sft": METHODS["sft"], "ebft_0": METHODS["ebft_0"], **{name: [*METHODS["ebft_0"], *settings] for name, settings in ABLATIONS.items()}}
+    variants = {
+        "sft": METHODS["sft"],
+        "ebft_0": METHODS["ebft_0"],
+        **{name: [*METHODS["ebft_0"], *settings] for name, settings in ABLATIONS.items()},
+    }
     more = {name: variants[name] for name in ("embed_completion_mean", "ebft_0")}
     return [
-        *(Run(f"gradient-{name}", "strided.yaml", (*settings, *ONE_DOCUMENT), "gradients") for name, settings in variants.items()),
-        *(Run(f"gradient-{name}-192", "strided.yaml", (*settings, *ONE_DOCUMENT), "more_gradients") for name, settings in more.items()),
+        *(
+            Run(f"gradient-{name}", "strided.yaml", (*settings, *ONE_DOCUMENT), "gradients")
+            for name, settings in variants.items()
+        ),
+        *(
+            Run(f"gradient-{name}-192", "strided.yaml", (*settings, *ONE_DOCUMENT), "more_gradients")
+            for name, settings in more.items()
+        ),
     ]
 
 
@@ -166,7 +231,14 @@ def lora_runs(base: str, prefix: str, kinds: dict, measure: str) -> list[Run]:
     for seed in SEEDS:
         for method in kinds["lora"]:
             rate = chosen_rate("lora", method, prefix, kinds)
-            runs.append(Run(f"{prefix}lora-{method}-seed{seed}", base, (*METHODS[method], f"train.learning_rate={rate}", f"train.seed={seed}"), measure))
+            runs.append(
+                Run(
+                    f"{prefix}lora-{method}-seed{seed}",
+                    base,
+                    (*METHODS[method], f"train.learning_rate={rate}", f"train.seed={seed}"),
+                    measure,
+                )
+            )
     return runs
 
 

@@ -18,17 +18,31 @@ from tqdm import tqdm
 
 import train_strided
 import train_structured
+from ebft_utils.algorithm.features import strided_features
+from ebft_utils.algorithm.rewards import feature_matching_rewards, share_equal_rollouts, unbiased_cfm
 from ebft_utils.config.modes import StridedConfig, StructuredConfig
 from ebft_utils.config.settings import UserError
-from ebft_utils.data.rows import Rows, load_rows, rollout_uniforms
-from ebft_utils.run.distributed import Stopped, StopSignals, clip_gradients, precision, prepare_accelerator, prepare_policy
 from ebft_utils.data.documents import documents_from
-from ebft_utils.algorithm.features import strided_features
+from ebft_utils.data.prompts import conversation_of
+from ebft_utils.data.rows import Rows, load_rows, rollout_uniforms
+from ebft_utils.models import (
+    StridedPolicy,
+    load_feature_network,
+    load_policy,
+    load_tokenizer,
+    set_attention,
+    stop_token_ids,
+)
+from ebft_utils.run.distributed import (
+    Stopped,
+    StopSignals,
+    clip_gradients,
+    precision,
+    prepare_accelerator,
+    prepare_policy,
+)
 from ebft_utils.run.loop import learning_rate
 from ebft_utils.run.metrics import step_metrics
-from ebft_utils.models import StridedPolicy, load_feature_network, load_policy, load_tokenizer, set_attention, stop_token_ids
-from ebft_utils.data.prompts import conversation_of
-from ebft_utils.algorithm.rewards import feature_matching_rewards, share_equal_rollouts, unbiased_cfm
 from ebft_utils.server.rollouts import Rollouts
 from grid import LENGTHS, METHODS, ONE_DOCUMENT, Run
 
@@ -42,19 +56,41 @@ class Trained:
         structured = config.mode == "structured"
         self.tokenizer = load_tokenizer(config.model)
         self.rows, held_out = load_rows(config, self.tokenizer, *([conversation_of] if structured else []))
-        self.validation, self.test = (Rows(held_out.documents, held_out.members[first::2], form=held_out.form) for first in (0, 1))
+        self.validation, self.test = (
+            Rows(held_out.documents, held_out.members[first::2], form=held_out.form) for first in (0, 1)
+        )
         causal_lm = load_policy(config)
         set_attention(config, causal_lm, self.accelerator.device)
         train, policy = config.train, StridedPolicy(causal_lm)
         trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=train.learning_rate, betas=(train.adam_beta1, train.adam_beta2), weight_decay=train.weight_decay)
+        optimizer = torch.optim.AdamW(
+            trained, lr=train.learning_rate, betas=(train.adam_beta1, train.adam_beta2), weight_decay=train.weight_decay
+        )
         self.policy, self.optimizer = prepare_policy(self.accelerator, policy, optimizer)
-        self.network = load_feature_network(self.accelerator.unwrap_model(self.policy).causal_lm, config, self.accelerator.device)
+        self.network = load_feature_network(
+            self.accelerator.unwrap_model(self.policy).causal_lm, config, self.accelerator.device
+        )
         self.policy.train()
         if structured:
-            batches = partial(train_structured.step_batches, config, self.accelerator, self.rows, pad_token_id=self.tokenizer.pad_token_id)
-            rollouts = Rollouts(config, self.accelerator, self.policy, self.tokenizer, stop_token_ids(causal_lm, self.tokenizer), None, batches)
-            self.structured = train_structured.Run(config, self.accelerator, self.policy, self.network, self.tokenizer, self.rows, rollouts, None)
+            batches = partial(
+                train_structured.step_batches,
+                config,
+                self.accelerator,
+                self.rows,
+                pad_token_id=self.tokenizer.pad_token_id,
+            )
+            rollouts = Rollouts(
+                config,
+                self.accelerator,
+                self.policy,
+                self.tokenizer,
+                stop_token_ids(causal_lm, self.tokenizer),
+                None,
+                batches,
+            )
+            self.structured = train_structured.Run(
+                config, self.accelerator, self.policy, self.network, self.tokenizer, self.rows, rollouts, None
+            )
 
     def take_step(self, step: int) -> dict[str, float]:
         """An optimizer step (counted from 0) at its learning rate."""
@@ -62,7 +98,9 @@ class Trained:
             group["lr"] = learning_rate(self.config, step)
         if self.config.mode == "structured":
             return train_structured.take_step(self.structured, step, self.update)[0]
-        batches = train_strided.step_batches(self.config, self.accelerator, self.rows, step, self.tokenizer.pad_token_id)
+        batches = train_strided.step_batches(
+            self.config, self.accelerator, self.rows, step, self.tokenizer.pad_token_id
+        )
         sums, loss, _ = train_strided.train_step(self.config, self.accelerator, self.policy, self.network, batches)
         self.update(loss)
         return step_metrics(self.accelerator, sums, len(batches))
@@ -71,7 +109,9 @@ class Trained:
         """As in the training loop. Raises UserError when loss or gradient is not finite: such a run is no result."""
         self.grad_norm = clip_gradients(self.accelerator, self.policy, self.config.train.max_grad_norm)
         if not (math.isfinite(loss) and math.isfinite(self.grad_norm)):
-            raise UserError(f"loss {loss}, gradient norm {self.grad_norm}: not finite at train.learning_rate {self.config.train.learning_rate}; take the rate out of RATES")
+            raise UserError(
+                f"loss {loss}, gradient norm {self.grad_norm}: not finite at train.learning_rate {self.config.train.learning_rate}; take the rate out of RATES"
+            )
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -87,10 +127,20 @@ def held_out(trained: Trained, run: Run, rows: Rows | None = None) -> dict[str, 
         if trained.config.mode == "structured":
             table = train_structured.evaluate(trained.structured, rows, 0, signals)
         else:
-            table = train_strided.evaluate(run.config(), trained.accelerator, trained.policy, trained.network, rows, trained.tokenizer.pad_token_id, signals)
+            table = train_strided.evaluate(
+                run.config(),
+                trained.accelerator,
+                trained.policy,
+                trained.network,
+                rows,
+                trained.tokenizer.pad_token_id,
+                signals,
+            )
     if table is None or signals.received:
         raise Stopped(signals.received)
-    return {name: rounded(values) for name, values in table.items()} | {"copied_share": copied_share(trained.rows, rows)}
+    return {name: rounded(values) for name, values in table.items()} | {
+        "copied_share": copied_share(trained.rows, rows)
+    }
 
 
 def copied_share(rows: Rows, held_out: Rows, width: int = 16) -> list:
@@ -98,7 +148,10 @@ def copied_share(rows: Rows, held_out: Rows, width: int = 16) -> list:
 
     def windows(source: Rows) -> list[list[tuple]]:
         documents = documents_from(source.documents[[number for members in source.members for number in members]])
-        return [[tuple(document.tokens[start : start + width]) for start in range(max(1, len(document.tokens) - width + 1))] for document in documents]
+        return [
+            [tuple(document.tokens[start : start + width]) for start in range(max(1, len(document.tokens) - width + 1))]
+            for document in documents
+        ]
 
     known = {window for document in windows(rows) for window in document}
     shares = [sum(window in known for window in document) / len(document) for document in windows(held_out)]
@@ -127,18 +180,31 @@ def cfm_by_length(trained: Trained, run: Run) -> dict[str, list]:
     accelerator, ebft, found = trained.accelerator, config.ebft, {}
     policy = accelerator.unwrap_model(trained.policy).eval()
     row_ids = list(range(len(trained.test)))
-    batch = train_strided.batch_of(config, trained.test, row_ids, row_ids, trained.tokenizer.pad_token_id).to(accelerator.device)
-    place = dict(document_ids=batch.document_ids, segment_ids=batch.segment_ids, anchors=batch.anchors, valid=batch.valid)
-    uniforms = rollout_uniforms(config.eval.seed, batch.keys, batch.anchors.shape[1], ebft.n_samples_per_prompt, ebft.generate_max_len).to(accelerator.device)
+    batch = train_strided.batch_of(config, trained.test, row_ids, row_ids, trained.tokenizer.pad_token_id).to(
+        accelerator.device
+    )
+    place = dict(
+        document_ids=batch.document_ids, segment_ids=batch.segment_ids, anchors=batch.anchors, valid=batch.valid
+    )
+    uniforms = rollout_uniforms(
+        config.eval.seed, batch.keys, batch.anchors.shape[1], ebft.n_samples_per_prompt, ebft.generate_max_len
+    ).to(accelerator.device)
     with precision(accelerator, policy):
         rollouts = policy.generate(**place, temperature=ebft.temperature, uniforms=uniforms)
         for length in LENGTHS:
             short = rollouts[..., :length]
             features, truth = strided_features(trained.network, rollouts=short, embed_method=ebft.embed_method, **place)
             features = share_equal_rollouts(features, short)
-            whitened = feature_matching_rewards(features, truth, whitening=ebft.whitening, alignment_coef=1.0, diversity_coef=1.0).cfm
-            for name, cfm in ((f"cfm_unbiased@{length}", unbiased_cfm(features, truth)), (f"cfm_loss@{length}", whitened)):
-                found[name] = rounded(torch.stack([torch.where(batch.valid, cfm, 0.0).double().sum(1), batch.valid.double().sum(1)]))
+            whitened = feature_matching_rewards(
+                features, truth, whitening=ebft.whitening, alignment_coef=1.0, diversity_coef=1.0
+            ).cfm
+            for name, cfm in (
+                (f"cfm_unbiased@{length}", unbiased_cfm(features, truth)),
+                (f"cfm_loss@{length}", whitened),
+            ):
+                found[name] = rounded(
+                    torch.stack([torch.where(batch.valid, cfm, 0.0).double().sum(1), batch.valid.double().sum(1)])
+                )
     policy.train()
     return found
 
@@ -146,27 +212,50 @@ def cfm_by_length(trained: Trained, run: Run) -> dict[str, list]:
 @torch.no_grad()
 def human_eval(trained: Trained, run: Run, num_problems: int = 64) -> dict[str, list]:
     """Cross-entropy of HumanEval's canonical solutions, given their prompts."""
-    config = run.config("eval.dataset=human_eval", "eval.transform=prompt_completion", f"eval.num_documents={num_problems}", "data.sequence_length=512", "eval.only=true")
+    config = run.config(
+        "eval.dataset=human_eval",
+        "eval.transform=prompt_completion",
+        f"eval.num_documents={num_problems}",
+        "data.sequence_length=512",
+        "eval.only=true",
+    )
     _, problems = load_rows(config, trained.tokenizer)
-    order = sorted(range(len(problems)), key=lambda row: len(problems[row][0].tokens))  # of like length, for little padding
+    order = sorted(
+        range(len(problems)), key=lambda row: len(problems[row][0].tokens)
+    )  # of like length, for little padding
     accelerator, table = trained.accelerator, torch.zeros(2, len(problems), dtype=torch.float64)
     policy = accelerator.unwrap_model(trained.policy).eval()
     for start in tqdm(range(0, len(order), 8), desc="HumanEval", leave=False):
         row_ids = order[start : start + 8]
-        batch = train_strided.batch_of(config, problems, row_ids, row_ids, trained.tokenizer.pad_token_id).to(accelerator.device)
-        place = dict(document_ids=batch.document_ids, segment_ids=batch.segment_ids, anchors=batch.anchors, valid=batch.valid)
+        batch = train_strided.batch_of(config, problems, row_ids, row_ids, trained.tokenizer.pad_token_id).to(
+            accelerator.device
+        )
+        place = dict(
+            document_ids=batch.document_ids, segment_ids=batch.segment_ids, anchors=batch.anchors, valid=batch.valid
+        )
         _, logps = policy(**place, rollouts=None, temperature=1.0, document_grad=False)
         targets = train_strided.document_targets(batch)
-        table[:, row_ids] = torch.stack([torch.where(targets, -logps, 0.0).double().sum(1), targets.double().sum(1)]).cpu()
+        table[:, row_ids] = torch.stack(
+            [torch.where(targets, -logps, 0.0).double().sum(1), targets.double().sum(1)]
+        ).cpu()
     policy.train()
     return {"human_eval_cross_entropy": rounded(table)}
 
 
 @torch.no_grad()
-def pass_at_k(trained: Trained, run: Run, num_problems: int = 164, num_samples: int = 10, num_tokens: int = 192) -> dict[str, list]:
+def pass_at_k(
+    trained: Trained, run: Run, num_problems: int = 164, num_samples: int = 10, num_tokens: int = 192
+) -> dict[str, list]:
     """HumanEval: how many of a problem's completions pass its tests. They are run in another process, see execute.py."""
-    problems, tokenizer, accelerator = list(read_problems().values())[:num_problems], trained.tokenizer, trained.accelerator
-    policy, stop_ids = accelerator.unwrap_model(trained.policy).eval(), torch.tensor(stop_token_ids(trained.policy.causal_lm, tokenizer), device=accelerator.device)
+    problems, tokenizer, accelerator = (
+        list(read_problems().values())[:num_problems],
+        trained.tokenizer,
+        trained.accelerator,
+    )
+    policy, stop_ids = (
+        accelerator.unwrap_model(trained.policy).eval(),
+        torch.tensor(stop_token_ids(trained.policy.causal_lm, tokenizer), device=accelerator.device),
+    )
     prompts = [tokenizer(problem["prompt"].rstrip("\n")).input_ids for problem in problems]
     order = sorted(range(len(problems)), key=lambda number: len(prompts[number]))
     samples = []
@@ -177,24 +266,55 @@ def pass_at_k(trained: Trained, run: Run, num_problems: int = 164, num_samples: 
         for row, number in enumerate(numbers):
             document_ids[row, : lengths[row]] = torch.tensor(prompts[number])
         segment_ids = torch.where(torch.arange(document_ids.shape[1]) < lengths.unsqueeze(-1), 0, -1)
-        place = dict(document_ids=document_ids, segment_ids=segment_ids, anchors=lengths.unsqueeze(-1), valid=torch.ones(len(numbers), 1, dtype=torch.bool))
+        place = dict(
+            document_ids=document_ids,
+            segment_ids=segment_ids,
+            anchors=lengths.unsqueeze(-1),
+            valid=torch.ones(len(numbers), 1, dtype=torch.bool),
+        )
         uniforms = rollout_uniforms(0, numbers, 1, num_samples, num_tokens)
         with precision(accelerator, policy):
             place = {name: tensor.to(accelerator.device) for name, tensor in place.items()}
-            written = policy.generate(**place, temperature=trained.config.ebft.temperature, uniforms=uniforms.to(accelerator.device), stop_ids=stop_ids)
-        ended = torch.isin(written, stop_ids).int().cummax(-1).values.squeeze(1).tolist()  # what stands behind a stop token means nothing
+            written = policy.generate(
+                **place,
+                temperature=trained.config.ebft.temperature,
+                uniforms=uniforms.to(accelerator.device),
+                stop_ids=stop_ids,
+            )
+        ended = (
+            torch.isin(written, stop_ids).int().cummax(-1).values.squeeze(1).tolist()
+        )  # what stands behind a stop token means nothing
         for row, number in enumerate(numbers):
-            kept = [[token for token, end in zip(*pair, strict=True) if not end] for pair in zip(written[row, 0].tolist(), ended[row], strict=True)]
+            kept = [
+                [token for token, end in zip(*pair, strict=True) if not end]
+                for pair in zip(written[row, 0].tolist(), ended[row], strict=True)
+            ]
             texts = tokenizer.batch_decode(kept)
-            samples += [{"task_id": problems[number]["task_id"], "completion": re.split(r"\n(?=\S)", text, maxsplit=1)[0]} for text in texts]
+            samples += [
+                {"task_id": problems[number]["task_id"], "completion": re.split(r"\n(?=\S)", text, maxsplit=1)[0]}
+                for text in texts
+            ]
     policy.train()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "samples.jsonl")
         file.write_text("".join(json.dumps(sample) + "\n" for sample in samples))
         command = [sys.executable, "-I", str(Path(__file__).with_name("execute.py")), str(file)]
-        output = subprocess.run(command, cwd=folder, env={"TMPDIR": folder}, check=True, capture_output=True, text=True, timeout=20 * len(samples)).stdout
+        output = subprocess.run(
+            command,
+            cwd=folder,
+            env={"TMPDIR": folder},
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=20 * len(samples),
+        ).stdout
     passed = json.loads(output)
-    return {"human_eval_passed": [[float(sum(passed[problem["task_id"]])) for problem in problems], [float(num_samples)] * len(problems)]}
+    return {
+        "human_eval_passed": [
+            [float(sum(passed[problem["task_id"]])) for problem in problems],
+            [float(num_samples)] * len(problems),
+        ]
+    }
 
 
 def gradients(trained: Trained, run: Run, num_documents: int = 48) -> dict[str, list]:
@@ -206,14 +326,19 @@ def gradients(trained: Trained, run: Run, num_documents: int = 48) -> dict[str, 
     own = _gradients_of(trained, trained.config, num_documents)
     supervised = _gradients_of(trained, run.config(*METHODS["sft"], *ONE_DOCUMENT), num_documents)
     matrices = {"own": own @ own.T, "with_sft": own @ supervised.T, "sft": supervised @ supervised.T}
-    return {name: rounded(torch.stack([matrix.sum(1), matrix.sum(0), matrix.diagonal()])) for name, matrix in matrices.items()}
+    return {
+        name: rounded(torch.stack([matrix.sum(1), matrix.sum(0), matrix.diagonal()]))
+        for name, matrix in matrices.items()
+    }
 
 
 def _gradients_of(trained: Trained, config: StridedConfig, num_documents: int) -> torch.Tensor:
     """(documents, trained weights), float32."""
     parameters, found = [parameter for parameter in trained.policy.parameters() if parameter.requires_grad], []
     for document in tqdm(range(num_documents), desc="gradients", leave=False):
-        batches = train_strided.step_batches(config, trained.accelerator, trained.rows, document, trained.tokenizer.pad_token_id)
+        batches = train_strided.step_batches(
+            config, trained.accelerator, trained.rows, document, trained.tokenizer.pad_token_id
+        )
         train_strided.train_step(config, trained.accelerator, trained.policy, trained.network, batches)
         found.append(torch.cat([parameter.grad.flatten() for parameter in parameters]).cpu())
         trained.optimizer.zero_grad()
@@ -225,4 +350,12 @@ def rounded(values: torch.Tensor) -> list:
     return [[float(f"{value:.8g}") for value in row] for row in values.tolist()]
 
 
-MEASURES = {"held_out": held_out, "validation": validation, "everything": everything, "without_lengths": without_lengths, "gradients": gradients, "more_gradients": partial(gradients, num_documents=192), "pass_at_k": pass_at_k}
+MEASURES = {
+    "held_out": held_out,
+    "validation": validation,
+    "everything": everything,
+    "without_lengths": without_lengths,
+    "gradients": gradients,
+    "more_gradients": partial(gradients, num_documents=192),
+    "pass_at_k": pass_at_k,
+}

@@ -66,7 +66,9 @@ def mean_of(run: dict, metric: str) -> float:
 def over_seeds(values: list[float]) -> tuple[float, float]:
     """Mean and standard deviation (of a sample; NaN for one value)."""
     mean = sum(values) / len(values)
-    return mean, math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1)) if len(values) > 1 else math.nan
+    return mean, math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1)) if len(
+        values
+    ) > 1 else math.nan
 
 
 def difference(runs: list[dict], others: list[dict], metric: str) -> tuple[float, float, float]:
@@ -74,7 +76,9 @@ def difference(runs: list[dict], others: list[dict], metric: str) -> tuple[float
     standard deviation over seeds of the differences (NaN for one seed). Raises ValueError when the documents are others."""
     sides = [[grid.fresh(run["measured"], metric) for run in side] for side in (runs, others)]
     if any(weights != sides[0][0][1] for side in sides for _, weights in side):
-        raise ValueError(f"{metric} of {runs[0]['name']} and {others[0]['name']} is of different documents: were they measured with another version of Python?")
+        raise ValueError(
+            f"{metric} of {runs[0]['name']} and {others[0]['name']} is of different documents: were they measured with another version of Python?"
+        )
     weights = torch.tensor(sides[0][0][1], dtype=torch.float64)
     of_runs, of_others = (torch.tensor([totals for totals, _ in side], dtype=torch.float64) for side in sides)
     mean, error = mean_with_error(of_runs.mean(0) - of_others.mean(0), weights)
@@ -89,7 +93,9 @@ def gradient_noise(run: dict) -> dict[str, tuple[float, float]]:
     A batch of `documents` = noise / signal has a gradient whose squared error is as large as its signal (the noise scale of McCandlish et al. 2018,
     arXiv 1812.06162). cosine: of the mean gradient with that of the cross-entropy.
     """
-    matrices = {name: torch.tensor(run["measured"][name], dtype=torch.float64) for name in ("own", "with_sft", "sft")}  # each: sums of rows, of columns, diagonal
+    matrices = {
+        name: torch.tensor(run["measured"][name], dtype=torch.float64) for name in ("own", "with_sft", "sft")
+    }  # each: sums of rows, of columns, diagonal
     number = matrices["own"].shape[1]
 
     def estimates(kept: int, pairs: dict[str, Tensor], square: Tensor) -> Tensor:
@@ -98,16 +104,22 @@ def gradient_noise(run: dict) -> dict[str, tuple[float, float]]:
         return torch.stack([signal, noise, noise / signal, common / (signal.clamp_min(0) * of_sft.clamp_min(0)).sqrt()])
 
     every = {name: rows.sum() - diagonal.sum() for name, (rows, _, diagonal) in matrices.items()}
-    without = {name: every[name] - rows - columns + 2 * diagonal for name, (rows, columns, diagonal) in matrices.items()}  # one document left out
+    without = {
+        name: every[name] - rows - columns + 2 * diagonal for name, (rows, columns, diagonal) in matrices.items()
+    }  # one document left out
     own = matrices["own"][2]
     values, left_out = estimates(number, every, own.sum()), estimates(number - 1, without, own.sum() - own)
     errors = ((number - 1) / number * (left_out - left_out.mean(1, keepdim=True)).square().sum(1)).sqrt()
-    return dict(zip(("signal", "noise", "documents", "cosine"), zip(values.tolist(), errors.tolist(), strict=True), strict=True))
+    return dict(
+        zip(("signal", "noise", "documents", "cosine"), zip(values.tolist(), errors.tolist(), strict=True), strict=True)
+    )
 
 
 def pass_at(k: int, passed: list[float], samples: list[float]) -> float:
     """Unbiased estimate of the chance that one of k completions passes, mean over problems: 1 - C(n - c, k) / C(n, k)."""
-    return sum(1 - math.comb(round(n - c), k) / math.comb(round(n), k) for c, n in zip(passed, samples, strict=True)) / len(passed)
+    return sum(
+        1 - math.comb(round(n - c), k) / math.comb(round(n), k) for c, n in zip(passed, samples, strict=True)
+    ) / len(passed)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -115,7 +127,13 @@ def pass_at(k: int, passed: list[float], samples: list[float]) -> float:
 
 
 def table(head: list[str], rows: list[list[str]]) -> list[str]:
-    return ["", "| " + " | ".join(head) + " |", "|" + "---|" * len(head), *("| " + " | ".join(row) + " |" for row in rows), ""]
+    return [
+        "",
+        "| " + " | ".join(head) + " |",
+        "|" + "---|" * len(head),
+        *("| " + " | ".join(row) + " |" for row in rows),
+        "",
+    ]
 
 
 def shown(mean: float, spread: float) -> str:
@@ -141,16 +159,29 @@ def levels(results: Results, prefixes: dict[str, str], base: str, columns: dict[
     return table(["", "documents", "seconds", "seeds", *columns.values()], rows)
 
 
-def changes(results: Results, prefixes: dict[str, str], base: str, rival: str, rival_name: str, columns: dict[str, str]) -> list[str]:
+def changes(
+    results: Results, prefixes: dict[str, str], base: str, rival: str, rival_name: str, columns: dict[str, str]
+) -> list[str]:
     """A row a method: seeds, change since the base model, and difference to the rival, with errors of paired differences over documents (and over seeds)."""
     rows = []
     for label, prefix in prefixes.items():
         runs, rivals = results.seeds(prefix), results.seeds(rival)
         if runs and base in results.runs:
             cells = [shown_change(*difference(runs, [results.runs[base]], metric)) for metric in columns]
-            to_rival = [shown_change(*difference(runs, rivals[: len(runs)], metric)) if rivals and prefix != rival else "" for metric in columns]
+            to_rival = [
+                shown_change(*difference(runs, rivals[: len(runs)], metric)) if rivals and prefix != rival else ""
+                for metric in columns
+            ]
             rows.append([label, f"{len(runs)}", *cells, *to_rival])
-    return table(["", "seeds", *(f"{name}: change" for name in columns.values()), *(f"{name}: minus {rival_name}" for name in columns.values())], rows)
+    return table(
+        [
+            "",
+            "seeds",
+            *(f"{name}: change" for name in columns.values()),
+            *(f"{name}: minus {rival_name}" for name in columns.values()),
+        ],
+        rows,
+    )
 
 
 def summary(results: Results) -> list[str]:
@@ -163,9 +194,14 @@ def summary(results: Results) -> list[str]:
         for label, name in prefixes.items():
             runs = results.seeds(name)
             if runs and base in results.runs:
-                found = [difference(runs, [results.runs[base]], metric) for metric in ("cross_entropy", "cfm_unbiased", "reward_pass@1")]
+                found = [
+                    difference(runs, [results.runs[base]], metric)
+                    for metric in ("cross_entropy", "cfm_unbiased", "reward_pass@1")
+                ]
                 cells = [f"{mean:+.4f} ± {error:.4f}" for mean, error, _ in found]
-                rows.append([label, f"{runs[0]['documents']}", *cells, f"{over_seeds([run['seconds'] for run in runs])[0]:.0f}"])
+                rows.append(
+                    [label, f"{runs[0]['documents']}", *cells, f"{over_seeds([run['seconds'] for run in runs])[0]:.0f}"]
+                )
     return table(["", "documents", "cross-entropy", "CFM, unbiased", "reward", "seconds of training"], rows)
 
 
@@ -176,8 +212,20 @@ def gradient_table(results: Results) -> list[str]:
         if name.startswith("gradient-"):
             found = gradient_noise(run)
             signal, error = found["signal"]
-            needed = f"{found['documents'][0]:.0f} ± {found['documents'][1]:.0f}" if signal > 2 * error else f"more than {found['noise'][0] / (max(signal, 0) + 2 * error):.0f}"
-            rows.append([name.removeprefix("gradient-"), f"{signal:.3g} ± {error:.2g}", f"{found['noise'][0]:.3g}", needed, shown(*found["cosine"]) if signal > 2 * error else "–"])
+            needed = (
+                f"{found['documents'][0]:.0f} ± {found['documents'][1]:.0f}"
+                if signal > 2 * error
+                else f"more than {found['noise'][0] / (max(signal, 0) + 2 * error):.0f}"
+            )
+            rows.append(
+                [
+                    name.removeprefix("gradient-"),
+                    f"{signal:.3g} ± {error:.2g}",
+                    f"{found['noise'][0]:.3g}",
+                    needed,
+                    shown(*found["cosine"]) if signal > 2 * error else "–",
+                ]
+            )
     return table(["", "signal: ‖mean gradient‖²", "noise of one document", "documents", "cosine with SFT"], rows)
 
 
@@ -191,10 +239,31 @@ def rates(results: Results, prefix: str, kinds: dict) -> list[str]:
                 chosen = grid.chosen_rate(kind, method, prefix, kinds)
                 for rate, run in runs.items():
                     name = f"**{rate:g}**" if rate == chosen else f"{rate:g}"
-                    to_chosen = ["" if rate == chosen else shown_change(*difference([run], [runs[chosen]], metric)) for metric in ("cfm_unbiased", "reward_pass@1")]
-                    levels = [f"{mean_of(run, metric):.4f}" for metric in ("cross_entropy", "cfm_unbiased", "reward_pass@1")]
+                    to_chosen = [
+                        "" if rate == chosen else shown_change(*difference([run], [runs[chosen]], metric))
+                        for metric in ("cfm_unbiased", "reward_pass@1")
+                    ]
+                    levels = [
+                        f"{mean_of(run, metric):.4f}" for metric in ("cross_entropy", "cfm_unbiased", "reward_pass@1")
+                    ]
                     rows.append([kind, NAMES[method], name, *levels, *to_chosen])
-    return table(["", "method", "learning rate", "cross-entropy", "CFM, unbiased", "reward pass@1", "CFM: minus chosen", "reward: minus chosen"], rows) if rows else []
+    return (
+        table(
+            [
+                "",
+                "method",
+                "learning rate",
+                "cross-entropy",
+                "CFM, unbiased",
+                "reward pass@1",
+                "CFM: minus chosen",
+                "reward: minus chosen",
+            ],
+            rows,
+        )
+        if rows
+        else []
+    )
 
 
 def missing(results: Results) -> list[str]:
@@ -210,13 +279,21 @@ def missing(results: Results) -> list[str]:
 
 def report(results: Results) -> str:
     """results.md."""
-    lines = ["# EBFT against supervised fine-tuning: results", "", "Made by `report.py` from the files in `results/`; what was run stands in `study.py`. Reading them: README.md, *Evidence*.", ""]
+    lines = [
+        "# EBFT against supervised fine-tuning: results",
+        "",
+        "Made by `report.py` from the files in `results/`; what was run stands in `study.py`. Reading them: README.md, *Evidence*.",
+        "",
+    ]
     copied = {}
     for run in results.runs.values():
         shares = run["measured"].get("copied_share", [()])[0]
         if shares:
             copied.setdefault((run["base"], len(shares)), set()).add(sum(share > grid.MOST_COPIED for share in shares))
-    counts = ", ".join(f"{base.removesuffix('.yaml')} {' or '.join(map(str, sorted(numbers)))} of {of}" for (base, of), numbers in sorted(copied.items()))
+    counts = ", ".join(
+        f"{base.removesuffix('.yaml')} {' or '.join(map(str, sorted(numbers)))} of {of}"
+        for (base, of), numbers in sorted(copied.items())
+    )
     devices = sorted({run["device"] for run in results.runs.values()})
     lines += [
         f"SmolLM2-135M-Instruct, forwards in bfloat16, on the Python standard library's source, the first 128 tokens of each module, about {GROUPS_PER_DOCUMENT} groups each; 32 held-out documents "
@@ -239,24 +316,44 @@ def report(results: Results) -> str:
         prefixes = {NAMES[method]: f"main-{kind}-{method}" for method in grid.METHODS}
         if kind == "lora":
             prefixes["SFT, EBFT's time"] = "compute-lora-sft"
-        lines += [f"## {title}", "", *levels(results, prefixes, f"{kind}-base", COLUMNS), *changes(results, prefixes, f"{kind}-base", f"main-{kind}-sft", "SFT", both)]
+        lines += [
+            f"## {title}",
+            "",
+            *levels(results, prefixes, f"{kind}-base", COLUMNS),
+            *changes(results, prefixes, f"{kind}-base", f"main-{kind}-sft", "SFT", both),
+        ]
     by_length = {f"cfm_unbiased@{length}": f"{length} tokens" for length in grid.LENGTHS}
     if "lora-base" in results.runs:
-        lines += ["## CFM by the rollout's length (LoRA)", "", "Unbiased CFM of the first tokens of the same rollouts of 64 tokens, at the same places.", ""]
+        lines += [
+            "## CFM by the rollout's length (LoRA)",
+            "",
+            "Unbiased CFM of the first tokens of the same rollouts of 64 tokens, at the same places.",
+            "",
+        ]
         prefixes = {NAMES[method]: f"main-lora-{method}" for method in grid.METHODS}
-        lines += [*levels(results, prefixes, "lora-base", by_length), *changes(results, prefixes, "lora-base", "main-lora-sft", "SFT", by_length)]
+        lines += [
+            *levels(results, prefixes, "lora-base", by_length),
+            *changes(results, prefixes, "lora-base", "main-lora-sft", "SFT", by_length),
+        ]
     larger = {NAMES[method]: f"larger-lora-{method}" for method in grid.LARGER["lora"]}
     if any(results.seeds(prefix) for prefix in larger.values()):
         lines += [
-            "## Larger runs (LoRA): the feature is the mean over a rollout", "",
-            "`strided_larger.yaml`: `embed_method: completion_mean`, in training and in what is measured (so CFM and reward are not those of the tables above); 16 steps of 16 documents.", "",
-            "Learning rates: 96 documents (6 steps), one seed, chosen as above.", *rates(results, "larger-", grid.LARGER),
-            *levels(results, larger, "larger-base", COLUMNS), *changes(results, larger, "larger-base", "larger-lora-sft", "SFT", both),
-            "CFM by the rollout's length:", *levels(results, larger, "larger-base", by_length), *changes(results, larger, "larger-base", "larger-lora-sft", "SFT", by_length),
+            "## Larger runs (LoRA): the feature is the mean over a rollout",
+            "",
+            "`strided_larger.yaml`: `embed_method: completion_mean`, in training and in what is measured (so CFM and reward are not those of the tables above); 16 steps of 16 documents.",
+            "",
+            "Learning rates: 96 documents (6 steps), one seed, chosen as above.",
+            *rates(results, "larger-", grid.LARGER),
+            *levels(results, larger, "larger-base", COLUMNS),
+            *changes(results, larger, "larger-base", "larger-lora-sft", "SFT", both),
+            "CFM by the rollout's length:",
+            *levels(results, larger, "larger-base", by_length),
+            *changes(results, larger, "larger-base", "larger-lora-sft", "SFT", by_length),
         ]
     if any(name.startswith("gradient-") for name in results.runs):
         lines += [
-            "## The gradient at the base model (LoRA)", "",
+            "## The gradient at the base model (LoRA)",
+            "",
             "Of single documents (48, or 192 where the name says so), with respect to the adapter as it is initialised (so to its matrices B, seen through one random A). *documents*: how many a step needs until the error of its gradient is as large as the gradient (noise / signal). *cosine*: of the mean gradient "
             "with that of the cross-entropy; ± are jackknife errors over documents.",
             *gradient_table(results),
@@ -265,24 +362,58 @@ def report(results: Results) -> str:
     if any(results.seeds(prefix) for prefix in ablations.values()):
         few = {name: title for name, title in COLUMNS.items() if name != "human_eval_cross_entropy"}
         lines += [
-            "## Ablations (EBFT γ=0, LoRA)", "", "One setting changed, all measured with the same settings; differences are to the same seeds of the comparison, *as it stands*: seed 0, or all three.",
+            "## Ablations (EBFT γ=0, LoRA)",
+            "",
+            "One setting changed, all measured with the same settings; differences are to the same seeds of the comparison, *as it stands*: seed 0, or all three.",
             *levels(results, {"as it stands": "main-lora-ebft_0", **ablations}, "lora-base", few),
             *changes(results, ablations, "lora-base", "main-lora-ebft_0", "as it stands", both),
         ]
     structured = {NAMES[method]: f"structured-lora-{method}" for method in ("sft", "ebft_0", "ebft_0.1")}
     if any(results.seeds(prefix) for prefix in structured.values()):
         few = {name: title for name, title in COLUMNS.items() if name != "human_eval_cross_entropy"}
-        lines += ["## Structured mode (LoRA): signature and docstring → body", "", "Learning rates as above, with reward / 48.", *rates(results, "structured-", grid.STRUCTURED)]
-        lines += [*levels(results, structured, "structured-base", few), *changes(results, structured, "structured-base", "structured-lora-sft", "SFT", both)]
+        lines += [
+            "## Structured mode (LoRA): signature and docstring → body",
+            "",
+            "Learning rates as above, with reward / 48.",
+            *rates(results, "structured-", grid.STRUCTURED),
+        ]
+        lines += [
+            *levels(results, structured, "structured-base", few),
+            *changes(results, structured, "structured-base", "structured-lora-sft", "SFT", both),
+        ]
         rows = []
         for label, prefix in structured.items():
             logs = [run["log"] for run in results.seeds(prefix) if "rollout/length" in run["log"][0]]
             for name in ("rollout/length", "rollout/truncated") if logs else ():
-                rows.append([label, name, *(f"{over_seeds([log[step][name] for log in logs])[0]:.2f}" for step in range(len(logs[0])))])
-        lines += ["The completions while training, step after step (at most 48 tokens), mean over seeds:", *table(["", "", *map(str, range(1, len(rows[0]) - 1))], rows)] if rows else []
-    passed = {name.removeprefix("pass_at_k-"): run["measured"]["human_eval_passed"] for name, run in results.runs.items() if name.startswith("pass_at_k-")}
+                rows.append(
+                    [
+                        label,
+                        name,
+                        *(f"{over_seeds([log[step][name] for log in logs])[0]:.2f}" for step in range(len(logs[0]))),
+                    ]
+                )
+        lines += (
+            [
+                "The completions while training, step after step (at most 48 tokens), mean over seeds:",
+                *table(["", "", *map(str, range(1, len(rows[0]) - 1))], rows),
+            ]
+            if rows
+            else []
+        )
+    passed = {
+        name.removeprefix("pass_at_k-"): run["measured"]["human_eval_passed"]
+        for name, run in results.runs.items()
+        if name.startswith("pass_at_k-")
+    }
     if passed:
-        lines += ["## HumanEval, executed", "", *table(["", "pass@1", "pass@10"], [[name, *(f"{pass_at(k, *counts):.4f}" for k in (1, 10))] for name, counts in passed.items()])]
+        lines += [
+            "## HumanEval, executed",
+            "",
+            *table(
+                ["", "pass@1", "pass@10"],
+                [[name, *(f"{pass_at(k, *counts):.4f}" for k in (1, 10))] for name, counts in passed.items()],
+            ),
+        ]
     absent = missing(results)
     lines += [f"Not run yet: {', '.join(absent)}." if absent else "All runs of the study are here.", ""]
     return "\n".join(lines).replace("\n\n\n", "\n\n").rstrip() + "\n"
@@ -294,8 +425,15 @@ def report(results: Results) -> str:
 
 def plot_comparison(results: Results, folder: Path) -> None:
     """Change since the base model of each method: a dot a seed, the mean with the error over documents."""
-    metrics = {"cross_entropy": "cross-entropy", "cfm_unbiased": "CFM, unbiased", "reward_pass@1": "reward", "human_eval_cross_entropy": "HumanEval cross-entropy"}
-    figure, axes = plt.subplots(len(COMPARISONS), len(metrics), figsize=(13, 3 * len(COMPARISONS)), layout="constrained")
+    metrics = {
+        "cross_entropy": "cross-entropy",
+        "cfm_unbiased": "CFM, unbiased",
+        "reward_pass@1": "reward",
+        "human_eval_cross_entropy": "HumanEval cross-entropy",
+    }
+    figure, axes = plt.subplots(
+        len(COMPARISONS), len(metrics), figsize=(13, 3 * len(COMPARISONS)), layout="constrained"
+    )
     for row, (title, (base, prefix)) in enumerate(COMPARISONS.items()):
         methods = [method for method in grid.METHODS if results.seeds(f"{prefix}-{method}")]
         for axis, (metric, name) in zip(axes[row], metrics.items(), strict=True):
@@ -304,7 +442,14 @@ def plot_comparison(results: Results, folder: Path) -> None:
                 continue
             for place, method in enumerate(methods):
                 runs, start = results.seeds(f"{prefix}-{method}"), results.runs[base]
-                axis.plot([place] * len(runs), [mean_of(run, metric) - mean_of(start, metric) for run in runs], "o", ms=4, alpha=0.5, color=COLOURS[method])
+                axis.plot(
+                    [place] * len(runs),
+                    [mean_of(run, metric) - mean_of(start, metric) for run in runs],
+                    "o",
+                    ms=4,
+                    alpha=0.5,
+                    color=COLOURS[method],
+                )
                 mean, error, _ = difference(runs, [start], metric)
                 axis.errorbar([place + 0.2], [mean], [error], fmt="_", ms=12, color=COLOURS[method], capsize=3)
             axis.axhline(0, color="black", lw=0.6)
@@ -321,13 +466,19 @@ def plot_lengths(results: Results, base: str, prefix: str, file: Path) -> None:
     for method in ("base", *grid.METHODS):
         runs = [results.runs[base]] if method == "base" else results.seeds(f"{prefix}-{method}")
         if runs:
-            values = [over_seeds([mean_of(run, f"cfm_unbiased@{length}") for run in runs])[0] for length in grid.LENGTHS]
+            values = [
+                over_seeds([mean_of(run, f"cfm_unbiased@{length}") for run in runs])[0] for length in grid.LENGTHS
+            ]
             axes[0].plot(grid.LENGTHS, values, "o-", color=COLOURS[method], label=NAMES[method])
             if method != "base":
-                found = [difference(runs, [results.runs[base]], f"cfm_unbiased@{length}")[:2] for length in grid.LENGTHS]
+                found = [
+                    difference(runs, [results.runs[base]], f"cfm_unbiased@{length}")[:2] for length in grid.LENGTHS
+                ]
                 axes[1].errorbar(grid.LENGTHS, *zip(*found, strict=True), fmt="o-", color=COLOURS[method], capsize=3)
     axes[1].axhline(0, color="black", lw=0.6)
-    for axis, title in zip(axes, ("CFM, unbiased (LoRA)", "change since the base model, ± standard error over documents"), strict=True):
+    for axis, title in zip(
+        axes, ("CFM, unbiased (LoRA)", "change since the base model, ± standard error over documents"), strict=True
+    ):
         axis.set_xscale("log", base=2)
         axis.set_xticks(grid.LENGTHS, grid.LENGTHS)
         axis.set_xlabel("tokens of a rollout")
@@ -343,11 +494,23 @@ def plot_cost(results: Results, folder: Path) -> None:
     for row, metric in enumerate(("cross_entropy", "cfm_unbiased")):
         for column, cost in enumerate(("documents", "seconds")):
             axis = axes[row, column]
-            for prefix, method, marker in [(f"main-{kind}-{method}", method, marker) for kind, marker in (("lora", "o"), ("full", "s")) for method in grid.METHODS] + [("compute-lora-sft", "sft", "o")]:
+            for prefix, method, marker in [
+                (f"main-{kind}-{method}", method, marker)
+                for kind, marker in (("lora", "o"), ("full", "s"))
+                for method in grid.METHODS
+            ] + [("compute-lora-sft", "sft", "o")]:
                 runs = results.seeds(prefix)
                 label = f"{NAMES[method]}, {'full' if marker == 's' else 'LoRA'}" if prefix.startswith("main") else None
                 if runs:
-                    axis.plot([run[cost] for run in runs], [mean_of(run, metric) for run in runs], marker, ms=5, alpha=0.7, color=COLOURS[method], label=label)
+                    axis.plot(
+                        [run[cost] for run in runs],
+                        [mean_of(run, metric) for run in runs],
+                        marker,
+                        ms=5,
+                        alpha=0.7,
+                        color=COLOURS[method],
+                        label=label,
+                    )
             axis.axhline(mean_of(results.runs["lora-base"], metric), color=COLOURS["base"], lw=1, ls="--")
             axis.set_xscale("log")
             axis.set_xlabel({"documents": "documents seen", "seconds": "seconds of training"}[cost])
@@ -359,11 +522,18 @@ def plot_cost(results: Results, folder: Path) -> None:
 
 def plot_gradients(results: Results, folder: Path) -> None:
     """Groups that a step needs until its gradient is as large as its error."""
-    found = {name.removeprefix("gradient-"): gradient_noise(run) for name, run in results.runs.items() if name.startswith("gradient-")}
+    found = {
+        name.removeprefix("gradient-"): gradient_noise(run)
+        for name, run in results.runs.items()
+        if name.startswith("gradient-")
+    }
     figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for place, (name, values) in enumerate(found.items()):
         (signal, error), (noise, _) = values["signal"], values["noise"]
-        bounds = [noise / bound * GROUPS_PER_DOCUMENT if bound > 0 else math.inf for bound in (signal + error, signal, signal - error)]
+        bounds = [
+            noise / bound * GROUPS_PER_DOCUMENT if bound > 0 else math.inf
+            for bound in (signal + error, signal, signal - error)
+        ]
         colour = COLOURS["sft"] if name == "sft" else COLOURS["ebft_0"]
         axis.plot([bounds[0], min(bounds[2], 1e6)], [place, place], "-", color=colour)
         if signal > 0:

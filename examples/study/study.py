@@ -20,10 +20,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import grid
 import torch
 from tqdm import tqdm
 
+import grid
 from ebft_utils.config.settings import UserError
 from ebft_utils.run.distributed import run_as_command
 from measure import MEASURES, Trained
@@ -40,8 +40,13 @@ def run_one(run: grid.Run) -> None:
     seconds = time.perf_counter() - started
     measured = MEASURES[run.measure](trained, run)
     result = {
-        "name": run.name, "base": run.base, "overrides": list(run.overrides), "device": device_name(trained.accelerator.device), "seconds": round(seconds, 1),
-        "documents": num_steps * trained.config.train.batch_size, "measured": measured,
+        "name": run.name,
+        "base": run.base,
+        "overrides": list(run.overrides),
+        "device": device_name(trained.accelerator.device),
+        "seconds": round(seconds, 1),
+        "documents": num_steps * trained.config.train.batch_size,
+        "measured": measured,
         "log": [{name: float(f"{value:.5g}") for name, value in entry.items()} for entry in log],
     }
     grid.RESULTS.mkdir(exist_ok=True)
@@ -57,7 +62,9 @@ def is_done(run: grid.Run) -> bool:
         return False
     done = json.loads(run.file.read_text())
     if (done["base"], tuple(done["overrides"])) != (run.base, run.overrides):
-        raise UserError(f"{run.file}: holds the result of {' '.join(done['overrides'])}, and {run.name} is now {' '.join(run.overrides)}; move the file away")
+        raise UserError(
+            f"{run.file}: holds the result of {' '.join(done['overrides'])}, and {run.name} is now {' '.join(run.overrides)}; move the file away"
+        )
     return True
 
 
@@ -70,14 +77,23 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(grid.PARTS)}; none: all of them")
     parser.add_argument("--list", action="store_true", help="only say what would be run")
-    parser.add_argument("--only", metavar="TEXT", default="", help="only runs with TEXT in their names, to share the work between machines")
-    parser.add_argument("--execute", action="store_true", help="allow the part pass_at_k to run code that the models wrote (execute.py)")
+    parser.add_argument(
+        "--only",
+        metavar="TEXT",
+        default="",
+        help="only runs with TEXT in their names, to share the work between machines",
+    )
+    parser.add_argument(
+        "--execute", action="store_true", help="allow the part pass_at_k to run code that the models wrote (execute.py)"
+    )
     arguments = parser.parse_args(argv)
     for part in arguments.parts:
         if part not in grid.PARTS:
             parser.error(f"{part!r} is no part; allowed: {', '.join(grid.PARTS)}")
         if part == "pass_at_k" and not (arguments.execute or arguments.list):
-            parser.error("pass_at_k runs code that a language model wrote, with your rights: add --execute where that is acceptable")
+            parser.error(
+                "pass_at_k runs code that a language model wrote, with your rights: add --execute where that is acceptable"
+            )
     for part in arguments.parts or [part for part in grid.PARTS if part != "pass_at_k" or arguments.execute]:
         missing = [run for run in grid.PARTS[part]() if arguments.only in run.name and not is_done(run)]
         print(f"{part}: {len(missing)} runs to do")

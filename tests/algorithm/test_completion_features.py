@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import tiny_model
 from peft import LoraConfig, get_peft_model
 
+from conftest import tiny_model
 from ebft_utils.algorithm.features import EMBED_METHODS, FeatureNetwork, completion_features, read_steps
 from ebft_utils.models import base_causal_lm
 
@@ -24,7 +24,9 @@ def padded(rows: list[list[int]], value: int) -> torch.Tensor:
     return torch.tensor([row + [value] * (length - len(row)) for row in rows])
 
 
-def found(network: FeatureNetwork, embed_method: str, pad: int = 1, rows: slice = slice(None)) -> tuple[torch.Tensor, torch.Tensor]:
+def found(
+    network: FeatureNetwork, embed_method: str, pad: int = 1, rows: slice = slice(None)
+) -> tuple[torch.Tensor, torch.Tensor]:
     prompts, truths, groups = PROMPTS[rows], TRUTHS[rows], COMPLETIONS[rows]
     return completion_features(
         network,
@@ -69,18 +71,29 @@ def test_padding_and_neighbours_change_nothing(embed_method):
     """Guards against features that depend on the rest of the batch."""
     network = FeatureNetwork(strided_model().get_decoder(), LAYERS)
     features, truth = found(network, embed_method)
-    for one, other in (found(network, embed_method, pad=77), [torch.cat(pair) for pair in zip(*(found(network, embed_method, rows=slice(row, row + 1)) for row in (0, 1)), strict=True)]):
+    for one, other in (
+        found(network, embed_method, pad=77),
+        [
+            torch.cat(pair)
+            for pair in zip(*(found(network, embed_method, rows=slice(row, row + 1)) for row in (0, 1)), strict=True)
+        ],
+    ):
         assert torch.allclose(features, one, atol=1e-6) and torch.allclose(truth, other, atol=1e-6)
 
 
 def test_with_an_adapter_they_are_the_base_models():
     """The feature network of a LoRA policy is the policy without its adapter, and the adapter is on again afterwards."""
     expected, _ = found(FeatureNetwork(strided_model().get_decoder(), LAYERS), "completion_mean")
-    policy = get_peft_model(strided_model(), LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM"))
+    policy = get_peft_model(
+        strided_model(), LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    )
     ids = torch.arange(3, 12)[None]
     with torch.no_grad():
         before = policy(ids).logits
-        features, _ = found(FeatureNetwork(base_causal_lm(policy).get_decoder(), LAYERS, frozen=policy.disable_adapter), "completion_mean")
+        features, _ = found(
+            FeatureNetwork(base_causal_lm(policy).get_decoder(), LAYERS, frozen=policy.disable_adapter),
+            "completion_mean",
+        )
         assert torch.equal(policy(ids).logits, before)
     assert torch.equal(features, expected)
 

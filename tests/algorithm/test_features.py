@@ -5,14 +5,22 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, tiny_model
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from ebft_utils.config.modes import load_config
-from ebft_utils.algorithm.features import EMBED_METHODS, FeatureNetwork, cut_decoder, layer_indices, pool, pooled_steps, strided_features
-from ebft_utils.models import base_causal_lm, load_feature_network, load_policy
+from conftest import GOLDEN, tiny_model
+from ebft_utils.algorithm.features import (
+    EMBED_METHODS,
+    FeatureNetwork,
+    cut_decoder,
+    layer_indices,
+    pool,
+    pooled_steps,
+    strided_features,
+)
 from ebft_utils.algorithm.strided import attention_arguments, pack_layout, strided_logprobs
+from ebft_utils.config.modes import load_config
+from ebft_utils.models import base_causal_lm, load_feature_network, load_policy
 
 NUM_LAYERS = 4  # of the tiny models
 
@@ -63,7 +71,14 @@ def test_hidden_states_equal_the_released_code(golden, implementation):
     model.set_attn_implementation(implementation)
     rollouts = golden["rollouts"].transpose(1, 2)  # (2, n, NB, G) -> (B, A, N, G)
     network = FeatureNetwork(model.get_decoder(), [2, 4, 6])
-    states = packed_states(network, golden["doc"], torch.zeros_like(golden["doc"]), rollouts, golden["anchors"].expand(2, -1), torch.ones(2, 4, dtype=torch.bool))
+    states = packed_states(
+        network,
+        golden["doc"],
+        torch.zeros_like(golden["doc"]),
+        rollouts,
+        golden["anchors"].expand(2, -1),
+        torch.ones(2, 4, dtype=torch.bool),
+    )
     for layer, state in zip((2, 4, 6), states, strict=True):
         torch.testing.assert_close(state[:, :40], golden[f"hidden{layer}.doc"], atol=1e-4, rtol=0)
         expected = golden[f"hidden{layer}.rollout"].transpose(1, 2)
@@ -74,10 +89,15 @@ def test_hidden_states_equal_the_released_code(golden, implementation):
 @pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma3_text", "gpt_neox", "phi"])
 def test_cut_network_equals_the_whole_model(model_type, layers):
     """Layers 0 (embeddings, for Gemma after their scaling) to num_layers (after the final norm); the deepest one must not get the final norm."""
-    model, tokens = strided_model(model_type), torch.randint(2, 300, (1, 12), generator=torch.Generator().manual_seed(2))
+    model, tokens = (
+        strided_model(model_type),
+        torch.randint(2, 300, (1, 12), generator=torch.Generator().manual_seed(2)),
+    )
     network = FeatureNetwork(model.get_decoder(), layers)
     anchors, valid = torch.tensor([[4]]), torch.tensor([[True]])
-    states = packed_states(network, tokens, torch.zeros_like(tokens), torch.empty(1, 1, 1, 0, dtype=torch.long), anchors, valid)
+    states = packed_states(
+        network, tokens, torch.zeros_like(tokens), torch.empty(1, 1, 1, 0, dtype=torch.long), anchors, valid
+    )
     everything = lone_states(model, tokens[0])
     assert len(everything) == NUM_LAYERS + 1 and len(states) == len(layers)
     for layer, state in zip(layers, states, strict=True):
@@ -143,7 +163,9 @@ def test_features_equal_one_sequence_at_a_time(method, model_type):
     """Rollouts and truth, packed documents, padding and different anchors: each as if it were the only sequence."""
     model, layers = strided_model(model_type), [1, 2, 3]
     document, segments, rollouts, anchors, valid = example()
-    features, truth = strided_features(FeatureNetwork(model.get_decoder(), layers), document, segments, rollouts, anchors, valid, method)
+    features, truth = strided_features(
+        FeatureNetwork(model.get_decoder(), layers), document, segments, rollouts, anchors, valid, method
+    )
     width = 3 * 32 * (3 if method == "concat" else 1)
     assert features.shape == (2, 3, 2, width) and truth.shape == (2, 3, width)
     assert features.isfinite().all() and not features.requires_grad and not truth.requires_grad
@@ -154,7 +176,9 @@ def test_features_equal_one_sequence_at_a_time(method, model_type):
         torch.testing.assert_close(truth[row, slot], expected, atol=1e-5, rtol=0)
         for sample in range(2):
             sequence = torch.cat([document[row, start:anchor], rollouts[row, slot, sample]])
-            torch.testing.assert_close(features[row, slot, sample], naive_features(model, sequence, 4, layers, method), atol=1e-5, rtol=0)
+            torch.testing.assert_close(
+                features[row, slot, sample], naive_features(model, sequence, 4, layers, method), atol=1e-5, rtol=0
+            )
     assert (features[0, 0, 0] - features[0, 0, 1]).abs().max() > 0.05
 
 
@@ -162,8 +186,12 @@ def test_features_equal_one_sequence_at_a_time(method, model_type):
 def test_rollouts_that_repeat_the_truth_have_its_features(method):
     """Otherwise the reward would not be highest for the ground truth."""
     document, segments, rollouts, anchors, valid = example()
-    rollouts = document.gather(1, (anchors[..., None] + torch.arange(4)).flatten(1)).view(2, 3, 1, 4).expand(-1, -1, 2, -1)
-    features, truth = strided_features(FeatureNetwork(strided_model().get_decoder(), [1, 2, 3]), document, segments, rollouts, anchors, valid, method)
+    rollouts = (
+        document.gather(1, (anchors[..., None] + torch.arange(4)).flatten(1)).view(2, 3, 1, 4).expand(-1, -1, 2, -1)
+    )
+    features, truth = strided_features(
+        FeatureNetwork(strided_model().get_decoder(), [1, 2, 3]), document, segments, rollouts, anchors, valid, method
+    )
     torch.testing.assert_close(features[valid], truth[valid].unsqueeze(1).expand(-1, 2, -1), atol=1e-5, rtol=0)
 
 
@@ -208,7 +236,9 @@ def test_lora_features_are_the_base_models_bit_for_bit():
     pure = strided_features(FeatureNetwork(strided_model().get_decoder(), [1, 2, 3]), *example(), "last_token")
     policy = lora_policy(strided_model())
     decoder = base_causal_lm(policy).get_decoder()
-    frozen = strided_features(FeatureNetwork(decoder, [1, 2, 3], frozen=policy.disable_adapter), *example(), "last_token")
+    frozen = strided_features(
+        FeatureNetwork(decoder, [1, 2, 3], frozen=policy.disable_adapter), *example(), "last_token"
+    )
     moved = strided_features(FeatureNetwork(decoder, [1, 2, 3]), *example(), "last_token")
     for one, other, with_adapter in zip(pure, frozen, moved, strict=True):
         assert torch.equal(one, other)
@@ -273,12 +303,17 @@ def test_full_fine_tuning_has_a_frozen_copy(write_config):
     network = load_feature_network(policy, config, torch.device("cpu"))
     parameters = list(network.decoder.parameters())
     assert network.layers == [1, 2, 3] and len(network.decoder.layers) == 3 and len(policy.model.layers) == NUM_LAYERS
-    assert {parameter.dtype for parameter in parameters} == {torch.bfloat16} and not any(parameter.requires_grad for parameter in parameters)
+    assert {parameter.dtype for parameter in parameters} == {torch.bfloat16} and not any(
+        parameter.requires_grad for parameter in parameters
+    )
     before = strided_features(network, *example(), "last_token")
     with torch.no_grad():
         for parameter in policy.parameters():
             parameter.mul_(1.5)
-    assert all(torch.equal(one, other) for one, other in zip(before, strided_features(network, *example(), "last_token"), strict=True))
+    assert all(
+        torch.equal(one, other)
+        for one, other in zip(before, strided_features(network, *example(), "last_token"), strict=True)
+    )
     assert before[0].dtype == torch.float32
 
 

@@ -11,21 +11,28 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import DistributedType
-from conftest import assert_holds, assert_same_weights, tiny_model, tiny_tokenizer, training, weights
 from peft import LoraConfig, get_peft_model
 from torch._dynamo.utils import counters
 from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from conftest import assert_holds, assert_same_weights, tiny_model, tiny_tokenizer, training, weights
 from ebft_utils import models
 from ebft_utils.algorithm import flex
-from ebft_utils.run import distributed
-from ebft_utils.config.modes import load_config
-from ebft_utils.config.settings import UserError
 from ebft_utils.algorithm.features import FeatureNetwork, strided_features
 from ebft_utils.algorithm.losses import policy_gradient_loss
+from ebft_utils.algorithm.strided import (
+    block_mask,
+    dense_mask,
+    generate_rollouts,
+    in_few_shapes,
+    pack_layout,
+    strided_logprobs,
+)
+from ebft_utils.config.modes import load_config
+from ebft_utils.config.settings import UserError
 from ebft_utils.models import StridedPolicy, set_attention
-from ebft_utils.algorithm.strided import block_mask, dense_mask, generate_rollouts, in_few_shapes, pack_layout, strided_logprobs
+from ebft_utils.run import distributed
 
 NUM_SAMPLES, NUM_GENERATED = 3, 4
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -49,7 +56,9 @@ def compiled():
 @pytest.fixture
 def plain_descent(monkeypatch):
     """SGD in AdamW's place: updates are then proportional to the gradients."""
-    monkeypatch.setattr(torch.optim, "AdamW", lambda parameters, lr, betas, weight_decay: torch.optim.SGD(parameters, lr=lr))
+    monkeypatch.setattr(
+        torch.optim, "AdamW", lambda parameters, lr, betas, weight_decay: torch.optim.SGD(parameters, lr=lr)
+    )
 
 
 def tiny_flex(model_type: str = "llama", **changes):
@@ -92,7 +101,9 @@ def long_example(seed: int = 1):
 
 
 def uniforms_for(anchors: torch.Tensor, num_generated: int = NUM_GENERATED, seed: int = 4) -> torch.Tensor:
-    return torch.rand(*anchors.shape, NUM_SAMPLES, num_generated, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.rand(
+        *anchors.shape, NUM_SAMPLES, num_generated, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -102,7 +113,25 @@ def uniforms_for(anchors: torch.Tensor, num_generated: int = NUM_GENERATED, seed
 def test_padded_lengths():
     """Multiples of 128: powers of two and one and a half times that."""
     lengths = (1, 127, 128, 129, 256, 300, 512, 513, 700, 1023, 1024, 1025, 1537, 2048, 2049, 5000, 8192)
-    assert [flex.padded_length(length) for length in lengths] == [128, 128, 128, 256, 256, 384, 512, 768, 768, 1024, 1024, 1536, 2048, 2048, 3072, 6144, 8192]
+    assert [flex.padded_length(length) for length in lengths] == [
+        128,
+        128,
+        128,
+        256,
+        256,
+        384,
+        512,
+        768,
+        768,
+        1024,
+        1024,
+        1536,
+        2048,
+        2048,
+        3072,
+        6144,
+        8192,
+    ]
     assert len({flex.padded_length(length) for length in range(1, 32769)}) == 1 + 1 + 2 * 7
 
 
@@ -119,11 +148,15 @@ def cells_of(mask) -> tuple[torch.Tensor, Counter]:
         partial = listed(mask.kv_num_blocks, mask.kv_indices, query, key)
         full = listed(mask.full_kv_num_blocks, mask.full_kv_indices, query, key)
         # the backward pass goes through the same blocks from the keys' side
-        assert partial == listed(mask.q_num_blocks, mask.q_indices, key, query) and full == listed(mask.full_q_num_blocks, mask.full_q_indices, key, query)
+        assert partial == listed(mask.q_num_blocks, mask.q_indices, key, query) and full == listed(
+            mask.full_q_num_blocks, mask.full_q_indices, key, query
+        )
         assert not (partial and full)
         queries, keys = torch.arange(query * 128, query * 128 + 128), torch.arange(key * 128, key * 128 + 128)
         if partial:
-            cells[row, queries[:, None], keys] = mask.mask_mod(torch.tensor(row), torch.tensor(0), queries[:, None], keys)
+            cells[row, queries[:, None], keys] = mask.mask_mod(
+                torch.tensor(row), torch.tensor(0), queries[:, None], keys
+            )
         elif full:
             cells[row, queries[:, None], keys] = True
         kinds["partial" if partial else "full" if full else "absent"] += 1
@@ -157,7 +190,11 @@ def test_decoding_mask_equals_the_dense_mask_of_each_step(make):
     """Keys of later steps, and what an earlier generation has left in their place, are not seen. The mask keeps its step when the caller goes on to the next."""
     _, segments, _, anchors, valid = make()
     length, num_newest = segments.shape[1], anchors.shape[1] * NUM_SAMPLES
-    whole, first, masks = pack_layout(segments, anchors, valid, NUM_SAMPLES, 5, step_major=True), torch.zeros((), dtype=torch.long), []
+    whole, first, masks = (
+        pack_layout(segments, anchors, valid, NUM_SAMPLES, 5, step_major=True),
+        torch.zeros((), dtype=torch.long),
+        [],
+    )
     for step in range(5):
         first.fill_(length + step * num_newest)
         masks.append(block_mask(whole, num_newest, length + 5 * num_newest, first))
@@ -175,7 +212,11 @@ def test_decoding_mask_equals_the_dense_mask_of_each_step(make):
 ARCHITECTURES = {  # with one scale of the scores: another would be another kernel
     "llama": {},
     "qwen3": {"use_sliding_window": True, "sliding_window": 512, "max_window_layers": 1},
-    "gemma3_text": {"sliding_window": 512, "layer_types": ["sliding_attention", "full_attention"], "query_pre_attn_scalar": 8},
+    "gemma3_text": {
+        "sliding_window": 512,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "query_pre_attn_scalar": 8,
+    },
 }
 
 
@@ -190,7 +231,13 @@ def test_results_equal_those_of_sdpa(architecture):
         with torch.no_grad():
             packed, document = strided_logprobs(model, documents, segments, rollouts, anchors, valid, 0.6, False)
         features, truth = strided_features(network, documents, segments, rollouts, anchors, valid, "mean_pooling")
-        found[implementation] = (packed[valid], document, features[valid], truth[valid], generate_rollouts(model, *decode)[middle[4]])
+        found[implementation] = (
+            packed[valid],
+            document,
+            features[valid],
+            truth[valid],
+            generate_rollouts(model, *decode)[middle[4]],
+        )
     for one, other in zip(*found.values(), strict=True):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=0)
     tokens = found["strided_flex"][-1]
@@ -217,11 +264,18 @@ def test_results_under_autocast_equal_those_of_sdpa(monkeypatch):
         with_attention(model, implementation)
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             packed, document = strided_logprobs(model, documents, segments, rollouts, anchors, valid, 0.6, False)
-            written = generate_rollouts(model, documents, segments, anchors, valid, 0.6, uniforms_for(anchors), kept=kept)[valid]
+            written = generate_rollouts(
+                model, documents, segments, anchors, valid, 0.6, uniforms_for(anchors), kept=kept
+            )[valid]
         found[implementation] = packed[valid], document, written
-    assert {tensor.dtype for cache, _ in kept.values() for layer in cache.layers for tensor in (layer.keys, layer.values)} == {torch.bfloat16}  # no room for twice of it
+    assert {
+        tensor.dtype for cache, _ in kept.values() for layer in cache.layers for tensor in (layer.keys, layer.values)
+    } == {torch.bfloat16}  # no room for twice of it
     assert given == {(torch.float32, torch.bfloat16)} and passed == {(torch.bfloat16,) * 3}
-    (packed, document, written), (expected, expected_document, expected_written) = found["strided_flex"], found["strided_sdpa"]
+    (packed, document, written), (expected, expected_document, expected_written) = (
+        found["strided_flex"],
+        found["strided_sdpa"],
+    )
     assert (packed - expected).abs().mean() < 0.02 and (document - expected_document).abs().mean() < 0.02
     assert (written == expected_written).double().mean() > 0.8
 
@@ -235,7 +289,9 @@ def test_the_cache_is_kept_and_holds_nothing_of_the_last_document():
         inputs = documents, segments, anchors, valid, 0.6, uniforms_for(anchors, seed=seed)
         assert torch.equal(generate_rollouts(model, *inputs, kept=kept), generate_rollouts(model, *inputs))
         ((cache, first),) = kept.values()
-        addresses.append([tensor.data_ptr() for layer in cache.layers for tensor in (layer.keys, layer.values)] + [first.data_ptr()])
+        addresses.append(
+            [tensor.data_ptr() for layer in cache.layers for tensor in (layer.keys, layer.values)] + [first.data_ptr()]
+        )
     assert addresses[0] == addresses[1] and len(set(addresses[0])) == 5
     generate_rollouts(model, *(tensor[:1] for tensor in inputs[:4]), 0.6, inputs[5][:1, :, :, :1], kept=kept)
     assert list(kept) == [(2, 128), (1, 128)]  # a graph that was recorded with the first goes on reading it
@@ -249,7 +305,9 @@ def test_an_ordinary_forward_is_that_of_sdpa(compiled, side):
     mask[1, slice(8, None) if side == "right" else slice(0, 4)] = 0
     with torch.no_grad():
         found, bare = model(ids, attention_mask=mask).logits, model(ids).logits
-        expected, expected_bare = (with_attention(model, "sdpa")(ids, attention_mask=given).logits for given in (mask, None))
+        expected, expected_bare = (
+            with_attention(model, "sdpa")(ids, attention_mask=given).logits for given in (mask, None)
+        )
     torch.testing.assert_close(found[mask > 0], expected[mask > 0], atol=1e-6, rtol=0)
     torch.testing.assert_close(bare, expected_bare, atol=1e-6, rtol=0)
     if side == "left":
@@ -264,7 +322,11 @@ def test_an_ordinary_forward_is_that_of_sdpa(compiled, side):
 def random_batch(generator: torch.Generator, num_anchors: int, longest: int):
     """Packed documents of random lengths, anchors and validity."""
     first, second = (int(torch.randint(3, longest // 2 + 1, (), generator=generator)) for _ in range(2))
-    segments = rows_of([first, second], [longest - int(torch.randint(0, 3, (), generator=generator))], length=max(longest, first + second))
+    segments = rows_of(
+        [first, second],
+        [longest - int(torch.randint(0, 3, (), generator=generator))],
+        length=max(longest, first + second),
+    )
     anchors = torch.randint(0, min(first, second), (2, num_anchors), generator=generator)
     return example(segments, anchors.tolist(), seed=longest)
 
@@ -291,7 +353,9 @@ def test_as_many_graphs_as_padded_shapes(compiled):
     documents, segments, _, anchors, valid = middle_example()
     written = generate_rollouts(model.eval(), documents, segments, anchors, valid, 0.6, uniforms_for(anchors, 10))
     assert compiled() == 1 and written.shape[-1] == 10  # one for nine steps; the document's own there was already
-    documents, segments, _, anchors, valid = example(rows_of([80], [30, 52], length=99), [[4, 30, 66, 0], [5, 20, 33, 70]], seed=2)
+    documents, segments, _, anchors, valid = example(
+        rows_of([80], [30, 52], length=99), [[4, 30, 66, 0], [5, 20, 33, 70]], seed=2
+    )
     generate_rollouts(model.train(), documents, segments, anchors, valid, 0.6, uniforms_for(anchors, 10))
     assert compiled() == 0
 
@@ -324,12 +388,20 @@ def test_few_shapes_change_no_rollout():
         return generate_rollouts(model, documents, segments, anchors, valid, temperature, uniforms, **others)
 
     for num_anchors, slots in ((3, 3), (9, 12), (11, 12), (17, 24)):
-        documents, segments, _, anchors, valid = example(rows_of([60, 40], [88], length=104), [[3 + index for index in range(num_anchors)], [*range(2, 1 + num_anchors), 0]])
+        documents, segments, _, anchors, valid = example(
+            rows_of([60, 40], [88], length=104),
+            [[3 + index for index in range(num_anchors)], [*range(2, 1 + num_anchors), 0]],
+        )
         inputs = documents, segments, anchors, valid, 0.6, uniforms_for(anchors)
         for stop_ids in (None, torch.arange(30, 300)):
-            expected, found = generate_rollouts(model, *inputs, stop_ids=stop_ids), in_few_shapes(spy, model, *inputs, stop_ids=stop_ids)
+            expected, found = (
+                generate_rollouts(model, *inputs, stop_ids=stop_ids),
+                in_few_shapes(spy, model, *inputs, stop_ids=stop_ids),
+            )
             steps = min(expected.shape[-1], found.shape[-1])
-            assert found.shape[1] == num_anchors and torch.equal(found[valid][..., :steps], expected[valid][..., :steps])
+            assert found.shape[1] == num_anchors and torch.equal(
+                found[valid][..., :steps], expected[valid][..., :steps]
+            )
             assert steps == NUM_GENERATED or stop_ids is not None
         assert shapes[-1] == (128, 128, slots, slots, slots)
 
@@ -344,7 +416,14 @@ def test_compiled_decoding_writes_the_same_rollouts(compiled, lora):
 
     def both(*example) -> torch.Tensor:
         documents, segments, _, anchors, valid = example
-        inputs = dict(document_ids=documents, segment_ids=segments, anchors=anchors, valid=valid, temperature=0.6, uniforms=uniforms_for(anchors))
+        inputs = dict(
+            document_ids=documents,
+            segment_ids=segments,
+            anchors=anchors,
+            valid=valid,
+            temperature=0.6,
+            uniforms=uniforms_for(anchors),
+        )
         expected = plain.generate(**inputs)
         compiled()
         found = compiling.generate(**inputs)
@@ -382,25 +461,45 @@ def test_evaluation_with_it_on_the_cpu_equals_sdpa(train, compiled, capsys):
     """The whole program: features, rollouts and cross-entropy."""
     found = {}
     for implementation in ("sdpa", "flex_attention"):
-        changes = dict(ebft__stride=8, eval__only=True, eval__num_documents=4, eval__per_device_batch_size=2, model__attn_implementation=implementation)
+        changes = dict(
+            ebft__stride=8,
+            eval__only=True,
+            eval__num_documents=4,
+            eval__per_device_batch_size=2,
+            model__attn_implementation=implementation,
+        )
         found[implementation] = json.loads((train(implementation, **changes) / "eval.json").read_text())
-        assert f"attention: {'sdpa in blocks' if implementation == 'sdpa' else implementation}" in capsys.readouterr().out
+        assert (
+            f"attention: {'sdpa in blocks' if implementation == 'sdpa' else implementation}" in capsys.readouterr().out
+        )
         assert compiled() == (0 if implementation == "sdpa" else 2)  # one to prove the kernel, one for all forwards
     assert len(found["sdpa"]) > 12 and found["flex_attention"] == pytest.approx(found["sdpa"], abs=1e-4)
 
 
-@pytest.mark.parametrize("asked, expected, printed", [("auto", "strided_sdpa", "sdpa in blocks"), ("sdpa", "strided_sdpa", "sdpa in blocks"), ("eager", "eager", "eager")])
+@pytest.mark.parametrize(
+    "asked, expected, printed",
+    [
+        ("auto", "strided_sdpa", "sdpa in blocks"),
+        ("sdpa", "strided_sdpa", "sdpa in blocks"),
+        ("eager", "eager", "eager"),
+    ],
+)
 def test_the_others_are_what_they_say(train, plain_descent, write_config, capsys, asked, expected, printed):
     """Guards against an attention that trains something else, and a setting that is read and then ignored. auto on the CPU is sdpa."""
     changes = dict(train__max_steps=2, train__learning_rate=0.1, ebft__ce_coef=0.3, model__attn_implementation=asked)
     for only in (True, False):
         model = with_attention(tiny_model(), "strided_sdpa")
         set_attention(load_config(str(write_config(**changes, eval__only=only))), model, torch.device("cpu"))
-        assert model.config._attn_implementation == model.get_decoder().config._attn_implementation == expected and capsys.readouterr().out == ""
+        assert (
+            model.config._attn_implementation == model.get_decoder().config._attn_implementation == expected
+            and capsys.readouterr().out == ""
+        )
     folder = train("asked", **changes)
     assert f"attention: {printed}\n" in capsys.readouterr().out
     assert training(folder)[0]["train/grad_norm"] > 0.1
-    assert_same_weights(weights(folder), weights(train("sdpa", **{**changes, "model__attn_implementation": "sdpa"})), tolerance=1e-5)
+    assert_same_weights(
+        weights(folder), weights(train("sdpa", **{**changes, "model__attn_implementation": "sdpa"})), tolerance=1e-5
+    )
 
 
 def test_where_it_cannot_run(monkeypatch):
@@ -430,7 +529,9 @@ def test_where_it_cannot_run(monkeypatch):
 
 def dense_attention(query, key, value, *, block_mask, scale, enable_gqa):
     """What FlexAttention computes, with a backward pass on any device: the mask on all cells, then plain sdpa."""
-    row, index, keys = (torch.arange(size, device=query.device) for size in (query.shape[0], query.shape[2], key.shape[2]))
+    row, index, keys = (
+        torch.arange(size, device=query.device) for size in (query.shape[0], query.shape[2], key.shape[2])
+    )
     mask = block_mask.mask_mod(row[:, None, None], None, index[:, None], keys[None]).expand(len(row), -1, -1)
     return scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None], scale=scale, enable_gqa=enable_gqa)
 
@@ -477,29 +578,56 @@ def test_a_kernel_with_nan_in_a_gradient_alone_is_found(monkeypatch):
     assert flex.prove_flex_attention(4, 2, 8, torch.float32, torch.device("cpu"), True) is not None
 
 
-@pytest.mark.parametrize("why_not, proof", [("it is too old", None), (None, "it differs from sdpa on this device by 0.7")])
+@pytest.mark.parametrize(
+    "why_not, proof", [("it is too old", None), (None, "it differs from sdpa on this device by 0.7")]
+)
 def test_what_happens_on_a_gpu_where_it_cannot_run(monkeypatch, write_config, capsys, why_not, proof):
     """auto falls back to sdpa and says so; who asked for it, or for compiled decoding, is refused."""
     monkeypatch.setattr(models, "why_not_flex", lambda *_: why_not)
     monkeypatch.setattr(models, "prove_flex_attention", lambda *_: proof)
     model, cuda = with_attention(tiny_model(), "strided_sdpa"), torch.device("cuda")
     set_attention(load_config(str(write_config())), model, cuda)
-    assert model.config._attn_implementation == "strided_sdpa" and capsys.readouterr().out == ""  # in float32 it is not even tried
+    assert (
+        model.config._attn_implementation == "strided_sdpa" and capsys.readouterr().out == ""
+    )  # in float32 it is not even tried
     set_attention(load_config(str(write_config(model__dtype="bfloat16"))), model, cuda)
     assert model.config._attn_implementation == "strided_sdpa"
-    assert_holds(capsys.readouterr().out, "model.attn_implementation", "auto takes sdpa", "flex_attention cannot run", why_not or proof)
+    assert_holds(
+        capsys.readouterr().out,
+        "model.attn_implementation",
+        "auto takes sdpa",
+        "flex_attention cannot run",
+        why_not or proof,
+    )
     for asked, compile_decoding in (("flex_attention", False), ("flex_attention", True), ("auto", True)):
-        config = load_config(str(write_config(model__attn_implementation=asked, model__compile_decoding=compile_decoding, model__dtype="bfloat16", lora={"r": 2})))
+        config = load_config(
+            str(
+                write_config(
+                    model__attn_implementation=asked,
+                    model__compile_decoding=compile_decoding,
+                    model__dtype="bfloat16",
+                    lora={"r": 2},
+                )
+            )
+        )
         with pytest.raises(UserError) as caught:
             set_attention(config, model, cuda)
-        key, remedy = ("model.compile_decoding", "leave it out") if asked == "auto" else ("model.attn_implementation", "set it to sdpa")
+        key, remedy = (
+            ("model.compile_decoding", "leave it out")
+            if asked == "auto"
+            else ("model.attn_implementation", "set it to sdpa")
+        )
         assert_holds(str(caught.value), key, "flex_attention", "cannot run on cuda", why_not or proof, remedy)
     assert model.config._attn_implementation == "strided_sdpa"
 
 
 @pytest.mark.parametrize(
     "model_type, changes, heads, width",
-    [("llama", {"head_dim": 16}, (4, 2), 16), ("gpt_neox", {"num_key_value_heads": None, "head_dim": None}, (4, 4), 8), ("gemma3_text", {"query_pre_attn_scalar": 8, "num_key_value_heads": 1}, (4, 1), 8)],
+    [
+        ("llama", {"head_dim": 16}, (4, 2), 16),
+        ("gpt_neox", {"num_key_value_heads": None, "head_dim": None}, (4, 4), 8),
+        ("gemma3_text", {"query_pre_attn_scalar": 8, "num_key_value_heads": 1}, (4, 1), 8),
+    ],
 )
 def test_the_model_s_own_heads_are_tried(monkeypatch, write_config, model_type, changes, heads, width):
     """Guards against a proof with other heads than the model's, or without the gradients that training needs."""
@@ -509,7 +637,11 @@ def test_the_model_s_own_heads_are_tried(monkeypatch, write_config, model_type, 
     for only in (False, True):
         for lora in (False, True):
             model, cuda = with_attention(tiny_model(model_type, **changes), "strided_sdpa"), torch.device("cuda", 1)
-            policy = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")) if lora else model
+            policy = (
+                get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+                if lora
+                else model
+            )
             set_attention(load_config(str(write_config(eval__only=only, model__dtype="bfloat16"))), policy, cuda)
             assert model.get_decoder().config._attn_implementation == "strided_flex"
             assert seen[-2:] == [(width, cuda, not only), (*heads, width, torch.bfloat16, cuda, not only)]
@@ -526,16 +658,27 @@ def test_the_model_s_own_heads_are_tried(monkeypatch, write_config, model_type, 
 )
 def test_compiled_decoding_without_it_is_refused(refused, write_config, changes, words):
     """Guards against a setting that quietly does nothing."""
-    assert_holds(refused("--cfg", write_config(model__compile_decoding=True, **changes)), "model.compile_decoding", *words)
+    assert_holds(
+        refused("--cfg", write_config(model__compile_decoding=True, **changes)), "model.compile_decoding", *words
+    )
 
 
 @pytest.mark.parametrize("compile_decoding", [False, True])
 def test_compiled_decoding_under_fsdp2_is_refused(monkeypatch, write_config, compile_decoding):
     """Guards against a step that is compiled around weights which are gathered and freed."""
     plugin = SimpleNamespace(mixed_precision_policy=None)
-    accelerator = SimpleNamespace(distributed_type=DistributedType.FSDP, device=torch.device("cpu"), num_processes=1, state=SimpleNamespace(fsdp_plugin=plugin))
+    accelerator = SimpleNamespace(
+        distributed_type=DistributedType.FSDP,
+        device=torch.device("cpu"),
+        num_processes=1,
+        state=SimpleNamespace(fsdp_plugin=plugin),
+    )
     monkeypatch.setattr(distributed, "Accelerator", lambda **_: accelerator)
-    for name, value in (("ACCELERATE_USE_FSDP", "true"), ("FSDP_VERSION", "2"), ("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP")):
+    for name, value in (
+        ("ACCELERATE_USE_FSDP", "true"),
+        ("FSDP_VERSION", "2"),
+        ("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP"),
+    ):
         monkeypatch.setenv(name, value)
     config = load_config(str(write_config(model__compile_decoding=compile_decoding)))
     if not compile_decoding:
@@ -561,12 +704,16 @@ def test_outputs_and_gradients_on_a_gpu(geometry, dtype, tolerance):
     _, segments, _, anchors, valid = GEOMETRIES[geometry]()
     layout = pack_layout(segments.cuda(), anchors.cuda(), valid.cuda(), NUM_SAMPLES, NUM_GENERATED - 1)
     length, generator = layout.segment_ids.shape[1], torch.Generator().manual_seed(1)
-    query, key, value, weight = (torch.randn(2, heads, length, 32, generator=generator).to("cuda", dtype) for heads in (4, 2, 2, 4))
+    query, key, value, weight = (
+        torch.randn(2, heads, length, 32, generator=generator).to("cuda", dtype) for heads in (4, 2, 2, 4)
+    )
     exact = [tensor.double().requires_grad_() for tensor in (query, key, value)]
     query, key, value = (tensor.requires_grad_() for tensor in (query, key, value))
     found, _ = flex.strided_flex_forward(None, query, key, value, block_mask(layout, length, length), scaling=0.2)
     repeated = (tensor.repeat_interleave(2, dim=1) for tensor in exact[1:])
-    expected = scaled_dot_product_attention(exact[0], *repeated, attn_mask=dense_mask(layout), scale=0.2).transpose(1, 2)
+    expected = scaled_dot_product_attention(exact[0], *repeated, attn_mask=dense_mask(layout), scale=0.2).transpose(
+        1, 2
+    )
     weight = weight.transpose(1, 2)
     gradients = torch.autograd.grad((found * weight).sum(), (query, key, value))
     expected_gradients = torch.autograd.grad((expected * weight.double()).sum(), exact)
@@ -594,15 +741,26 @@ def test_checkpointing_on_a_gpu():
 
 
 @needs_gpu
-@pytest.mark.parametrize("changes", [{}, {"model__compile_decoding": True}, {"model__gradient_checkpointing": True}, {"lora": {"r": 4}}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"model__compile_decoding": True}, {"model__gradient_checkpointing": True}, {"lora": {"r": 4}}],
+    ids=str,
+)
 def test_one_training_step_on_a_gpu_equals_that_of_sdpa(train, plain_descent, monkeypatch, capsys, tmp_path, changes):
     """The whole program, with rollouts, features and an update."""
     monkeypatch.delenv("ACCELERATE_USE_CPU")
     tiny_model(head_dim=16).save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
-    common = dict(train__max_steps=1, train__learning_rate=0.1, ebft__ce_coef=0.3, model__name_or_path=str(tmp_path / "model"))
-    sdpa = train("sdpa", **{**common, **changes, "model__compile_decoding": False, "model__attn_implementation": "sdpa"})
+    common = dict(
+        train__max_steps=1, train__learning_rate=0.1, ebft__ce_coef=0.3, model__name_or_path=str(tmp_path / "model")
+    )
+    sdpa = train(
+        "sdpa", **{**common, **changes, "model__compile_decoding": False, "model__attn_implementation": "sdpa"}
+    )
     found = train("flex", **{**common, **changes, "model__attn_implementation": "flex_attention"})
     assert "1 process on cuda" in (printed := capsys.readouterr().out) and "attention: flex_attention" in printed
-    assert training(found)[0] == pytest.approx(training(sdpa)[0], rel=1e-3, abs=1e-3) and training(found)[0]["train/grad_norm"] > 0.1
+    assert (
+        training(found)[0] == pytest.approx(training(sdpa)[0], rel=1e-3, abs=1e-3)
+        and training(found)[0]["train/grad_norm"] > 0.1
+    )
     assert_same_weights(weights(found), weights(sdpa), tolerance=1e-4)

@@ -5,9 +5,19 @@ import math
 import pytest
 import torch
 
-from ebft_utils.algorithm.losses import clipped_policy_loss, completion_token_weights, importance_weights, policy_gradient_loss
+from ebft_utils.algorithm.losses import (
+    clipped_policy_loss,
+    completion_token_weights,
+    importance_weights,
+    policy_gradient_loss,
+)
 
-MASK = torch.tensor([[[True, True, True, False], [True, False, False, False]], [[True, True, False, False], [False, False, False, False]]])  # 3, 1, 2 and 0 tokens
+MASK = torch.tensor(
+    [
+        [[True, True, True, False], [True, False, False, False]],
+        [[True, True, False, False], [False, False, False, False]],
+    ]
+)  # 3, 1, 2 and 0 tokens
 
 
 @pytest.mark.parametrize(
@@ -43,7 +53,10 @@ def test_importance_weights_by_hand():
 def test_loss_and_gradient_by_hand():
     """Ratios 1.1, 1.5 and 0.5 with epsilon 0.2: what the clip stops has no gradient, and only on the side that the advantage pushes to."""
     ratios = torch.tensor([1.1, 1.5, 0.5])
-    for advantage, surrogate, gradient in ((2.0, [2.2, 2.4, 1.0], [2.2, 0.0, 1.0]), (-2.0, [-2.2, -3.0, -1.6], [-2.2, -3.0, 0.0])):
+    for advantage, surrogate, gradient in (
+        (2.0, [2.2, 2.4, 1.0], [2.2, 0.0, 1.0]),
+        (-2.0, [-2.2, -3.0, -1.6], [-2.2, -3.0, 0.0]),
+    ):
         old = torch.tensor([-1.0, -2.0, -3.0])
         logprobs = (old + ratios.log()).requires_grad_()
         weights = torch.tensor([0.5, 0.25, 0.125])
@@ -56,7 +69,11 @@ def test_loss_and_gradient_by_hand():
 def test_at_the_old_policy_it_is_the_policy_gradient():
     """The first update of a batch has ratio 1: its gradient is the unclipped one."""
     torch.manual_seed(0)
-    logprobs, advantages, mask = (-torch.rand(3, 2, 4)).requires_grad_(), torch.randn(3, 2), torch.ones(3, 2, dtype=torch.bool)
+    logprobs, advantages, mask = (
+        (-torch.rand(3, 2, 4)).requires_grad_(),
+        torch.randn(3, 2),
+        torch.ones(3, 2, dtype=torch.bool),
+    )
     policy_gradient_loss(logprobs, advantages, mask, 24.0).backward()
     expected, logprobs.grad = logprobs.grad, None
     weights = completion_token_weights(torch.ones(3, 2, 4, dtype=torch.bool), "bnpo", 6, 24, 4)
@@ -68,17 +85,26 @@ def test_at_the_old_policy_it_is_the_policy_gradient():
 def test_what_does_not_count_may_be_rubbish(rubbish):
     """0 * inf is NaN: padding must be taken out before exp, in loss and gradient."""
     logprobs = torch.tensor([[-1.0, rubbish]], requires_grad=True)
-    loss = clipped_policy_loss(logprobs, torch.tensor([[-1.0, 0.0]]), torch.tensor([3.0]), torch.tensor([[0.5, 0.0]]), 0.2)
+    loss = clipped_policy_loss(
+        logprobs, torch.tensor([[-1.0, 0.0]]), torch.tensor([3.0]), torch.tensor([[0.5, 0.0]]), 0.2
+    )
     loss.backward()
     assert loss.item() == -1.5 and logprobs.grad.tolist() == [[-1.5, 0.0]]
 
 
 def test_extreme_quotients():
     """Guards against inf * 0 and NaN in weights: a server that held a token for impossible, and a trainer that does."""
-    found = importance_weights(torch.tensor([-1.0, -1.0, -1e4, -math.inf]), torch.tensor([-1e4, -math.inf, -1.0, -1.0]), torch.ones(4, dtype=torch.bool), 2.0)
+    found = importance_weights(
+        torch.tensor([-1.0, -1.0, -1e4, -math.inf]),
+        torch.tensor([-1e4, -math.inf, -1.0, -1.0]),
+        torch.ones(4, dtype=torch.bool),
+        2.0,
+    )
     assert found.tolist() == [2.0, 2.0, 0.0, 0.0]
     logprobs = torch.tensor([[-1e4, -1.0]], requires_grad=True)
-    loss = clipped_policy_loss(logprobs, torch.tensor([[-1e4, -1.0]]), torch.tensor([2.0]), found[None, 2:] + torch.tensor([[0.0, 0.25]]), 0.2)
+    loss = clipped_policy_loss(
+        logprobs, torch.tensor([[-1e4, -1.0]]), torch.tensor([2.0]), found[None, 2:] + torch.tensor([[0.0, 0.25]]), 0.2
+    )
     loss.backward()
     assert loss.item() == -0.5 and logprobs.grad.tolist() == [[0.0, -0.5]]
 
@@ -87,6 +113,8 @@ def test_extreme_quotients():
 def test_a_completion_that_does_not_count_may_have_any_advantage(rubbish):
     """Guards against 0 * NaN through the advantage: the second completion was left out."""
     logprobs = torch.tensor([[-1.0], [-2.0]], requires_grad=True)
-    loss = clipped_policy_loss(logprobs, torch.tensor([[-1.0], [-2.0]]), torch.tensor([3.0, rubbish]), torch.tensor([[0.5], [0.0]]), 0.2)
+    loss = clipped_policy_loss(
+        logprobs, torch.tensor([[-1.0], [-2.0]]), torch.tensor([3.0, rubbish]), torch.tensor([[0.5], [0.0]]), 0.2
+    )
     loss.backward()
     assert loss.item() == -1.5 and logprobs.grad.tolist() == [[-1.5], [0.0]]

@@ -5,16 +5,25 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN
 
-from ebft_utils.algorithm.rewards import feature_matching_rewards, first_equal_rollout, group_norm_advantages, rloo_advantages, share_equal_rollouts, unbiased_cfm
+from conftest import GOLDEN
+from ebft_utils.algorithm.rewards import (
+    feature_matching_rewards,
+    first_equal_rollout,
+    group_norm_advantages,
+    rloo_advantages,
+    share_equal_rollouts,
+    unbiased_cfm,
+)
 
 WHITENING_NAMES = {"none": None, "feature": "feature", "sample": "sample"}
 WHITENINGS = list(WHITENING_NAMES.values())
 
 
 def rewards_of(features, truth, whitening, alignment_coef=1.0, diversity_coef=1.0):
-    return feature_matching_rewards(features, truth, whitening=whitening, alignment_coef=alignment_coef, diversity_coef=diversity_coef)
+    return feature_matching_rewards(
+        features, truth, whitening=whitening, alignment_coef=alignment_coef, diversity_coef=diversity_coef
+    )
 
 
 def naive_group(features, truth, whitening, tol=1e-5):
@@ -27,7 +36,9 @@ def naive_group(features, truth, whitening, tol=1e-5):
         operator = right.T @ torch.diag(inverse) @ right
         rows, target = [operator @ row for row in features], operator @ truth
         targets = [target] * num
-    elif whitening == "sample":  # pinv(F F^T)^(1/2), an N x N matrix that mixes the rollouts; N copies of the truth go through it too
+    elif (
+        whitening == "sample"
+    ):  # pinv(F F^T)^(1/2), an N x N matrix that mixes the rollouts; N copies of the truth go through it too
         operator = left @ torch.diag(inverse) @ left.T
         rows, target = list(operator @ features), truth
         targets = list(operator @ truth.expand(num, -1))
@@ -79,7 +90,12 @@ def test_cfm_equals_the_released_code(golden, name):
 def random_groups(kind: str) -> tuple[torch.Tensor, torch.Tensor]:
     """(2, 3) groups of rollout features and truths."""
     generator = torch.Generator().manual_seed(5)
-    num, width = {"full rank": (4, 20), "duplicates": (6, 20), "more rollouts than features": (7, 3), "two rollouts": (2, 5)}[kind]
+    num, width = {
+        "full rank": (4, 20),
+        "duplicates": (6, 20),
+        "more rollouts than features": (7, 3),
+        "two rollouts": (2, 5),
+    }[kind]
     features = torch.randn(2, 3, num, width, generator=generator)
     if kind == "duplicates":
         features[..., 4, :] = features[..., 1, :]
@@ -98,7 +114,9 @@ def test_rewards_equal_the_equations_group_by_group(whitening, kind):
         alignment, diversity, cfm = naive_group(features[place], truth[place], whitening)
         torch.testing.assert_close(rewards.alignment[place].double(), alignment, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(rewards.diversity[place].double(), diversity, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(rewards.reward[place].double(), 0.7 * alignment - 1.3 * diversity, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            rewards.reward[place].double(), 0.7 * alignment - 1.3 * diversity, atol=1e-5, rtol=1e-5
+        )
         torch.testing.assert_close(rewards.cfm[place].double(), cfm, atol=1e-5, rtol=1e-5)
     assert rewards.reward.dtype == rewards.cfm.dtype == torch.float32
 
@@ -120,7 +138,9 @@ def test_identical_rollouts(whitening):
     cosine = -1.0 if whitening == "feature" else -(0.5**0.5)  # eq 8 also projects the truth onto the rollouts' span
     torch.testing.assert_close(rewards.alignment, torch.full((4,), 2 * cosine))
     torch.testing.assert_close(rewards.diversity, torch.full((4,), 0.5))
-    torch.testing.assert_close(rloo_advantages(rewards.alignment, rewards.diversity, 1.0, 1.0), torch.zeros(4), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        rloo_advantages(rewards.alignment, rewards.diversity, 1.0, 1.0), torch.zeros(4), atol=1e-6, rtol=0
+    )
 
 
 @pytest.mark.parametrize("whitening", WHITENINGS)
@@ -175,7 +195,9 @@ def test_refusals():
 def test_rloo_by_hand():
     """[1,0,0,0] gives [1,-1/3,-1/3,-1/3]; then the diversity part alone: d = [4,1,1], baseline -(6-2d)/1."""
     zeros = torch.zeros(4)
-    torch.testing.assert_close(rloo_advantages(torch.tensor([1.0, 0, 0, 0]), zeros, 1.0, 1.0), torch.tensor([1, -1 / 3, -1 / 3, -1 / 3]))
+    torch.testing.assert_close(
+        rloo_advantages(torch.tensor([1.0, 0, 0, 0]), zeros, 1.0, 1.0), torch.tensor([1, -1 / 3, -1 / 3, -1 / 3])
+    )
     advantages = rloo_advantages(torch.zeros(3), torch.tensor([4.0, 1.0, 1.0]), 1.0, 0.5)
     torch.testing.assert_close(advantages, torch.tensor([-0.5 * (4 - (-2)), -0.5 * (1 - 4), -0.5 * (1 - 4)]))
 
@@ -227,19 +249,27 @@ def test_rloo_gradient_is_unbiased():
         return torch.einsum("o,on,onk->k", weights, signal, scores)
 
     wanted = expected_gradient(rewards.reward)
-    torch.testing.assert_close(expected_gradient(rloo_advantages(rewards.alignment, rewards.diversity, 1.0, 1.0)), wanted, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        expected_gradient(rloo_advantages(rewards.alignment, rewards.diversity, 1.0, 1.0)), wanted, atol=1e-5, rtol=0
+    )
     plain = rewards.reward - (rewards.reward.sum(-1, keepdim=True) - rewards.reward) / 2
     assert (expected_gradient(plain) - wanted).abs().max() > 0.05
 
 
 def test_group_norm_by_hand():
     """[1,3]: mean 2, standard deviation (of the population) 1."""
-    torch.testing.assert_close(group_norm_advantages(torch.tensor([[1.0, 3.0]])), torch.tensor([[-1.0, 1.0]]) / (1 + 1e-4))
+    torch.testing.assert_close(
+        group_norm_advantages(torch.tensor([[1.0, 3.0]])), torch.tensor([[-1.0, 1.0]]) / (1 + 1e-4)
+    )
     spread = torch.tensor([[2.0, 2.0, 2.0, 10.0]])
-    torch.testing.assert_close(group_norm_advantages(spread, eps=0.0), torch.tensor([[-2.0, -2.0, -2.0, 6.0]]) / 12**0.5)
+    torch.testing.assert_close(
+        group_norm_advantages(spread, eps=0.0), torch.tensor([[-2.0, -2.0, -2.0, 6.0]]) / 12**0.5
+    )
     assert group_norm_advantages(torch.zeros(2, 4)).tolist() == [[0.0] * 4] * 2
     rounding = torch.tensor([[50.0, 50.000004, 50.0, 50.0], [0.0, 0.0, 1e-7, 0.0]])
-    assert group_norm_advantages(rounding).tolist() == [[0.0] * 4] * 2  # without the guard 1.7 and 0.001: noise, trained on
+    assert (
+        group_norm_advantages(rounding).tolist() == [[0.0] * 4] * 2
+    )  # without the guard 1.7 and 0.001: noise, trained on
     assert group_norm_advantages(torch.tensor([[0.5, 0.501]])).abs().min() > 0.8
 
 
@@ -307,7 +337,9 @@ def test_equal_rollouts_share_one_row_of_features():
     noisy = exact + 1e-3 * torch.randn(1, 3, 16, generator=generator)
     shared = share_equal_rollouts(noisy, rollouts)
     assert torch.equal(shared[:, 1], noisy[:, 0]) and torch.equal(shared[:, [0, 2]], noisy[:, [0, 2]])
-    torch.testing.assert_close(rewards_of(shared, truth, "feature").diversity, torch.tensor([[0.5, 0.5, 0.0]]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        rewards_of(shared, truth, "feature").diversity, torch.tensor([[0.5, 0.5, 0.0]]), atol=1e-5, rtol=0
+    )
     assert rewards_of(noisy, truth, "feature").diversity.abs().max() < 1e-4
     assert (rewards_of(shared, truth, "feature").reward - rewards_of(noisy, truth, "feature").reward).abs().max() > 0.3
 

@@ -3,13 +3,24 @@
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
+from conftest import GOLDEN, tiny_model
 from ebft_utils.algorithm import flex, strided
 from ebft_utils.algorithm.losses import policy_gradient_loss
-from ebft_utils.algorithm.strided import dense_mask, find_anchors, generate_rollouts, pack_layout, rollout_logprobs, sample_tokens, segment_positions, strided_blocks, strided_logprobs, truth_windows
+from ebft_utils.algorithm.strided import (
+    dense_mask,
+    find_anchors,
+    generate_rollouts,
+    pack_layout,
+    rollout_logprobs,
+    sample_tokens,
+    segment_positions,
+    strided_blocks,
+    strided_logprobs,
+    truth_windows,
+)
 
 IMPLEMENTATIONS = ("strided_sdpa", "sdpa", "eager")
 ARCHITECTURES = {  # settings: sliding layers (where there are any) with a window that no document reaches
@@ -20,7 +31,13 @@ ARCHITECTURES = {  # settings: sliding layers (where there are any) with a windo
     "gemma": {},
     "gemma3_text": {"sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"] * 2},
 }
-LAYOUT_CASES = ("S64_ctx8_G8_stride8", "S50_ctx4_G4_stride2", "S96_ctx16_G8_stride16", "S73_ctx9_G4_stride4", "S64_ctx8_G8_stride8_docs")
+LAYOUT_CASES = (
+    "S64_ctx8_G8_stride8",
+    "S50_ctx4_G4_stride2",
+    "S96_ctx16_G8_stride16",
+    "S73_ctx9_G4_stride4",
+    "S64_ctx8_G8_stride8_docs",
+)
 # two rows: two packed documents and padding; one document and padding. Row 0 has three anchors, row 1 two and an invalid slot.
 SEGMENTS = torch.tensor([[0] * 9 + [1] * 8 + [-1] * 3, [0] * 14 + [-1] * 6])
 ANCHORS = torch.tensor([[3, 6, 12], [3, 11, 1]])
@@ -60,13 +77,21 @@ def document_start(segments: torch.Tensor, anchor: int) -> int:
 
 def golden_layout(case: str):
     """(golden arrays, our step-major layout of the same anchors, anchors, which windows lie in one document)."""
-    arrays = {name: torch.from_numpy(array) for name, array in np.load(GOLDEN / "layout.npz").items() if name.startswith(f"{case}.")}
+    arrays = {
+        name: torch.from_numpy(array)
+        for name, array in np.load(GOLDEN / "layout.npz").items()
+        if name.startswith(f"{case}.")
+    }
     arrays = {name.removeprefix(f"{case}."): array for name, array in arrays.items()}
     length, context, num_generated, stride, num_anchors = arrays["meta"].tolist()
     anchors = (torch.arange(num_anchors) * stride + context).clamp_max(length - num_generated)
-    inside = [arrays["doc_ids"][anchor - 1] == arrays["doc_ids"][anchor + num_generated - 1] for anchor in anchors.tolist()]
+    inside = [
+        arrays["doc_ids"][anchor - 1] == arrays["doc_ids"][anchor + num_generated - 1] for anchor in anchors.tolist()
+    ]
     segments = arrays["doc_ids"][None] if case.endswith("_docs") else torch.zeros(1, length, dtype=torch.long)
-    layout = pack_layout(segments, anchors[None], torch.ones(1, num_anchors, dtype=torch.bool), 1, num_generated, step_major=True)
+    layout = pack_layout(
+        segments, anchors[None], torch.ones(1, num_anchors, dtype=torch.bool), 1, num_generated, step_major=True
+    )
     return arrays, layout, anchors, torch.tensor(inside), num_generated
 
 
@@ -81,7 +106,9 @@ def test_layout_equals_the_released_code(case):
     assert torch.equal(mask[rows], arrays["mask"][rows])
     assert torch.equal(layout.position_ids[0, rows], arrays["position_ids"][rows])
     assert inside.sum() >= 3 and (inside.all() != case.endswith("_docs"))
-    for index, anchor in enumerate(anchors.tolist()):  # the first rollout token of an anchor sees no document token from the anchor on
+    for index, anchor in enumerate(
+        anchors.tolist()
+    ):  # the first rollout token of an anchor sees no document token from the anchor on
         assert not mask[length + index, anchor:length].any()
 
 
@@ -96,7 +123,9 @@ def token_ranks(num_anchors: int, num_samples: int, num_generated: int) -> torch
 
 def test_anchor_major_is_a_permutation_of_step_major():
     """One predicate for both orders: training and decoding must not disagree on a single cell."""
-    layouts = [pack_layout(SEGMENTS, ANCHORS, VALID, NUM_SAMPLES, NUM_GENERATED, step_major=order) for order in (False, True)]
+    layouts = [
+        pack_layout(SEGMENTS, ANCHORS, VALID, NUM_SAMPLES, NUM_GENERATED, step_major=order) for order in (False, True)
+    ]
     length = SEGMENTS.shape[1]
     order = torch.cat([torch.arange(length), length + token_ranks(3, NUM_SAMPLES, NUM_GENERATED)])
     anchor_major, step_major = (dense_mask(layout)[:, 0] for layout in layouts)
@@ -108,13 +137,18 @@ def test_anchor_major_is_a_permutation_of_step_major():
 def described_tokens(row: int) -> list[dict]:
     """What each packed token of a row is, in the words of the module's docstring; anchor-major."""
     segments = SEGMENTS[row].tolist()
-    tokens = [{"kind": "padding" if segment < 0 else "document", "index": index, "segment": segment} for index, segment in enumerate(segments)]
+    tokens = [
+        {"kind": "padding" if segment < 0 else "document", "index": index, "segment": segment}
+        for index, segment in enumerate(segments)
+    ]
     for slot in range(3):
         anchor, valid = int(ANCHORS[row, slot]), bool(VALID[row, slot])
         for sample in range(NUM_SAMPLES):
             for step in range(NUM_GENERATED):
                 segment = segments[anchor - 1] if valid else None
-                tokens.append({"kind": "rollout", "rollout": (slot, sample), "step": step, "anchor": anchor, "segment": segment})
+                tokens.append(
+                    {"kind": "rollout", "rollout": (slot, sample), "step": step, "anchor": anchor, "segment": segment}
+                )
     return tokens
 
 
@@ -186,7 +220,9 @@ def test_training_blocks_equal_the_dense_mask(monkeypatch, case, queries_per_blo
     assert len(blocks.blocks) == {1: num_anchors * NUM_SAMPLES, 12: -(-num_anchors // 2), 256: 1}[queries_per_block]
     assert (blocks.document_mask is None) == (case is SINGLE)
     if queries_per_block == 1:  # what a block leaves out is the speed: no document token behind its longest prefix
-        assert [block.prefix for block in blocks.blocks] == [prefix for prefix in ([3, 6, 12, 15] if case is SINGLE else [3, 11, 12]) for _ in range(NUM_SAMPLES)]
+        assert [block.prefix for block in blocks.blocks] == [
+            prefix for prefix in ([3, 6, 12, 15] if case is SINGLE else [3, 11, 12]) for _ in range(NUM_SAMPLES)
+        ]
 
 
 @pytest.mark.parametrize("case", [(SEGMENTS, ANCHORS, VALID), SINGLE], ids=["packed", "single"])
@@ -215,11 +251,17 @@ def test_blocks_of_a_document_alone():
 
 def test_anchors_by_hand():
     """Windows of 3 in documents of 9 and 8: anchors 2, 4, 6 (window 6..8) and 2, 4 (6 would need token 8); rows of different number."""
-    anchors, valid = find_anchors(SEGMENTS, SEGMENTS, context_length=2, min_completion_prefix=0, stride=2, num_generated=3)
+    anchors, valid = find_anchors(
+        SEGMENTS, SEGMENTS, context_length=2, min_completion_prefix=0, stride=2, num_generated=3
+    )
     assert anchors.tolist() == [[2, 4, 6, 11, 13], [2, 4, 6, 8, 10]] and valid.all()
-    anchors, valid = find_anchors(SEGMENTS, SEGMENTS, context_length=5, min_completion_prefix=0, stride=4, num_generated=3)
+    anchors, valid = find_anchors(
+        SEGMENTS, SEGMENTS, context_length=5, min_completion_prefix=0, stride=4, num_generated=3
+    )
     assert anchors.tolist() == [[5, 14], [5, 9]] and valid.all()
-    anchors, valid = find_anchors(SEGMENTS, SEGMENTS, context_length=3, min_completion_prefix=6, stride=1, num_generated=3)
+    anchors, valid = find_anchors(
+        SEGMENTS, SEGMENTS, context_length=3, min_completion_prefix=6, stride=1, num_generated=3
+    )
     assert anchors.tolist() == [[6, 1, 1, 1, 1, 1], [6, 7, 8, 9, 10, 11]]
     assert valid.tolist() == [[True] + [False] * 5, [True] * 6]
 
@@ -237,7 +279,9 @@ def test_packing_changes_no_window():
         assert valid.all() and (anchors + 3 <= length).all()
         expected += [start + anchor for anchor in anchors[0].tolist()]
         start += length
-    assert packed_anchors[0].tolist() == expected and len(expected) == 4 + 1 + 3 + 1  # no room in those of 5 and 3 tokens
+    assert (
+        packed_anchors[0].tolist() == expected and len(expected) == 4 + 1 + 3 + 1
+    )  # no room in those of 5 and 3 tokens
     windows = truth_windows(index, packed_anchors, 3)
     assert windows[0, 0].tolist() == [8, 9, 10]
     assert (packed[0][windows] == packed[0][packed_anchors - 1].unsqueeze(-1)).all()
@@ -269,7 +313,14 @@ def test_logprobs_equal_the_released_code(golden_model, golden_forward, implemen
     with torch.no_grad():
         ours = rollout_logprobs(model, golden["doc"], golden["rollouts"], golden["anchors"], temperature)
         _, document = strided_logprobs(
-            model, golden["doc"], torch.zeros_like(golden["doc"]), golden["rollouts"], golden["anchors"], torch.ones(2, 4, dtype=torch.bool), temperature, False
+            model,
+            golden["doc"],
+            torch.zeros_like(golden["doc"]),
+            golden["rollouts"],
+            golden["anchors"],
+            torch.ones(2, 4, dtype=torch.bool),
+            temperature,
+            False,
         )
     torch.testing.assert_close(ours, golden["rollout_logprobs"], atol=1e-4, rtol=0)
     torch.testing.assert_close(-document, golden["doc_nll"], atol=1e-4, rtol=0)
@@ -279,12 +330,18 @@ def test_logprobs_equal_the_released_code(golden_model, golden_forward, implemen
 def test_logprobs_equal_one_sequence_at_a_time(architecture):
     """Every supported architecture honours mask and positions; anchors differ by row, and reach both ends of the document."""
     model = with_attention(tiny_model(architecture, **ARCHITECTURES[architecture]), "strided_sdpa")
-    document, rollouts, anchors = random_tokens(2, 12), random_tokens(2, 3, 2, 4, seed=2), torch.tensor([[1, 5, 12], [2, 6, 8]])
+    document, rollouts, anchors = (
+        random_tokens(2, 12),
+        random_tokens(2, 3, 2, 4, seed=2),
+        torch.tensor([[1, 5, 12], [2, 6, 8]]),
+    )
     with torch.no_grad():
         packed = rollout_logprobs(model, document, rollouts, anchors, 0.6)
     expected = torch.empty_like(packed)
     for row, slot, sample in np.ndindex(2, 3, 2):
-        expected[row, slot, sample] = lone_rollout_logprobs(model, document[row, : anchors[row, slot]], rollouts[row, slot, sample], 0.6)
+        expected[row, slot, sample] = lone_rollout_logprobs(
+            model, document[row, : anchors[row, slot]], rollouts[row, slot, sample], 0.6
+        )
     torch.testing.assert_close(packed, expected, atol=1e-4, rtol=0)
     assert packed.std() > 0.3
 
@@ -293,7 +350,11 @@ def test_logprobs_equal_one_sequence_at_a_time(architecture):
 def test_logprobs_of_very_short_rollouts(num_generated):
     """ebft.generate_max_len: 1 is allowed: then no rollout token is fed at all."""
     model = with_attention(tiny_model(), "strided_sdpa")
-    document, rollouts, anchors = random_tokens(1, 10), random_tokens(1, 2, 2, num_generated, seed=2), torch.tensor([[3, 7]])
+    document, rollouts, anchors = (
+        random_tokens(1, 10),
+        random_tokens(1, 2, 2, num_generated, seed=2),
+        torch.tensor([[3, 7]]),
+    )
     with torch.no_grad():
         packed = rollout_logprobs(model, document, rollouts, anchors, 0.6)
     for slot, sample in np.ndindex(2, 2):
@@ -333,10 +394,18 @@ def test_invalid_anchors_and_padding_leave_the_gradient_alone(implementation):
     tokens, segments, rollouts, anchors, valid = padded_inputs()
 
     def gradients(rows, slots, length):
-        inputs = (tokens[rows, :length], segments[rows, :length], rollouts[rows, :slots], anchors[rows, :slots], valid[rows, :slots])
+        inputs = (
+            tokens[rows, :length],
+            segments[rows, :length],
+            rollouts[rows, :slots],
+            anchors[rows, :slots],
+            valid[rows, :slots],
+        )
         logps, _ = strided_logprobs(model, *inputs, 0.6, False)
         counted = inputs[-1].unsqueeze(-1).expand(-1, -1, NUM_SAMPLES)
-        return torch.autograd.grad(policy_gradient_loss(logps, torch.ones(counted.shape), counted, 1), list(model.parameters()))
+        return torch.autograd.grad(
+            policy_gradient_loss(logps, torch.ones(counted.shape), counted, 1), list(model.parameters())
+        )
 
     together = gradients(slice(0, 2), 3, 20)
     alone = [gradients(slice(0, 1), 3, 17), gradients(slice(1, 2), 2, 14)]  # nothing padded, nothing invalid
@@ -362,14 +431,20 @@ def copied_document_loss(model, document, rollouts, anchors, advantages, tempera
             mask[query, : anchors[row, slot]] = True
             mask[query, [length + earlier * num_anchors + slot for earlier in range(step + 1)]] = True
             positions.append(int(anchors[row, slot]) + step)
-        ids = torch.stack([torch.cat([document[row], rollouts[row, :, sample].T.flatten()]) for sample in range(num_samples)])
+        ids = torch.stack(
+            [torch.cat([document[row], rollouts[row, :, sample].T.flatten()]) for sample in range(num_samples)]
+        )
         position_ids = torch.tensor(positions).expand(num_samples, -1)
-        logits = model(ids, attention_mask=mask.expand(num_samples, 1, -1, -1), position_ids=position_ids, use_cache=False).logits
+        logits = model(
+            ids, attention_mask=mask.expand(num_samples, 1, -1, -1), position_ids=position_ids, use_cache=False
+        ).logits
         logps = (logits / temperature).log_softmax(-1)
         for step, slot in where:
             predictor = int(anchors[row, slot]) - 1 if step == 0 else length + (step - 1) * num_anchors + slot
             for sample in range(num_samples):
-                loss = loss - advantages[row, slot, sample] * logps[sample, predictor, rollouts[row, slot, sample, step]]
+                loss = (
+                    loss - advantages[row, slot, sample] * logps[sample, predictor, rollouts[row, slot, sample, step]]
+                )
     return loss / rollouts.numel()
 
 
@@ -377,11 +452,21 @@ def copied_document_loss(model, document, rollouts, anchors, advantages, tempera
 def gradient_case():
     """Inputs, and the copied-document layout's loss and gradients."""
     document, rollouts = random_tokens(2, 14), random_tokens(2, 3, 2, 4, seed=2)
-    anchors, advantages = torch.tensor([[2, 6, 10], [3, 5, 9]]), torch.randn(2, 3, 2, generator=torch.Generator().manual_seed(3))
+    anchors, advantages = (
+        torch.tensor([[2, 6, 10], [3, 5, 9]]),
+        torch.randn(2, 3, 2, generator=torch.Generator().manual_seed(3)),
+    )
     model = with_attention(tiny_model(), "sdpa")
     loss = copied_document_loss(model, document, rollouts, anchors, advantages, 0.6)
     loss.backward()
-    return document, rollouts, anchors, advantages, loss.item(), {name: parameter.grad for name, parameter in model.named_parameters()}
+    return (
+        document,
+        rollouts,
+        anchors,
+        advantages,
+        loss.item(),
+        {name: parameter.grad for name, parameter in model.named_parameters()},
+    )
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -398,7 +483,9 @@ def test_gradients_equal_the_copied_document_layout(monkeypatch, gradient_case, 
     loss.backward()
     assert abs(loss.item() - expected_loss) < 1e-5
     for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad, expected[name], atol=1e-5, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            parameter.grad, expected[name], atol=1e-5, rtol=0, msg=lambda text, name=name: f"{name}: {text}"
+        )
         assert expected[name].abs().max() > 1e-4, name
 
 
@@ -431,14 +518,21 @@ def test_decoding_never_waits_for_the_device(monkeypatch):
     def dense_attention(query, key, value, *, block_mask, scale, enable_gqa):
         row, index, keys = (torch.arange(size) for size in (query.shape[0], query.shape[2], key.shape[2]))
         mask = block_mask.mask_mod(row[:, None, None], 0, index[:, None], keys[None])
-        return torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None], scale=scale, enable_gqa=enable_gqa)
+        return torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask[:, None], scale=scale, enable_gqa=enable_gqa
+        )
 
     monkeypatch.setattr(flex, "_compiled_flex_attention", dense_attention)
-    document, uniforms = random_tokens(2, 20), torch.rand(2, 3, NUM_SAMPLES, 4, generator=torch.Generator().manual_seed(2))
+    document, uniforms = (
+        random_tokens(2, 20),
+        torch.rand(2, 3, NUM_SAMPLES, 4, generator=torch.Generator().manual_seed(2)),
+    )
     rollouts, waits = {}, {}
     for implementation in ("strided_flex", "strided_sdpa"):
         with Waits() as counted:
-            rollouts[implementation] = generate_rollouts(with_attention(tiny_model(), implementation), document, SEGMENTS, ANCHORS, VALID, 0.6, uniforms)
+            rollouts[implementation] = generate_rollouts(
+                with_attention(tiny_model(), implementation), document, SEGMENTS, ANCHORS, VALID, 0.6, uniforms
+            )
         waits[implementation] = counted.number
     assert torch.equal(rollouts["strided_flex"][VALID], rollouts["strided_sdpa"][VALID])
     assert waits["strided_flex"] == 0 and waits["strided_sdpa"] > 3  # it cuts its blocks by the anchors
@@ -499,26 +593,45 @@ def test_rollouts_equal_a_loop_without_cache(monkeypatch, naive_rollouts, implem
 @pytest.mark.parametrize("architecture", ["qwen3", "mistral", "gemma3_text"])
 def test_cached_rollouts_of_other_architectures(architecture):
     """A sliding layer's own cache drops keys by count: here 18 are cached, the window is 12, and no rollout has more than 10 tokens before it."""
-    model = with_attention(tiny_model(architecture, **{**ARCHITECTURES[architecture], "sliding_window": 12}), "strided_sdpa")
+    model = with_attention(
+        tiny_model(architecture, **{**ARCHITECTURES[architecture], "sliding_window": 12}), "strided_sdpa"
+    )
     document, anchors, uniforms = random_tokens(1, 10), torch.tensor([[2, 7]]), UNIFORMS[:1, :2]
-    rollouts = generate_rollouts(model, document, torch.zeros_like(document), anchors, torch.ones(1, 2, dtype=torch.bool), 0.6, uniforms)
+    rollouts = generate_rollouts(
+        model, document, torch.zeros_like(document), anchors, torch.ones(1, 2, dtype=torch.bool), 0.6, uniforms
+    )
     for slot, sample in np.ndindex(2, NUM_SAMPLES):
         expected = naive_rollout(model, document[0, : anchors[0, slot]], uniforms[0, slot, sample].tolist(), 0.6)
         assert rollouts[0, slot, sample].tolist() == expected
 
 
 def test_single_token_rollouts():
-    model, document, anchors = with_attention(tiny_model(), "strided_sdpa"), random_tokens(1, 10), torch.tensor([[2, 7]])
+    model, document, anchors = (
+        with_attention(tiny_model(), "strided_sdpa"),
+        random_tokens(1, 10),
+        torch.tensor([[2, 7]]),
+    )
     uniforms = UNIFORMS[:1, :2, :, :1]
-    rollouts = generate_rollouts(model, document, torch.zeros_like(document), anchors, torch.ones(1, 2, dtype=torch.bool), 0.6, uniforms)
-    expected = [[naive_rollout(model, document[0, :anchor], uniforms[0, slot, sample].tolist(), 0.6) for sample in range(2)] for slot, anchor in enumerate((2, 7))]
+    rollouts = generate_rollouts(
+        model, document, torch.zeros_like(document), anchors, torch.ones(1, 2, dtype=torch.bool), 0.6, uniforms
+    )
+    expected = [
+        [naive_rollout(model, document[0, :anchor], uniforms[0, slot, sample].tolist(), 0.6) for sample in range(2)]
+        for slot, anchor in enumerate((2, 7))
+    ]
     assert rollouts[0].tolist() == expected
 
 
 def test_low_temperature_is_greedy():
     """Whatever the uniform numbers: softmax(logits / temperature) becomes the argmax."""
-    model, document, anchors = with_attention(tiny_model(), "strided_sdpa"), random_tokens(1, 10), torch.tensor([[2, 7]])
-    rollouts = generate_rollouts(model, document, torch.zeros_like(document), anchors, torch.ones(1, 2, dtype=torch.bool), 1e-4, UNIFORMS[:1, :2])
+    model, document, anchors = (
+        with_attention(tiny_model(), "strided_sdpa"),
+        random_tokens(1, 10),
+        torch.tensor([[2, 7]]),
+    )
+    rollouts = generate_rollouts(
+        model, document, torch.zeros_like(document), anchors, torch.ones(1, 2, dtype=torch.bool), 1e-4, UNIFORMS[:1, :2]
+    )
     for slot, anchor in enumerate((2, 7)):
         tokens = document[0, :anchor]
         for _ in range(NUM_GENERATED):
@@ -531,7 +644,15 @@ def test_mode_is_restored_after_an_error(monkeypatch):
     model, document = with_attention(tiny_model(), "strided_sdpa").train(), random_tokens(1, 10)
     monkeypatch.setattr(strided, "sample_tokens", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        generate_rollouts(model, document, torch.zeros_like(document), torch.tensor([[4]]), torch.tensor([[True]]), 1.0, UNIFORMS[:1, :1])
+        generate_rollouts(
+            model,
+            document,
+            torch.zeros_like(document),
+            torch.tensor([[4]]),
+            torch.tensor([[True]]),
+            1.0,
+            UNIFORMS[:1, :1],
+        )
     assert all(module.training for module in model.modules())
 
 
@@ -557,7 +678,11 @@ def test_impossible_tokens_are_never_drawn():
 def test_many_rows_are_sampled_in_chunks(monkeypatch):
     monkeypatch.setattr("ebft_utils.algorithm.losses.LOGITS_PER_CHUNK", 1)
     generator = torch.Generator().manual_seed(6)
-    hidden, weight, uniforms = (torch.randn(37, 6, generator=generator), torch.randn(12, 6, generator=generator), torch.rand(37, 3, generator=generator))
+    hidden, weight, uniforms = (
+        torch.randn(37, 6, generator=generator),
+        torch.randn(12, 6, generator=generator),
+        torch.rand(37, 3, generator=generator),
+    )
     chunked = sample_tokens(hidden, weight, None, 0.7, uniforms)
     rows = [sample_tokens(hidden[row, None], weight, None, 0.7, uniforms[row, None]) for row in range(37)]
     assert torch.equal(chunked, torch.cat(rows)) and len(chunked.unique()) > 6
@@ -565,16 +690,24 @@ def test_many_rows_are_sampled_in_chunks(monkeypatch):
 
 def test_the_scored_policy_is_the_sampling_policy(monkeypatch):
     """The ratio of an unchanged policy is 1: log-probs that the sampler drew from equal those the loss scores."""
-    model, document, anchors = with_attention(tiny_model(), "strided_sdpa"), random_tokens(2, 16), torch.tensor([[2, 7, 12], [3, 6, 9]])
+    model, document, anchors = (
+        with_attention(tiny_model(), "strided_sdpa"),
+        random_tokens(2, 16),
+        torch.tensor([[2, 7, 12], [3, 6, 9]]),
+    )
     drawn_logps, sample = [], strided.sample_tokens
 
     def spy(hidden, weight, bias, temperature, uniforms):
         tokens = sample(hidden, weight, bias, temperature, uniforms)
-        drawn_logps.append(((hidden @ weight.T) / temperature).log_softmax(-1).gather(-1, tokens).view(2, 3, NUM_SAMPLES))
+        drawn_logps.append(
+            ((hidden @ weight.T) / temperature).log_softmax(-1).gather(-1, tokens).view(2, 3, NUM_SAMPLES)
+        )
         return tokens
 
     monkeypatch.setattr(strided, "sample_tokens", spy)
-    rollouts = generate_rollouts(model, document, torch.zeros_like(document), anchors, torch.ones(2, 3, dtype=torch.bool), 0.6, UNIFORMS)
+    rollouts = generate_rollouts(
+        model, document, torch.zeros_like(document), anchors, torch.ones(2, 3, dtype=torch.bool), 0.6, UNIFORMS
+    )
     with torch.no_grad():
         scored = rollout_logprobs(model, document, rollouts, anchors, 0.6)
         other = rollout_logprobs(model, document, rollouts, anchors, 1.0)

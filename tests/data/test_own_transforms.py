@@ -5,12 +5,12 @@ import re
 
 import datasets
 import pytest
+from test_transforms import END, A, U, document_of, documents_of, refusal, strided, structured, words, write  # noqa: F401  fixtures too
 
 from ebft_utils.config.data import ColumnsConfig
 from ebft_utils.data.documents import Document, documents_from, load_documents
 from ebft_utils.data.sources import training_sources
 from ebft_utils.data.transforms import BadRow, load_transform
-from test_transforms import A, END, U, by_word, document_of, documents_of, own_cache, refusal, strided, structured, tokenizer, words, write  # noqa: F401  fixtures too
 
 OWN = """
 from ebft_utils.transforms import BadRow
@@ -40,7 +40,9 @@ NUMBER = 5
 def own(tmp_path):
     """A file of transforms, and rows for them."""
     (tmp_path / "my_file.py").write_text(OWN)
-    return tmp_path / "my_file.py", write(tmp_path / "rows.jsonl", [{"n": 10 + number, "a": "w50 w51"} for number in range(7)])
+    return tmp_path / "my_file.py", write(
+        tmp_path / "rows.jsonl", [{"n": 10 + number, "a": "w50 w51"} for number in range(7)]
+    )
 
 
 @pytest.mark.parametrize("kind", [structured, strided])
@@ -51,7 +53,10 @@ def test_a_function_of_ones_own(own, by_word, capsys, kind):
     expected = [Document([n, 11, n + 1, 50, 51, END], [(2, 6)]) for n in (10, 12, 13, 15, 16)]
     for _ in range(2):
         assert documents_of(config, by_word) == expected
-        assert capsys.readouterr().out == f"data: 2 of 7 rows of {str(path)!r} left out: 2 by the transform {file}:transform\n"
+        assert (
+            capsys.readouterr().out
+            == f"data: 2 of 7 rows of {str(path)!r} left out: 2 by the transform {file}:transform\n"
+        )
 
 
 @pytest.mark.parametrize("kind", [structured, strided])
@@ -59,7 +64,10 @@ def test_a_function_of_ones_own_with_bad_rows_and_turns(own, by_word, capsys, ki
     """Guards against an own BadRow that is a traceback, and against own messages and turns that are not templated."""
     file, path = own
     config = dict(columns=ColumnsConfig(completion="a"), transform=f"{file}:refusing")
-    assert refusal(documents_of, kind(path, **config), by_word) == f"data: {str(path)!r}, row 1, column 'n': 11 is not wanted; data.on_bad_row: skip leaves such rows out"
+    assert (
+        refusal(documents_of, kind(path, **config), by_word)
+        == f"data: {str(path)!r}, row 1, column 'n': 11 is not wanted; data.on_bad_row: skip leaves such rows out"
+    )
     assert len(documents_of(kind(path, **config, on_bad_row="skip"), by_word)) == 6
     assert "1 of 7 rows" in capsys.readouterr().out
     document = document_of(kind(transform=f"{file}:talking"), by_word, {"n": 10})
@@ -86,12 +94,17 @@ def test_two_files_of_the_same_name(tmp_path, by_word):
     names = []
     for word in ("w30", "w31"):
         (tmp_path / word).mkdir()
-        (tmp_path / word / "my.py").write_text(f"WORD = '{word}'\ndef f(row, columns):\n    return {{'prompt': 'w' + str(row['n']), 'completion': WORD}}\n")
+        (tmp_path / word / "my.py").write_text(
+            f"WORD = '{word}'\ndef f(row, columns):\n    return {{'prompt': 'w' + str(row['n']), 'completion': WORD}}\n"
+        )
         names.append(f"{tmp_path / word / 'my.py'}:f")
     for num_proc in (1, 2):
         configs = [structured(path, transform=name, num_proc=num_proc) for name in names]
         sources = [training_sources(config)[0] for config in configs]  # both files are loaded before one is used
-        found = [documents_from(load_documents(config, by_word, source)[:]) for config, source in zip(configs, sources, strict=True)]
+        found = [
+            documents_from(load_documents(config, by_word, source)[:])
+            for config, source in zip(configs, sources, strict=True)
+        ]
         assert found == [[Document([10 + number, word, END], [(1, 3)]) for number in range(4)] for word in (30, 31)]
 
 
@@ -114,11 +127,23 @@ def test_errors_of_processes(own, by_word, num_proc):
     with path.open("a") as stream:
         stream.write(json.dumps({"n": 30, "a": None}) + "\n")
     config = structured(path, transform=f"{file}:refusing", columns=ColumnsConfig(completion="a"), num_proc=num_proc)
-    assert refusal(documents_of, config, by_word) == f"data: {str(path)!r}, row 1, column 'n': 11 is not wanted; data.on_bad_row: skip leaves such rows out"
-    config = structured(path, transform="prompt_completion", columns=ColumnsConfig(prompt="a", completion="a"), num_proc=num_proc)
-    assert refusal(documents_of, config, by_word) == f"data: {str(path)!r}, row 7, column 'a': None is not text; data.on_bad_row: skip leaves such rows out"
+    assert (
+        refusal(documents_of, config, by_word)
+        == f"data: {str(path)!r}, row 1, column 'n': 11 is not wanted; data.on_bad_row: skip leaves such rows out"
+    )
+    config = structured(
+        path, transform="prompt_completion", columns=ColumnsConfig(prompt="a", completion="a"), num_proc=num_proc
+    )
+    assert (
+        refusal(documents_of, config, by_word)
+        == f"data: {str(path)!r}, row 7, column 'a': None is not text; data.on_bad_row: skip leaves such rows out"
+    )
     file.write_text(OWN.replace("return None\n    return {", "return None\n    return {'id': 3, "))
-    message = refusal(documents_of, structured(path, transform=f"{file}:transform", columns=ColumnsConfig(completion="a"), num_proc=num_proc), by_word)
+    message = refusal(
+        documents_of,
+        structured(path, transform=f"{file}:transform", columns=ColumnsConfig(completion="a"), num_proc=num_proc),
+        by_word,
+    )
     assert "returned ['completion', 'id', 'prompt']" in message and message.endswith(f"({str(path)!r}, row 0)")
 
 
@@ -131,7 +156,10 @@ ALLOWED = "allowed: {text}, {prompt, completion} or {prompt, completion, turns},
         ("return {'prompt': 'a', 'answer': 'b'}", f"returned ['answer', 'prompt']; {ALLOWED}"),
         ("return {'prompt': 'a'}", f"returned ['prompt']; {ALLOWED}"),
         ("return {}", f"returned []; {ALLOWED}"),
-        ("return {'text': 'a', 'prompt': 'a', 'completion': 'b'}", f"returned ['completion', 'prompt', 'text']; {ALLOWED}"),
+        (
+            "return {'text': 'a', 'prompt': 'a', 'completion': 'b'}",
+            f"returned ['completion', 'prompt', 'text']; {ALLOWED}",
+        ),
         ("return 'a text'", f"returned 'a text'; {ALLOWED}"),
         ("return ('a', 'b')", f"returned ('a', 'b'); {ALLOWED}"),
         ("return False", f"returned False; {ALLOWED}"),
@@ -139,13 +167,31 @@ ALLOWED = "allowed: {text}, {prompt, completion} or {prompt, completion, turns},
         ("return {'prompt': 5, 'completion': 'b'}", "returned prompt 5, which is not text"),
         ("return {'prompt': 'a', 'completion': None}", "returned completion None, which is not text"),
         ("return {'prompt': 'a', 'completion': ['b']}", "returned completion ['b'], which is not text"),
-        ("return {'prompt': ['a'], 'completion': 'b'}", "returned the prompt ['a'], which is neither text nor a list of messages (role, content)"),
-        ("return {'prompt': [{'content': 'a'}], 'completion': 'b'}", "returned the prompt [{'content': 'a'}], which is neither text nor a list of messages (role, content)"),
-        ("return {'prompt': 'a', 'completion': 'b', 'turns': [{'prompt': 'c'}]}", "returned turns[0] {'prompt': 'c'}; allowed: {prompt, completion}"),
-        ("return {'prompt': 'a', 'completion': 'b', 'turns': ['c']}", "returned turns[0] 'c'; allowed: {prompt, completion}"),
-        ("return {'prompt': 'a', 'completion': 'b', 'turns': [{'prompt': 'c', 'completion': 7}]}", "returned turns[0].completion 7, which is not text"),
+        (
+            "return {'prompt': ['a'], 'completion': 'b'}",
+            "returned the prompt ['a'], which is neither text nor a list of messages (role, content)",
+        ),
+        (
+            "return {'prompt': [{'content': 'a'}], 'completion': 'b'}",
+            "returned the prompt [{'content': 'a'}], which is neither text nor a list of messages (role, content)",
+        ),
+        (
+            "return {'prompt': 'a', 'completion': 'b', 'turns': [{'prompt': 'c'}]}",
+            "returned turns[0] {'prompt': 'c'}; allowed: {prompt, completion}",
+        ),
+        (
+            "return {'prompt': 'a', 'completion': 'b', 'turns': ['c']}",
+            "returned turns[0] 'c'; allowed: {prompt, completion}",
+        ),
+        (
+            "return {'prompt': 'a', 'completion': 'b', 'turns': [{'prompt': 'c', 'completion': 7}]}",
+            "returned turns[0].completion 7, which is not text",
+        ),
         ("return {'prompt': row['question'], 'completion': 'b'}", "raised KeyError: 'question'"),
-        ("return {'prompt': row['n'].strip(), 'completion': 'b'}", "raised AttributeError: 'int' object has no attribute 'strip'"),
+        (
+            "return {'prompt': row['n'].strip(), 'completion': 'b'}",
+            "raised AttributeError: 'int' object has no attribute 'strip'",
+        ),
         ("raise RuntimeError('no time')", "raised RuntimeError: no time"),
     ],
 )
@@ -179,7 +225,9 @@ def test_raw_text_of_a_function_of_ones_own(tmp_path, by_word):
     data, row = {"transform": f"{tmp_path / 'mine.py'}:transform"}, {"body": words(10, 11, 12)}
     assert document_of(strided(**data), by_word, row) == Document([10, 11, 12, 99, END], [(0, 5)])
     message = refusal(document_of, structured("rows", **data, on_bad_row="skip"), by_word, row)
-    assert message.endswith("mine.py:transform returned raw text, which train_structured.py cannot use: it needs prompt and completion ('rows', row 0)")
+    assert message.endswith(
+        "mine.py:transform returned raw text, which train_structured.py cannot use: it needs prompt and completion ('rows', row 0)"
+    )
 
 
 @pytest.mark.parametrize(
@@ -190,13 +238,41 @@ def test_raw_text_of_a_function_of_ones_own(tmp_path, by_word):
         (OWN, "mine.py:NUMBER", "mine.py has no function 'NUMBER'; it has transform, refusing, talking"),
         (OWN, "mine.py:", "mine.py has no function ''; it has transform, refusing, talking"),
         ("x = 1\n", "mine.py:transform", "mine.py has no function 'transform'; it has none"),
-        ("def transform(row, columns:\n", "mine.py:transform", "'mine.py:transform': the file cannot be run: SyntaxError: "),
-        ("import nothing_of_that_name\n", "mine.py:transform", "'mine.py:transform': the file cannot be run: ModuleNotFoundError: No module named 'nothing_of_that_name'"),
-        ("LIMIT = 1 / 0\n", "mine.py:transform", "'mine.py:transform': the file cannot be run: ZeroDivisionError: division by zero"),
-        ("def transform(row):\n    return row\n", "mine.py:transform", "mine.py:transform: a transform takes a row and the names of the columns: def transform(row, columns)"),
-        ("def transform(row, columns, tokenizer):\n    return row\n", "mine.py:transform", "a transform takes a row and the names of the columns: def transform(row, columns)"),
-        ("def transform(row, *, columns):\n    return row\n", "mine.py:transform", "a transform takes a row and the names of the columns: def transform(row, columns)"),
-        (None, "nothing_of_that_name:transform", "the module nothing_of_that_name cannot be imported: No module named 'nothing_of_that_name'"),
+        (
+            "def transform(row, columns:\n",
+            "mine.py:transform",
+            "'mine.py:transform': the file cannot be run: SyntaxError: ",
+        ),
+        (
+            "import nothing_of_that_name\n",
+            "mine.py:transform",
+            "'mine.py:transform': the file cannot be run: ModuleNotFoundError: No module named 'nothing_of_that_name'",
+        ),
+        (
+            "LIMIT = 1 / 0\n",
+            "mine.py:transform",
+            "'mine.py:transform': the file cannot be run: ZeroDivisionError: division by zero",
+        ),
+        (
+            "def transform(row):\n    return row\n",
+            "mine.py:transform",
+            "mine.py:transform: a transform takes a row and the names of the columns: def transform(row, columns)",
+        ),
+        (
+            "def transform(row, columns, tokenizer):\n    return row\n",
+            "mine.py:transform",
+            "a transform takes a row and the names of the columns: def transform(row, columns)",
+        ),
+        (
+            "def transform(row, *, columns):\n    return row\n",
+            "mine.py:transform",
+            "a transform takes a row and the names of the columns: def transform(row, columns)",
+        ),
+        (
+            None,
+            "nothing_of_that_name:transform",
+            "the module nothing_of_that_name cannot be imported: No module named 'nothing_of_that_name'",
+        ),
         (None, "json:lood", "json has no function 'lood'; it has "),
     ],
 )
@@ -206,15 +282,24 @@ def test_a_function_that_is_not_there(tmp_path, monkeypatch, content, name, word
     if content is not None:
         (tmp_path / "mine.py").write_text(content)
     message = refusal(load_transform, name, "data.mix[1].transform")
-    assert message.startswith("data.mix[1].transform: ") and words in message and "\n" not in message and "_hidden" not in message
+    assert (
+        message.startswith("data.mix[1].transform: ")
+        and words in message
+        and "\n" not in message
+        and "_hidden" not in message
+    )
     assert refusal(training_sources, structured(transform=name)).startswith("data.transform: ")
 
 
 @pytest.mark.parametrize("signature", ["row, columns", "row, columns, more=1", "*everything", "row, names"])
 def test_signatures_that_will_do(tmp_path, by_word, signature):
     """Guards against a function being refused that can be called."""
-    (tmp_path / "mine.py").write_text(f"def transform({signature}):\n    return {{'prompt': 'w10', 'completion': 'w30'}}\n")
-    assert document_of(structured(transform=f"{tmp_path / 'mine.py'}:transform"), by_word, {}) == Document([10, 30, END], [(1, 3)])
+    (tmp_path / "mine.py").write_text(
+        f"def transform({signature}):\n    return {{'prompt': 'w10', 'completion': 'w30'}}\n"
+    )
+    assert document_of(structured(transform=f"{tmp_path / 'mine.py'}:transform"), by_word, {}) == Document(
+        [10, 30, END], [(1, 3)]
+    )
 
 
 def test_a_file_with_more_in_it(tmp_path, by_word):
@@ -223,17 +308,32 @@ def test_a_file_with_more_in_it(tmp_path, by_word):
         "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass Pair:\n    prompt: str\n    completion: str\n"
         "def transform(row, columns):\n    return vars(Pair('w10', 'w30'))\n"
     )
-    assert document_of(structured(transform=f"{tmp_path / 'mine.py'}:transform"), by_word, {}) == Document([10, 30, END], [(1, 3)])
+    assert document_of(structured(transform=f"{tmp_path / 'mine.py'}:transform"), by_word, {}) == Document(
+        [10, 30, END], [(1, 3)]
+    )
 
 
-@pytest.mark.parametrize("name, nearest", [("chatt", "chat"), ("first_trun", "first_turn"), ("translate_english", "translate_to_english"), ("reasoning_answers", "reasoning_answer"), ("zzz", None), ("my_file.py", None)])
+@pytest.mark.parametrize(
+    "name, nearest",
+    [
+        ("chatt", "chat"),
+        ("first_trun", "first_turn"),
+        ("translate_english", "translate_to_english"),
+        ("reasoning_answers", "reasoning_answer"),
+        ("zzz", None),
+        ("my_file.py", None),
+    ],
+)
 @pytest.mark.parametrize("kind", [structured, strided])
 def test_an_unknown_name(kind, name, nearest):
     """Guards against a typo that is found only when the first row is read."""
     message = refusal(kind, transform=name)
     names = "text, prompt_completion, chat, first_turn, last_turn, all_turns, reasoning, reasoning_answer, opencodeinstruct, swallow_code, question_answer, translate_to_english, translate_from_english"
     hint = "" if nearest is None else f"; did you mean {nearest}?"
-    assert message == f"data.transform: {name!r} is unknown; allowed: {names}, my_file.py:function, package.module:function{hint}"
+    assert (
+        message
+        == f"data.transform: {name!r} is unknown; allowed: {names}, my_file.py:function, package.module:function{hint}"
+    )
 
 
 def test_bad_row_says_where_and_why():

@@ -5,20 +5,26 @@ import json
 
 import pytest
 import torch
-from conftest import assert_holds, tiny_tokenizer
 
-from ebft_utils.config.data import ColumnsConfig
-from ebft_utils.config.data import EvalConfig, PromptDataConfig
+from conftest import assert_holds, tiny_tokenizer
+from ebft_utils.config.data import ColumnsConfig, EvalConfig, PromptDataConfig
 from ebft_utils.config.modes import ModelConfig, StructuredConfig, StructuredEBFTConfig, TrainConfig
 from ebft_utils.config.settings import UserError
-from ebft_utils.data.rows import load_rows
 from ebft_utils.data.documents import Tokenizing
-from ebft_utils.data.prompts import Conversation, conversation_of, converse, make_prompt_batch, most_new_tokens, seed_of, thinking_opened, without_thinking
+from ebft_utils.data.prompts import (
+    Conversation,
+    conversation_of,
+    converse,
+    make_prompt_batch,
+    most_new_tokens,
+    seed_of,
+    thinking_opened,
+    without_thinking,
+)
+from ebft_utils.data.rows import load_rows
 from ebft_utils.data.sources import stdlib_functions, training_sources
 
-TEMPLATE = (
-    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<eos>\n{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
+TEMPLATE = "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<eos>\n{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 
 
 def config_of(source="unused", *, data=None, ebft=None, evaluation=None) -> StructuredConfig:
@@ -57,7 +63,11 @@ def test_text_as_tokens(tokenizer):
     found = tokenize_row({"prompt": "def f(x):", "completion": " return x"}, tokenizer, config_of())
     assert tokenizer.decode(found.prompt) == "def f(x):" and tokenizer.eos_token_id not in found.prompt
     (truth,) = found.truths
-    assert tokenizer.decode(truth) == " return x<eos>" and found.truth == (truth, [True] * len(truth)) and found.between == []
+    assert (
+        tokenizer.decode(truth) == " return x<eos>"
+        and found.truth == (truth, [True] * len(truth))
+        and found.between == []
+    )
 
 
 def test_messages_as_tokens(tokenizer):
@@ -72,15 +82,22 @@ def test_messages_as_tokens(tokenizer):
     whole = [*row["prompt"], *row["completion"]]
     for turn in row["remaining_turns"]:
         whole += [{"role": "user", "content": turn["prompt"]}, {"role": "assistant", "content": turn["completion"]}]
-    assert tokenizer.decode(found.prompt + tokens) == tokenizer.apply_chat_template(whole, tokenize=False).removesuffix("\n")
-    assert tokenizer.decode([token for token, own in zip(tokens, written, strict=True) if own]) == "Hello!<eos>Well.<eos>See you.<eos>"
+    assert tokenizer.decode(found.prompt + tokens) == tokenizer.apply_chat_template(whole, tokenize=False).removesuffix(
+        "\n"
+    )
+    assert (
+        tokenizer.decode([token for token, own in zip(tokens, written, strict=True) if own])
+        == "Hello!<eos>Well.<eos>See you.<eos>"
+    )
     assert tokenizer.decode(found.between[0]) == "\n<|user|>How?<eos>\n<|assistant|>"
 
 
 def test_turns_of_plain_text(tokenizer):
     """Without a template the turns stand side by side as they are."""
     row = {"prompt": "a", "completion": "b", "more": [{"prompt": "c", "completion": "d"}]}
-    tokens, written = tokenize_row(row, tokenizer, config_of(data={"columns": ColumnsConfig(turns="more"), "max_conversation_length": 900})).truth
+    tokens, written = tokenize_row(
+        row, tokenizer, config_of(data={"columns": ColumnsConfig(turns="more"), "max_conversation_length": 900})
+    ).truth
     assert tokenizer.decode(tokens) == "b<eos>cd<eos>" and written == [True, True, False, True, True]
 
 
@@ -93,7 +110,10 @@ def test_turns_of_plain_text(tokenizer):
         ({"prompt": "x", "completion": None}, ["'completion'", "None is not text"]),
         ({"prompt": "word " * 50, "completion": "x"}, ["'prompt'", "data.max_prompt_length 30", "never cut"]),
         ({"prompt": "x", "completion": "word " * 50}, ["'completion'", "ebft.max_completion_length 40"]),
-        ({"prompt": "x", "completion": "y", "more": [{"prompt": "z", "completion": " "}]}, ["more[0].completion", "is empty"]),
+        (
+            {"prompt": "x", "completion": "y", "more": [{"prompt": "z", "completion": " "}]},
+            ["more[0].completion", "is empty"],
+        ),
     ],
 )
 def test_bad_rows_are_named_or_left_out(tmp_path, tokenizer, row, words):
@@ -125,7 +145,10 @@ def test_held_out_rows_are_not_trained_on(tmp_path, tokenizer):
     kept = {(tuple(row.prompt), tuple(row.truths[0])) for row in (held_out[0], held_out[1])}
     assert not kept & {(tuple(train[row].prompt), tuple(train[row].truths[0])) for row in range(len(train))}
     assert len(train) == 12 - 2 * len(kept)
-    assert train.fingerprint() != held_out.fingerprint() and train.fingerprint() == load_prompts(config, tokenizer)[0].fingerprint()
+    assert (
+        train.fingerprint() != held_out.fingerprint()
+        and train.fingerprint() == load_prompts(config, tokenizer)[0].fingerprint()
+    )
 
 
 def test_functions_of_the_standard_library():
@@ -134,7 +157,11 @@ def test_functions_of_the_standard_library():
     assert len(functions) > 3000
     for row in functions.select(range(0, len(functions), 97)):
         (function,) = ast.parse(row["prompt"] + row["completion"]).body
-        assert ast.get_docstring(function) and ast.parse(row["prompt"]).body[0].name == function.name and len(function.body) > 1
+        assert (
+            ast.get_docstring(function)
+            and ast.parse(row["prompt"]).body[0].name == function.name
+            and len(function.body) > 1
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -158,30 +185,68 @@ def test_a_conversation_turn_by_turn():
 
     def complete(contexts, limits, keys, n):
         asked.append((contexts, limits, keys, n))
-        return [[([100 + 10 * row + sample], [-0.5], sample == 1) for sample in range(n)] for row in range(len(contexts))]
+        return [
+            [([100 + 10 * row + sample], [-0.5], sample == 1) for sample in range(n)] for row in range(len(contexts))
+        ]
 
     found = converse(config_of(ebft={"num_generations": 2}), TWO, [7, 8], complete, eos_token_id=0)
     assert asked[0] == ([[5, 6, 7], [10]], [40, 40], [(7, 0, 0), (8, 0, 0)], 2)
     assert asked[1] == ([[10, 110, 20, 21], [10, 111, 0, 20, 21]], [40, 40], [(8, 1, 0), (8, 1, 1)], 1)
-    assert [completion.tokens for completion in found[0]] == [[100], [101]] and [completion.truncated for completion in found[0]] == [False, True]
+    assert [completion.tokens for completion in found[0]] == [[100], [101]] and [
+        completion.truncated for completion in found[0]
+    ] == [False, True]
     first, second = found[1]
-    assert first.tokens == [110, 20, 21, 100] and first.written == [True, False, False, True] and first.logprobs == [-0.5, 0.0, 0.0, -0.5] and not first.truncated
-    assert second.tokens == [111, 0, 20, 21, 110] and second.written == [True, False, False, False, True] and not second.truncated
+    assert (
+        first.tokens == [110, 20, 21, 100]
+        and first.written == [True, False, False, True]
+        and first.logprobs == [-0.5, 0.0, 0.0, -0.5]
+        and not first.truncated
+    )
+    assert (
+        second.tokens == [111, 0, 20, 21, 110]
+        and second.written == [True, False, False, False, True]
+        and not second.truncated
+    )
 
 
 def test_seeds_differ():
     """Guards against identical samples in other rows, turns, samples or runs."""
-    assert len({seed_of(seed, key, turn, sample) for seed in range(3) for key in range(20) for turn in range(3) for sample in range(4)}) == 720
+    assert (
+        len(
+            {
+                seed_of(seed, key, turn, sample)
+                for seed in range(3)
+                for key in range(20)
+                for turn in range(3)
+                for sample in range(4)
+            }
+        )
+        == 720
+    )
     assert 0 <= seed_of(1, 2, 3) < 2**62 and seed_of(1, 2, 3) == seed_of(1, 2, 3)
 
 
-@pytest.mark.parametrize("length, multiplier, expected", [(10, 1.5, 64), (100, 1.5, 150), (100, 3.0, 200), (100, 0.1, 64)])
+@pytest.mark.parametrize(
+    "length, multiplier, expected", [(10, 1.5, 64), (100, 1.5, 150), (100, 3.0, 200), (100, 0.1, 64)]
+)
 def test_adaptive_length(length, multiplier, expected):
     """At least 64, at most the limit; the limit itself when it is not asked for, or below 64."""
     conversation = Conversation([1], [[2] * length], [])
-    assert most_new_tokens(config_of(ebft={"adaptive_max_tokens": True, "gt_length_multiplier": multiplier, "max_completion_length": 200}), conversation, 0) == expected
+    assert (
+        most_new_tokens(
+            config_of(
+                ebft={"adaptive_max_tokens": True, "gt_length_multiplier": multiplier, "max_completion_length": 200}
+            ),
+            conversation,
+            0,
+        )
+        == expected
+    )
     assert most_new_tokens(config_of(ebft={"max_completion_length": 200}), conversation, 0) == 200
-    assert most_new_tokens(config_of(ebft={"adaptive_max_tokens": True, "max_completion_length": 32}), conversation, 0) == 32
+    assert (
+        most_new_tokens(config_of(ebft={"adaptive_max_tokens": True, "max_completion_length": 32}), conversation, 0)
+        == 32
+    )
 
 
 @pytest.mark.parametrize(
@@ -207,7 +272,9 @@ def test_without_thinking_in_each_turn(tokenizer):
     tokens = [(token, written) for text, written in parts for token in tokenizer(text)["input_ids"]]
     found = without_thinking([token for token, _ in tokens], [written for _, written in tokens], False, tokenizer)
     assert tokenizer.decode(found) == "b<eos><think>c</think>df<eos>"
-    assert thinking_opened(tokenizer("a</think>b<think>")["input_ids"], tokenizer) and not thinking_opened(tokenizer("<think>a</think>")["input_ids"], tokenizer)
+    assert thinking_opened(tokenizer("a</think>b<think>")["input_ids"], tokenizer) and not thinking_opened(
+        tokenizer("<think>a</think>")["input_ids"], tokenizer
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -230,12 +297,27 @@ USER = [{"role": "user", "content": "Hi"}]
         ({"prompt": [{"role": "user", "content": None}], "completion": "x"}, "is not a list of messages"),
         ({"prompt": [{"role": None, "content": "x"}], "completion": "x"}, "is not a list of messages"),
         ({"prompt": USER, "completion": [*USER, *USER]}, "'completion': [{'role': 'user'"),
-        ({"prompt": USER, "completion": {"role": "assistant", "text": "x"}}, "'completion': {'role': 'assistant', 'text': 'x'} is not text"),
+        (
+            {"prompt": USER, "completion": {"role": "assistant", "text": "x"}},
+            "'completion': {'role': 'assistant', 'text': 'x'} is not text",
+        ),
         ({"prompt": "x", "completion": "y", "more": "z"}, "'more': 'z' is not a list of turns"),
-        ({"prompt": "x", "completion": "y", "more": [{"prompt": "z"}]}, "'more[0]': {'prompt': 'z'} is not of the form {prompt, completion}"),
-        ({"prompt": "x", "completion": "y", "more": [{"prompt": 7, "completion": "z"}]}, "more[0].prompt': 7 is not text"),
-        ({"prompt": USER, "completion": "y", "more": [{"prompt": " ", "completion": "z"}]}, "more[0].prompt': ' ' is empty"),
-        ({"prompt": "x", "completion": "y", "more": [{"prompt": "z", "completion": "word " * 50}]}, "more[0].completion': the ground truth has"),
+        (
+            {"prompt": "x", "completion": "y", "more": [{"prompt": "z"}]},
+            "'more[0]': {'prompt': 'z'} is not of the form {prompt, completion}",
+        ),
+        (
+            {"prompt": "x", "completion": "y", "more": [{"prompt": 7, "completion": "z"}]},
+            "more[0].prompt': 7 is not text",
+        ),
+        (
+            {"prompt": USER, "completion": "y", "more": [{"prompt": " ", "completion": "z"}]},
+            "more[0].prompt': ' ' is empty",
+        ),
+        (
+            {"prompt": "x", "completion": "y", "more": [{"prompt": "z", "completion": "word " * 50}]},
+            "more[0].completion': the ground truth has",
+        ),
     ],
     ids=str,
 )
@@ -243,7 +325,11 @@ def test_rows_of_the_wrong_form(tokenizer, row, words):
     """Guards against a traceback in place of the row's number, which on_bad_row: skip could not leave out either."""
     tokenizer.chat_template = SMOL
     with pytest.raises(UserError) as caught:
-        tokenize_row({"more": None, **row}, tokenizer, config_of(data={"columns": ColumnsConfig(turns="more"), "max_conversation_length": 900}))
+        tokenize_row(
+            {"more": None, **row},
+            tokenizer,
+            config_of(data={"columns": ColumnsConfig(turns="more"), "max_conversation_length": 900}),
+        )
     assert words in str(caught.value)
 
 
@@ -251,13 +337,19 @@ def test_smollm_template_piece_by_piece(tokenizer):
     """Guards against tokens that go over the border of two turns, and a line break that the template writes behind an answer and the policy does not."""
     tokenizer.chat_template = SMOL
     row = {"prompt": USER, "completion": "Hello", "more": [{"prompt": "How?", "completion": "Well"}]}
-    found = tokenize_row(row, tokenizer, config_of(data={"columns": ColumnsConfig(turns="more"), "max_conversation_length": 900}))
+    found = tokenize_row(
+        row, tokenizer, config_of(data={"columns": ColumnsConfig(turns="more"), "max_conversation_length": 900})
+    )
 
     def ids(text):
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
     assert found.prompt == ids("<|im_start|>user\nHi<eos>\n<|im_start|>assistant\n")
-    first, gap, second = [*ids("Hello"), 0], ids("\n<|im_start|>user\nHow?<eos>\n<|im_start|>assistant\n"), [*ids("Well"), 0]
+    first, gap, second = (
+        [*ids("Hello"), 0],
+        ids("\n<|im_start|>user\nHow?<eos>\n<|im_start|>assistant\n"),
+        [*ids("Well"), 0],
+    )
     assert (found.truths, found.between) == ([first, second], [gap])
     assert found.truth == (first + gap + second, [True] * len(first) + [False] * len(gap) + [True] * len(second))
 
@@ -274,17 +366,27 @@ def test_keys_never_repeat():
 
     found = converse(config_of(ebft={"num_generations": 3}), conversations, [10, 11, 12, 13], complete, eos_token_id=0)
     assert len(seen) == len(set(seen)) == len({seed_of(0, *key) for key in seen}) == 4 + 3 * (2 + 0 + 1 + 2)
-    assert [completion.tokens for completion in found[2]] == [[7, 0, 9, 7, 0]] * 3 and [completion.tokens for completion in found[1]] == [[7, 0]] * 3
+    assert [completion.tokens for completion in found[2]] == [[7, 0, 9, 7, 0]] * 3 and [
+        completion.tokens for completion in found[1]
+    ] == [[7, 0]] * 3
     assert found[0][1].logprobs == [0.0] * 8
 
 
 def test_other_data_has_another_fingerprint(tmp_path, tokenizer):
     """Guards against a run that is continued on data of the same size with one word changed, in a prompt, a truth or a later turn."""
     row, found = {"prompt": "one", "completion": "two", "more": [{"prompt": "three", "completion": "four"}]}, []
-    changes = ({}, {"prompt": "One"}, {"completion": "Two"}, {"more": [{"prompt": "Three", "completion": "four"}]}, {"more": [{"prompt": "three", "completion": "Four"}]})
+    changes = (
+        {},
+        {"prompt": "One"},
+        {"completion": "Two"},
+        {"more": [{"prompt": "Three", "completion": "four"}]},
+        {"more": [{"prompt": "three", "completion": "Four"}]},
+    )
     for number, change in enumerate((*changes, {})):
         path = write(tmp_path / f"rows{number}.jsonl", [row, {**row, **change}])
-        found.append(load_prompts(config_of(path, data={"columns": ColumnsConfig(turns="more")}), tokenizer)[0].fingerprint())
+        found.append(
+            load_prompts(config_of(path, data={"columns": ColumnsConfig(turns="more")}), tokenizer)[0].fingerprint()
+        )
     assert len(set(found[:-1])) == 5 and found[0] == found[-1]
 
 

@@ -6,6 +6,9 @@ from collections import Counter
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from conftest import (
     assert_close_runs,
     assert_equal_weights,
@@ -16,12 +19,9 @@ from conftest import (
     steps_of,
     training,
 )
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 from ebft_utils.config.modes import load_config
-from ebft_utils.data.rows import MixedRows, Rows, StreamedRows, load_rows, rows_of_step
 from ebft_utils.data.documents import Document, table_of
+from ebft_utils.data.rows import MixedRows, Rows, StreamedRows, load_rows, rows_of_step
 from ebft_utils.models import load_tokenizer
 from ebft_utils.run.preview import anchors_in, marked
 
@@ -30,7 +30,11 @@ ADAMW = dict(betas=(0.9, 0.95), weight_decay=0.0)
 
 def rows_named(first: int, number: int, seed: tuple[int, ...] = (0,)) -> Rows:
     """Rows of one token each: first, first + 1, .."""
-    return Rows(table_of([Document([first + index], [(0, 1)]) for index in range(number)]), [[index] for index in range(number)], seed)
+    return Rows(
+        table_of([Document([first + index], [(0, 1)]) for index in range(number)]),
+        [[index] for index in range(number)],
+        seed,
+    )
 
 
 def tokens_at(rows, positions) -> list[int]:
@@ -41,7 +45,15 @@ def tokens_at(rows, positions) -> list[int]:
 # Mixtures
 
 
-@pytest.mark.parametrize("weights_, expected", [([1.0, 1.0], [500, 500]), ([3.0, 1.0], [750, 250]), ([1.0, 1.0, 1.0], [334, 333, 333]), ([0.6991, 0.2998, 0.0011], [699, 300, 1])])
+@pytest.mark.parametrize(
+    "weights_, expected",
+    [
+        ([1.0, 1.0], [500, 500]),
+        ([3.0, 1.0], [750, 250]),
+        ([1.0, 1.0, 1.0], [334, 333, 333]),
+        ([0.6991, 0.2998, 0.0011], [699, 300, 1]),
+    ],
+)
 def test_every_source_has_its_share(weights_, expected):
     """Guards against shares that are right on average only, or weights that are taken as probabilities."""
     sources = [rows_named(10_000 * (number + 1), 7) for number in range(len(weights_))]
@@ -60,7 +72,9 @@ def test_a_mixture_is_each_source_in_its_own_order():
         own = [token for token in series if start <= token < start + 100]
         assert own == tokens_at(source, range(len(own)))
         size = len(source)
-        assert all(sorted(own[at : at + size]) == list(range(start, start + size)) for at in range(0, len(own) - size, size))
+        assert all(
+            sorted(own[at : at + size]) == list(range(start, start + size)) for at in range(0, len(own) - size, size)
+        )
     assert [mixed[row][0].tokens[0] for step in range(10) for row in rows_of_step(mixed, step, 250)] == series
     assert series != tokens_at(MixedRows([first, second], [0.4, 0.6], seed=6), range(2500))
     assert series[:1000] != [token for token in series[1000:2000]]
@@ -83,7 +97,9 @@ def stream_of(contents: list[int | None], block_size: int, keep: int = 8, opened
         return [Document([row["token"]], [(0, 1)]) for row in rows if row["token"] is not None]
 
     def pack(documents, seed):
-        order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(hash(tuple(seed)) % 2**31)).tolist()
+        order = torch.randperm(
+            len(documents), generator=torch.Generator().manual_seed(hash(tuple(seed)) % 2**31)
+        ).tolist()
         return [[documents[index]] for index in order]
 
     return StreamedRows("data: 'it'", open_at, make, pack, block_size, (0,), keep)
@@ -142,7 +158,14 @@ def test_a_mixture_of_streams_goes_on():
     """Guards against one source of several that begins anew."""
 
     def mixture():
-        return MixedRows([stream_of([number for number in range(100, 113)], 4), stream_of([number for number in range(200, 207)], 4)], [0.3, 0.7], seed=1)
+        return MixedRows(
+            [
+                stream_of([number for number in range(100, 113)], 4),
+                stream_of([number for number in range(200, 207)], 4),
+            ],
+            [0.3, 0.7],
+            seed=1,
+        )
 
     unbroken, before, after = tokens_at(mixture(), range(200)), mixture(), mixture()
     tokens_at(before, range(90))
@@ -162,8 +185,17 @@ def test_a_stream_holds_the_documents_of_its_file(write_config, text_file):
     assert held == documents[:5]
     expected = sorted(document for document in documents if document not in held)
     for epoch in range(2):
-        assert sorted(stream[stream.row_at(epoch * len(expected) + index)][0].tokens for index in range(len(expected))) == expected
-    assert stream.fingerprint() == load_rows(config, tokenizer)[0].fingerprint() != load_rows(load_config(str(write_config(**{**changes, "data__shuffle_buffer": 8}))), tokenizer)[0].fingerprint()
+        assert (
+            sorted(stream[stream.row_at(epoch * len(expected) + index)][0].tokens for index in range(len(expected)))
+            == expected
+        )
+    assert (
+        stream.fingerprint()
+        == load_rows(config, tokenizer)[0].fingerprint()
+        != load_rows(load_config(str(write_config(**{**changes, "data__shuffle_buffer": 8}))), tokenizer)[
+            0
+        ].fingerprint()
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -174,10 +206,20 @@ def test_a_stream_holds_the_documents_of_its_file(write_config, text_file):
 def mix(text_file, tmp_path) -> list[dict]:
     """The text, and prompts with completions, by weight."""
     rows = tmp_path / "prompts.jsonl"
-    rows.write_text("".join(json.dumps({"question": f"{number} and one", "answer": f" make {number + 1}, as everybody knows"}) + "\n" for number in range(15)))
+    rows.write_text(
+        "".join(
+            json.dumps({"question": f"{number} and one", "answer": f" make {number + 1}, as everybody knows"}) + "\n"
+            for number in range(15)
+        )
+    )
     return [
         {"dataset": str(text_file), "weight": 2},
-        {"dataset": str(rows), "weight": 1, "transform": "prompt_completion", "columns": {"prompt": "question", "completion": "answer"}},
+        {
+            "dataset": str(rows),
+            "weight": 1,
+            "transform": "prompt_completion",
+            "columns": {"prompt": "question", "completion": "answer"},
+        },
     ]
 
 
@@ -186,13 +228,23 @@ def mixed(train, mix):
     """train() on the mixture, streamed or not."""
 
     def run(name: str, *overrides: str, **changes):
-        settings = {"data__dataset": "", "data__mix": mix, "data__shuffle_buffer": 6, "data__streaming": True, "train__max_steps": 8, "train__batch_size": 4, "ebft__ce_coef": 0.3}
+        settings = {
+            "data__dataset": "",
+            "data__mix": mix,
+            "data__shuffle_buffer": 6,
+            "data__streaming": True,
+            "train__max_steps": 8,
+            "train__batch_size": 4,
+            "ebft__ce_coef": 0.3,
+        }
         return train(name, *overrides, **{**settings, **changes})
 
     return run
 
 
-@pytest.mark.parametrize("changes", [{}, {"data__packing": True, "data__sequence_length": 96}], ids=["documents", "packed"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"data__packing": True, "data__sequence_length": 96}], ids=["documents", "packed"]
+)
 def test_a_resumed_stream_equals_the_unbroken_run(mixed, changes, model_folder):
     """To the last bit, with a mixture of two streams that begin anew several times."""
     whole = mixed("whole", **changes)
@@ -206,7 +258,16 @@ def test_a_resumed_stream_equals_the_unbroken_run(mixed, changes, model_folder):
 def test_a_stream_on_two_processes_equals_one(mixed, start, write_config, tmp_path, mix):
     """Guards against processes that read the same rows, or each other's."""
     alone = mixed("alone", "train.max_steps=4")
-    file = write_config(eval__num_documents=0, data__dataset="", data__mix=mix, data__shuffle_buffer=6, data__streaming=True, train__max_steps=4, train__batch_size=4, ebft__ce_coef=0.3)
+    file = write_config(
+        eval__num_documents=0,
+        data__dataset="",
+        data__mix=mix,
+        data__shuffle_buffer=6,
+        data__streaming=True,
+        train__max_steps=4,
+        train__batch_size=4,
+        ebft__ce_coef=0.3,
+    )
     code, output = end_of(start("ddp", file, f"train.output_dir={tmp_path / 'two'}", "train.per_device_batch_size=1"))
     assert code == 0, output[-3000:]
     assert_close_runs(alone, tmp_path / "two")
@@ -216,24 +277,56 @@ def test_a_stream_on_two_processes_equals_one(mixed, start, write_config, tmp_pa
 def test_a_stream_that_breaks_off_saves_what_was_trained(start, write_config, tmp_path, processes):
     """A bad row in the middle: one message with its number, and all steps before it are in a checkpoint."""
     rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(json.dumps({"text": f"row {number} is long enough" if number != 17 else None}) + "\n" for number in range(40)))
-    changes = dict(data__dataset=str(rows), data__streaming=True, data__shuffle_buffer=4, data__on_bad_row="error", eval__num_documents=0, train__max_steps=9, train__per_device_batch_size=1)
+    rows.write_text(
+        "".join(
+            json.dumps({"text": f"row {number} is long enough" if number != 17 else None}) + "\n"
+            for number in range(40)
+        )
+    )
+    changes = dict(
+        data__dataset=str(rows),
+        data__streaming=True,
+        data__shuffle_buffer=4,
+        data__on_bad_row="error",
+        eval__num_documents=0,
+        train__max_steps=9,
+        train__per_device_batch_size=1,
+    )
     launch = ("ddp", write_config(**changes)) if processes == 2 else (None, write_config(**changes))
     code, output = end_of(start(*launch))
     assert code != 0
     assert_holds(error_of(output), "row 17", "'text'", "None is not text", "step 8 is saved")
-    assert (tmp_path / "run" / "checkpoint-8" / "SHA256SUMS").is_file() and steps_of(tmp_path / "run") == list(range(1, 9))
+    assert (tmp_path / "run" / "checkpoint-8" / "SHA256SUMS").is_file() and steps_of(tmp_path / "run") == list(
+        range(1, 9)
+    )
 
 
 def test_completions_alone_are_learnt(train, tmp_path, model_folder):
     """SFT on prompts and completions in strided mode against a loop over documents, with the cross-entropy of the completion and its end-of-text token."""
-    pairs = [(f"{number} and one" + " more" * (number % 3), f" make {number + 1}, as everybody knows") for number in range(8)]
+    pairs = [
+        (f"{number} and one" + " more" * (number % 3), f" make {number + 1}, as everybody knows") for number in range(8)
+    ]
     rows = tmp_path / "pairs.jsonl"
-    rows.write_text("".join(json.dumps({"prompt": prompt, "completion": completion}) + "\n" for prompt, completion in pairs))
+    rows.write_text(
+        "".join(json.dumps({"prompt": prompt, "completion": completion}) + "\n" for prompt, completion in pairs)
+    )
     changes = dict(data__dataset=str(rows), data__transform="prompt_completion", data__sequence_length=96)
     for name, packing in (("alone", "false"), ("packed", "true")):
-        folder = train(name, "ebft.rl_coef=0", "ebft.ce_coef=1", "train.max_steps=1", "train.batch_size=4", "train.per_device_batch_size=2", "train.learning_rate=1e-2", f"data.packing={packing}", **changes)
-        tokenizer, model = AutoTokenizer.from_pretrained(model_folder), AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+        folder = train(
+            name,
+            "ebft.rl_coef=0",
+            "ebft.ce_coef=1",
+            "train.max_steps=1",
+            "train.batch_size=4",
+            "train.per_device_batch_size=2",
+            "train.learning_rate=1e-2",
+            f"data.packing={packing}",
+            **changes,
+        )
+        tokenizer, model = (
+            AutoTokenizer.from_pretrained(model_folder),
+            AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32),
+        )
         config = load_config(str(tmp_path / "config.yaml"), [f"data.packing={packing}"])
         chosen = rows_of_step(load_rows(config, load_tokenizer(config.model))[0], 0, 4)
         documents = [document for row in chosen for document in load_rows(config, load_tokenizer(config.model))[0][row]]
@@ -244,7 +337,10 @@ def test_completions_alone_are_learnt(train, tmp_path, model_folder):
             prompt = next(prompt for prompt, completion in pairs if text == prompt + completion + "<eos>")
             assert tokenizer.decode(document.tokens[:start]) == prompt and end == len(document.tokens)
             logps = model(torch.tensor([document.tokens])).logits[0, start - 1 : -1].log_softmax(-1)
-            total, number = total - logps.gather(-1, torch.tensor(document.tokens[start:])[:, None]).sum(), number + end - start
+            total, number = (
+                total - logps.gather(-1, torch.tensor(document.tokens[start:])[:, None]).sum(),
+                number + end - start,
+            )
         (total / number).backward()
         assert training(folder)[0]["train/loss"] == pytest.approx((total / number).item(), abs=1e-5)
         norm = math.sqrt(sum(parameter.grad.square().sum().item() for parameter in model.parameters()))
@@ -267,31 +363,55 @@ def test_dry_run_counts(command, write_config, capsys, tmp_path, text_file):
     capsys.readouterr()
     main(["--cfg", str(file), "--dry-run"])
     printed = capsys.readouterr().out
-    assert f"{len(tokens)} documents in {len(tokens)} rows to train on: {sum(map(len, tokens)):,} tokens, {sum(map(len, tokens)) - len(tokens):,} of them learnt; 4 held out" in printed
+    assert (
+        f"{len(tokens)} documents in {len(tokens)} rows to train on: {sum(map(len, tokens)):,} tokens, {sum(map(len, tokens)) - len(tokens):,} of them learnt; 4 held out"
+        in printed
+    )
     assert f"{anchors:,} anchors (groups), {anchors / len(tokens):.1f} a row; 3 rollouts of 4 tokens at each" in printed
-    assert f"30 steps of 2 rows: {2 * anchors / len(tokens):.0f} groups" in printed and f"{60 / len(tokens):.2f} epochs" in printed
+    assert (
+        f"30 steps of 2 rows: {2 * anchors / len(tokens):.0f} groups" in printed
+        and f"{60 / len(tokens):.2f} epochs" in printed
+    )
     model = AutoModelForCausalLM.from_pretrained(config.model.name_or_path)
-    assert f"{model.num_parameters():,} weights, {model.num_parameters():,} trained; largest row: {max(map(len, tokens))} tokens" in printed
+    assert (
+        f"{model.num_parameters():,} weights, {model.num_parameters():,} trained; largest row: {max(map(len, tokens))} tokens"
+        in printed
+    )
     assert printed.count("example ") == 3 and not (tmp_path / "run").exists()
 
 
 def test_marks_stand_at_anchors_and_completions(write_config, model_folder):
     """Guards against marks that are a token off: what a reader believes of anchors comes from here."""
-    config = load_config(str(write_config(ebft__min_completion_prefix=1, ebft__context_length=2, ebft__stride=3, ebft__generate_max_len=2)))
+    config = load_config(
+        str(
+            write_config(
+                ebft__min_completion_prefix=1, ebft__context_length=2, ebft__stride=3, ebft__generate_max_len=2
+            )
+        )
+    )
     tokenizer = load_tokenizer(config.model)
     letters = tokenizer.convert_tokens_to_ids(list("abcdefghijkl"))
     document = Document(letters, [(2, 6), (8, 12)])
     assert [list(places) for places in anchors_in(config, document.spans)] == [[3], [9]]
     assert marked(config, tokenizer, [document]) == "ab⟦c▸def⟧gh⟦i▸jkl⟧"
     raw = Document(letters, [(0, 12)])
-    assert [list(places) for places in anchors_in(config, raw.spans)] == [[2, 5, 8]] and marked(config, tokenizer, [raw]) == "⟦ab▸cde▸fgh▸ijkl⟧"
+    assert [list(places) for places in anchors_in(config, raw.spans)] == [[2, 5, 8]] and marked(
+        config, tokenizer, [raw]
+    ) == "⟦ab▸cde▸fgh▸ijkl⟧"
 
 
 def test_dry_run_of_a_stream_and_a_mixture(mixed, write_config, mix, capsys):
     """Guards against a count that reads the whole stream, and a mixture without its shares."""
     from train_strided import main
 
-    file = write_config(data__dataset="", data__mix=mix, data__shuffle_buffer=6, data__streaming=True, eval__num_documents=0)
+    file = write_config(
+        data__dataset="", data__mix=mix, data__shuffle_buffer=6, data__streaming=True, eval__num_documents=0
+    )
     main(["--cfg", str(file), "--dry-run"])
     printed = capsys.readouterr().out
-    assert "read so far (a stream is not counted)" in printed and "66.7 %" in printed and "33.3 %" in printed and "epochs" not in printed
+    assert (
+        "read so far (a stream is not counted)" in printed
+        and "66.7 %" in printed
+        and "33.3 %" in printed
+        and "epochs" not in printed
+    )

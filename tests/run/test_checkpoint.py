@@ -17,17 +17,30 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
-from conftest import WAIT, assert_equal_weights, assert_holds, config_tree, evaluations, logged, steps_of, training, wait_for, weights
 
 import train_strided
+from conftest import (
+    WAIT,
+    assert_equal_weights,
+    assert_holds,
+    config_tree,
+    evaluations,
+    logged,
+    steps_of,
+    training,
+    wait_for,
+    weights,
+)
 from ebft_utils.algorithm import losses
-from ebft_utils.run import checkpoint, distributed, loop
 from ebft_utils.config.modes import StridedConfig
 from ebft_utils.config.settings import UserError
+from ebft_utils.run import checkpoint, distributed, loop
 from ebft_utils.run.distributed import Stopped
 
 FILES = ["state/.metadata", "state/__0_0.distcp", "run.json", "config.yaml", "SHA256SUMS"]
-BASE = dict(train__max_steps=4, train__save_steps=1, train__save_total_limit=3, train__learning_rate=1e-2, eval__num_documents=0)
+BASE = dict(
+    train__max_steps=4, train__save_steps=1, train__save_total_limit=3, train__learning_rate=1e-2, eval__num_documents=0
+)
 
 
 @pytest.fixture(scope="module")
@@ -75,13 +88,22 @@ def test_damaged_checkpoint(train, broken, unbroken, capsys, name, damage):
     with pytest.raises(UserError) as caught:
         train("run", f"train.resume={broken / 'checkpoint-3'}", **BASE)
     half_written = (name, damage) == ("SHA256SUMS", "missing")
-    assert_holds(str(caught.value), "train.resume", broken / "checkpoint-3", "not a checkpoint folder" if half_written else "damaged")
+    assert_holds(
+        str(caught.value),
+        "train.resume",
+        broken / "checkpoint-3",
+        "not a checkpoint folder" if half_written else "damaged",
+    )
     capsys.readouterr()
     train("run", "train.resume=latest", **BASE)
     said = capsys.readouterr().out
     assert f"going on from {broken / 'checkpoint-2'}, step 2" in said
     passed_over = f"{broken / 'checkpoint-3'} is damaged ("
-    assert half_written or passed_over in said and (name in said.partition(passed_over)[2].partition(")")[0] or name == "SHA256SUMS")
+    assert (
+        half_written
+        or passed_over in said
+        and (name in said.partition(passed_over)[2].partition(")")[0] or name == "SHA256SUMS")
+    )
     assert_equal_weights(broken, unbroken)
     assert training(broken) == training(unbroken)
     assert sorted(path.name for path in broken.glob("*checkpoint*")) == ["checkpoint-2", "checkpoint-3", "checkpoint-4"]
@@ -106,7 +128,10 @@ def test_all_checkpoints_damaged(train, broken, capsys):
         train("run", "train.resume=latest", **BASE)
     assert_holds(str(caught.value), "train.resume", "latest", broken, "no whole checkpoint")
     said = capsys.readouterr().out
-    assert f"{broken / 'checkpoint-2'} is damaged (state/__0_0.distcp" in said and f"{broken / 'checkpoint-3'} is damaged (run.json" in said
+    assert (
+        f"{broken / 'checkpoint-2'} is damaged (state/__0_0.distcp" in said
+        and f"{broken / 'checkpoint-3'} is damaged (run.json" in said
+    )
     assert (broken / "metrics.jsonl").read_bytes() == before
 
 
@@ -175,7 +200,9 @@ def test_killed_while_saving(train, unbroken, monkeypatch, tmp_path, module, nam
         patch.setattr(loop, "save_checkpoint", save_and_die)
         train("run", **changes)
     published = name == "rmtree"
-    assert [path.name for path in checkpoint.list_checkpoints(run)] == (["checkpoint-2", "checkpoint-3"] if published else ["checkpoint-1", "checkpoint-2"])
+    assert [path.name for path in checkpoint.list_checkpoints(run)] == (
+        ["checkpoint-2", "checkpoint-3"] if published else ["checkpoint-1", "checkpoint-2"]
+    )
     assert (run / f".checkpoint-{1 if published else 3}.tmp").exists()
     train("run", "train.resume=latest", **changes)
     assert_equal_weights(run, unbroken)
@@ -209,7 +236,13 @@ def test_disk_full_while_saving(train, unbroken, monkeypatch, full_disk, tmp_pat
     with monkeypatch.context() as patch, pytest.raises(UserError) as caught:
         patch.setattr(loop, "save_checkpoint", save_on_full_disk)
         train("run", **BASE)
-    assert_holds(str(caught.value), tmp_path / "run" / "checkpoint-3", "could not be written", "checkpoint-2 is whole", "train.resume=latest")
+    assert_holds(
+        str(caught.value),
+        tmp_path / "run" / "checkpoint-3",
+        "could not be written",
+        "checkpoint-2 is whole",
+        "train.resume=latest",
+    )
     assert sorted(path.name for path in (tmp_path / "run").glob("*checkpoint*")) == ["checkpoint-1", "checkpoint-2"]
     train("run", "train.resume=latest", **BASE)
     assert_equal_weights(tmp_path / "run", unbroken)
@@ -241,7 +274,11 @@ def test_disk_full_while_exporting(train, monkeypatch, full_disk, tmp_path, mode
 # Checkpoints of something else, and the output folder
 
 
-@pytest.mark.parametrize("there, here", [({"r": 4}, {"r": 8}), ({"r": 4}, None), (None, {"r": 4})], ids=["other rank", "full from LoRA", "LoRA from full"])
+@pytest.mark.parametrize(
+    "there, here",
+    [({"r": 4}, {"r": 8}), ({"r": 4}, None), (None, {"r": 4})],
+    ids=["other rank", "full from LoRA", "LoRA from full"],
+)
 def test_other_adapter(train, tmp_path, there, here):
     """Guards against an adapter of another rank, or full fine-tuning, that starts from fresh weights because nothing fits, also in eval.only."""
     train("run", **{**BASE, "train__max_steps": 1}, **({"lora": there} if there else {}))
@@ -249,7 +286,13 @@ def test_other_adapter(train, tmp_path, there, here):
     for override, num_documents in (("eval.only=false", 0), ("eval.only=true", 2)):
         with pytest.raises(UserError) as caught:
             train("run", "train.resume=latest", override, **{**changes, "eval__num_documents": num_documents})
-        assert_holds(str(caught.value), "train.resume", tmp_path / "run" / "checkpoint-1", "other settings", f"lora.r is {(here or {}).get('r')} and was {(there or {}).get('r')}")
+        assert_holds(
+            str(caught.value),
+            "train.resume",
+            tmp_path / "run" / "checkpoint-1",
+            "other settings",
+            f"lora.r is {(here or {}).get('r')} and was {(there or {}).get('r')}",
+        )
 
 
 def test_not_a_checkpoint(train, broken, model_folder, text_file, tmp_path):
@@ -269,7 +312,9 @@ def test_data_changed_in_between(train, broken, text_file, tmp_path):
         path.write_text("".join(changed))
         with pytest.raises(UserError) as caught:
             train("other", "train.resume=latest", data__dataset=str(path), **BASE)
-        assert_holds(str(caught.value), "train.resume", path, "has changed", f"{len(changed)} rows", f"it was {len(lines)} rows")
+        assert_holds(
+            str(caught.value), "train.resume", path, "has changed", f"{len(changed)} rows", f"it was {len(lines)} rows"
+        )
 
 
 def test_a_checkpoint_of_another_run_does_not_replace_this_one(train, broken, tmp_path):
@@ -288,10 +333,23 @@ def test_evaluation_of_a_checkpoint_with_another_adapter(train, tmp_path, capsys
     """Guards against numbers of a model that was never trained."""
     train("run", lora={"r": 4, "alpha": 8.0}, **{**BASE, "train__max_steps": 2, "eval__num_documents": 3})
     with pytest.raises(UserError) as caught:
-        train("run", "train.resume=latest", "eval.only=true", lora={"r": 4, "alpha": 800.0}, **{**BASE, "eval__num_documents": 3})
+        train(
+            "run",
+            "train.resume=latest",
+            "eval.only=true",
+            lora={"r": 4, "alpha": 800.0},
+            **{**BASE, "eval__num_documents": 3},
+        )
     assert_holds(str(caught.value), "train.resume", "lora.alpha is 800.0 and was 8.0")
     capsys.readouterr()
-    train("run", "train.resume=latest", "eval.only=true", "ebft.temperature=0.9", lora={"r": 4, "alpha": 8.0}, **{**BASE, "eval__num_documents": 3})
+    train(
+        "run",
+        "train.resume=latest",
+        "eval.only=true",
+        "ebft.temperature=0.9",
+        lora={"r": 4, "alpha": 8.0},
+        **{**BASE, "eval__num_documents": 3},
+    )
     assert "ebft.temperature is 0.9 and was 0.6" in capsys.readouterr().out
 
 
@@ -312,10 +370,21 @@ def test_a_run_that_diverges_keeps_its_earlier_checkpoints(train, monkeypatch, t
 
 def test_changed_settings_are_told(train, broken, capsys):
     """Guards against a resumed run that quietly is not quite the one that was begun."""
-    train("run", "train.resume=latest", "train.max_steps=5", "train.logging_steps=2", "train.per_device_batch_size=1", **BASE)
+    train(
+        "run",
+        "train.resume=latest",
+        "train.max_steps=5",
+        "train.logging_steps=2",
+        "train.per_device_batch_size=1",
+        **BASE,
+    )
     said = capsys.readouterr().out.partition("going on from")[2]
     assert f"{broken / 'checkpoint-3'}, step 3" in said
-    for words in ("train.max_steps is 5 and was 4", "train.logging_steps is 2 and was 1", "train.per_device_batch_size is 1 and was 2"):
+    for words in (
+        "train.max_steps is 5 and was 4",
+        "train.logging_steps is 2 and was 1",
+        "train.per_device_batch_size is 1 and was 2",
+    ):
         assert said.count(words) == 1
     assert "train.save_steps" not in said and "train.resume is" not in said
 
@@ -323,13 +392,22 @@ def test_changed_settings_are_told(train, broken, capsys):
 def test_two_runs_in_one_folder(train, start, write_config, tmp_path):
     """Guards against two runs that write over each other's checkpoints, and against a lock that outlives a killed run."""
     run = tmp_path / "first"
-    changes = {**BASE, "train__max_steps": 100_000, "train__save_steps": 2, "train__save_total_limit": 2, "eval__num_documents": 2, "eval__at_start": False}
+    changes = {
+        **BASE,
+        "train__max_steps": 100_000,
+        "train__save_steps": 2,
+        "train__save_total_limit": 2,
+        "eval__num_documents": 2,
+        "eval__at_start": False,
+    }
     first = start(None, write_config(**changes), f"train.output_dir={run}")
     wait_for(first, lambda: len(checkpoint.list_checkpoints(run)) == 2)
     for override in ([], ["train.resume=latest"]):
         with pytest.raises(UserError) as caught:
             train("first", *override, **changes)
-        assert_holds(str(caught.value), "train.output_dir", "another run", run, f"process {socket.gethostname()} {first.pid}")
+        assert_holds(
+            str(caught.value), "train.output_dir", "another run", run, f"process {socket.gethostname()} {first.pid}"
+        )
     train("first", "eval.only=true", **changes)
     assert json.loads((run / "eval.json").read_text())["step"] == 0
     assert first.poll() is None
@@ -379,10 +457,20 @@ def test_second_interrupt_ends_at_once(command, monkeypatch, write_config, tmp_p
     assert not list((tmp_path / "run").glob("*checkpoint*")) and steps_of(tmp_path / "run") == [1]
 
 
-@pytest.mark.parametrize("when, saved", [(1, []), (2, ["checkpoint-2"]), (3, ["checkpoint-4"])], ids=["before training", "in between", "at the end"])
+@pytest.mark.parametrize(
+    "when, saved",
+    [(1, []), (2, ["checkpoint-2"]), (3, ["checkpoint-4"])],
+    ids=["before training", "in between", "at the end"],
+)
 def test_signal_during_an_evaluation(train, monkeypatch, tmp_path, when, saved):
     """Guards against an hour's evaluation that is finished first, half an evaluation that is logged, and an unevaluated final model after resuming."""
-    changes = {**BASE, "train__save_steps": 0, "eval__num_documents": 4, "eval__per_device_batch_size": 1, "eval__every_steps": 2}
+    changes = {
+        **BASE,
+        "train__save_steps": 0,
+        "eval__num_documents": 4,
+        "eval__per_device_batch_size": 1,
+        "eval__every_steps": 2,
+    }
     whole = train("whole", **changes)
     sample, keys = train_strided.sample_and_score, []
 

@@ -18,16 +18,28 @@ import psutil
 import pytest
 import torch
 import yaml
-from conftest import ROOT, all_started, assert_equal_weights, config_tree, evaluations, logged, saved_tensors, tiny_model, tiny_tokenizer, training, weights
 from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import train_strided
+from conftest import (
+    ROOT,
+    all_started,
+    assert_equal_weights,
+    config_tree,
+    evaluations,
+    logged,
+    saved_tensors,
+    tiny_model,
+    tiny_tokenizer,
+    training,
+    weights,
+)
+from ebft_utils.algorithm.strided import number_of_parts
 from ebft_utils.config.modes import load_config
 from ebft_utils.data.rows import load_rows
 from ebft_utils.models import load_tokenizer
-from ebft_utils.algorithm.strided import number_of_parts
 
 MODES = pytest.mark.parametrize("mode", ["full", "LoRA"])
 KINDS = pytest.mark.parametrize("launch", ["DDP x 2", "FSDP2 x 2"])
@@ -41,14 +53,31 @@ LAUNCHES = {  # accelerate config, number of processes, more arguments, launches
     "FSDP2 x 4": ("fsdp2", 4, (), ()),
 }
 # `descent` and `gathers` are explained in runs_in_turn.py; ROOT/ in a value is the folder of all runs
-DESCENT = dict(descent=True, train__batch_size=4, train__per_device_batch_size=1, train__max_steps=5, train__learning_rate=0.1, ebft__ce_coef=0.3, eval__num_documents=0)
+DESCENT = dict(
+    descent=True,
+    train__batch_size=4,
+    train__per_device_batch_size=1,
+    train__max_steps=5,
+    train__learning_rate=0.1,
+    ebft__ce_coef=0.3,
+    eval__num_documents=0,
+)
 DESCENT_2 = dict(DESCENT, train__per_device_batch_size=2)
 ADAMW = dict(DESCENT, descent=False, train__max_steps=4, train__save_steps=2, train__learning_rate=1e-4)
 EVALUATION = dict(DESCENT, train__max_steps=1, eval__num_documents=3, eval__per_device_batch_size=1)
-UNBROKEN = dict(ADAMW, train__max_steps=12, train__learning_rate=1e-2, train__lr_scheduler="cosine", eval__num_documents=3, eval__per_device_batch_size=2)
+UNBROKEN = dict(
+    ADAMW,
+    train__max_steps=12,
+    train__learning_rate=1e-2,
+    train__lr_scheduler="cosine",
+    eval__num_documents=3,
+    eval__per_device_batch_size=2,
+)
 LONG, SHARD = dict(ebft__generate_max_len=8), dict(feature_network__shard=True)
 GATHERS = dict(DESCENT, train__max_steps=1, gathers=True)
-WHOLE = dict(DESCENT, train__max_steps=3, eval__num_documents=3, eval__per_device_batch_size=1, train__seed=4, eval__seed=3)  # no token is drawn within 1e-6 of another
+WHOLE = dict(
+    DESCENT, train__max_steps=3, eval__num_documents=3, eval__per_device_batch_size=1, train__seed=4, eval__seed=3
+)  # no token is drawn within 1e-6 of another
 PARTS = dict(WHOLE, ebft__max_packed_tokens=96)
 
 
@@ -60,7 +89,10 @@ def both(name: str, **changes) -> dict[str, dict]:
 def resumed(launch: str, name: str = "AdamW") -> dict[str, dict]:
     """The second half of that launch's runs."""
     again = both(f"from {launch}", **ADAMW)
-    return {key: dict(changes, train__resume=f"ROOT/{launch}/{name} {key.split()[-1]}/checkpoint-2") for key, changes in again.items()}
+    return {
+        key: dict(changes, train__resume=f"ROOT/{launch}/{name} {key.split()[-1]}/checkpoint-2")
+        for key, changes in again.items()
+    }
 
 
 COMMON = {
@@ -82,7 +114,13 @@ RUNS = {
         **both("whole, start", **dict(WHOLE, train__max_steps=1, train__learning_rate=1e-20, eval__num_documents=0)),
         **resumed("FSDP2 x 2"),
     },
-    "DDP x 2": {**COMMON, **both("2 at a time", **DESCENT_2), **both("parts", **PARTS), **resumed("1"), **resumed("FSDP2 x 2")},
+    "DDP x 2": {
+        **COMMON,
+        **both("2 at a time", **DESCENT_2),
+        **both("parts", **PARTS),
+        **resumed("1"),
+        **resumed("FSDP2 x 2"),
+    },
     "DDP x 4": FEW,
     "FSDP2 x 2": {
         **COMMON,
@@ -114,11 +152,16 @@ class Runs:
 
     def write(self, launch: str, name: str, changes: dict) -> Path:
         """The run's configuration file."""
-        values = {key: value.replace("ROOT", str(self.root)) if isinstance(value, str) else value for key, value in changes.items()}
+        values = {
+            key: value.replace("ROOT", str(self.root)) if isinstance(value, str) else value
+            for key, value in changes.items()
+        }
         values = {key: value for key, value in values.items() if key not in ("descent", "gathers", "flags")}
         file = self.root / launch / f"{name}.yaml"
         file.parent.mkdir(exist_ok=True)
-        file.write_text(yaml.safe_dump(config_tree(self.model_folder, self.text_file, self.root / launch / name, **values)))
+        file.write_text(
+            yaml.safe_dump(config_tree(self.model_folder, self.text_file, self.root / launch / name, **values))
+        )
         return file
 
     def start(self, launch: str, output: Path, script: str, *arguments: str) -> subprocess.Popen:
@@ -126,11 +169,26 @@ class Runs:
         config, processes, options, _ = LAUNCHES[launch]
         command = [sys.executable]
         if config is not None:
-            command += ["-m", "accelerate.commands.launch", "--config_file", f"accelerate_configs/{config}.yaml", "--num_processes", str(processes), *options]
+            command += [
+                "-m",
+                "accelerate.commands.launch",
+                "--config_file",
+                f"accelerate_configs/{config}.yaml",
+                "--num_processes",
+                str(processes),
+                *options,
+            ]
         command += ["tests/fsdp2_on_cpu.py", script] if config == "fsdp2" else [script]
         with output.open("w") as file:
             environment = {**os.environ, "STARTED_BY": str(self.root)}
-            return subprocess.Popen([*command, *arguments], stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, env=environment, start_new_session=True)
+            return subprocess.Popen(
+                [*command, *arguments],
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                cwd=ROOT,
+                env=environment,
+                start_new_session=True,
+            )
 
     def kill(self, launcher: subprocess.Popen | None = None) -> None:
         """kill -9 for a launcher and its processes, which are in sessions of their own."""
@@ -162,7 +220,14 @@ class Runs:
             file = self.write(launch, name, changes)
             gathers = str(file.with_suffix(".gathers")) if changes.get("gathers") else None
             arguments = ["--cfg", str(file), *changes.get("flags", [])]
-            entries.append({"arguments": arguments, "output": str(file.with_suffix(".txt")), "descent": changes["descent"], "gathers": gathers})
+            entries.append(
+                {
+                    "arguments": arguments,
+                    "output": str(file.with_suffix(".txt")),
+                    "descent": changes["descent"],
+                    "gathers": gathers,
+                }
+            )
         listed, output = self.root / launch / "runs.json", self.root / launch / "launch.txt"
         listed.write_text(json.dumps(entries))
         self.done[launch] = output
@@ -227,7 +292,16 @@ def load_exported(folder: Path, mode: str):
 # ---------------------------------------------------------------------------------------------------------------------------------------
 # One update, however it is split
 
-SPLITS = [("1", 1), ("DDP x 2", 1), ("DDP x 2", 2), ("DDP x 4", 1), ("FSDP2 x 2", 1), ("FSDP2 x 2", 2), ("FSDP2 x 4", 1), ("FSDP2 x 2, each reads", 1)]
+SPLITS = [
+    ("1", 1),
+    ("DDP x 2", 1),
+    ("DDP x 2", 2),
+    ("DDP x 4", 1),
+    ("FSDP2 x 2", 1),
+    ("FSDP2 x 2", 2),
+    ("FSDP2 x 4", 1),
+    ("FSDP2 x 2, each reads", 1),
+]
 
 
 @MODES
@@ -241,7 +315,10 @@ def test_same_update_however_it_is_split(runs, launch, size, mode):
 @MODES
 def test_large_steps_of_lora_keep_the_base_features(runs, mode):
     """Guards against features of the policy in place of the frozen network's once lora_B is not zero, and weights of an earlier step."""
-    one, two, start = (runs(launch, f"{name} {mode}") for launch, name in [("1", "large steps"), ("FSDP2 x 2", "large steps"), ("1", "start")])
+    one, two, start = (
+        runs(launch, f"{name} {mode}")
+        for launch, name in [("1", "large steps"), ("FSDP2 x 2", "large steps"), ("1", "start")]
+    )
     assert_same_training(one, two, start)
     if mode == "LoRA":
         assert max(tensor.abs().max().item() for name, tensor in weights(two).items() if "lora_B" in name) > 0.05
@@ -259,7 +336,9 @@ def test_parts_on_two_processes(runs, launch, mode):
         [
             number_of_parts(batch.anchors.shape[1], 3 * 4, batch.document_ids.shape[1], 96)
             for step in range(3)
-            for batch in train_strided.step_batches(config, SimpleNamespace(num_processes=2, process_index=process), rows, step, tokenizer.pad_token_id)
+            for batch in train_strided.step_batches(
+                config, SimpleNamespace(num_processes=2, process_index=process), rows, step, tokenizer.pad_token_id
+            )
         ]
         for process in range(2)
     ]
@@ -294,7 +373,9 @@ def test_gradient_checkpointing_under_fsdp2(runs, mode):
 
 def test_sharded_feature_network(runs):
     """Guards against features of a part of the frozen weights."""
-    assert_same_training(runs("FSDP2 x 2", "1 at a time full"), runs("FSDP2 x 2", "sharded features"), runs("1", "start full"))
+    assert_same_training(
+        runs("FSDP2 x 2", "1 at a time full"), runs("FSDP2 x 2", "sharded features"), runs("1", "start full")
+    )
     assert "feature network: split over the processes" in runs.printed("FSDP2 x 2", "sharded features")
 
 
@@ -304,9 +385,17 @@ def test_bfloat16_under_fsdp2(runs, mode):
     low, exact = runs("FSDP2 x 2", f"bfloat16 {mode}"), runs("FSDP2 x 2", f"AdamW {mode}")
     state = saved_tensors(low / "checkpoint-4")
     num_weights = sum(name.startswith("model.") for name in state)
-    assert num_weights == len(weights(low)) and sum(name.endswith((".exp_avg", ".exp_avg_sq")) for name in state) == 2 * num_weights
-    assert {tensor.dtype for tensor in state.values()} == {torch.float32} and {tensor.dtype for tensor in weights(low).values()} == {torch.float32}
-    gaps = [abs(left["ebft/ce_loss"] - right["ebft/ce_loss"]) for left, right in zip(training(low), training(exact), strict=True)]
+    assert (
+        num_weights == len(weights(low))
+        and sum(name.endswith((".exp_avg", ".exp_avg_sq")) for name in state) == 2 * num_weights
+    )
+    assert {tensor.dtype for tensor in state.values()} == {torch.float32} and {
+        tensor.dtype for tensor in weights(low).values()
+    } == {torch.float32}
+    gaps = [
+        abs(left["ebft/ce_loss"] - right["ebft/ce_loss"])
+        for left, right in zip(training(low), training(exact), strict=True)
+    ]
     assert 1e-6 < max(gaps) < 0.02
 
 
@@ -332,7 +421,9 @@ def pytest_generate_tests(metafunc):
 
 
 def without_speed(folder: Path) -> list[dict]:
-    return [{name: value for name, value in entry.items() if name != "train/tokens_per_second"} for entry in logged(folder)]
+    return [
+        {name: value for name, value in entry.items() if name != "train/tokens_per_second"} for entry in logged(folder)
+    ]
 
 
 def kill_at(runs: Runs, process: subprocess.Popen, folder: Path, step: int, delay: float) -> None:
@@ -358,10 +449,16 @@ def test_resumed_after_kill_equals_the_unbroken_run(runs, launch, mode, killed):
     step, delay = dice.randint(3, 8), dice.uniform(0.0, 0.3)
     where = f"seed {seed}: killed {delay:.3f} s after step {step}"
     name = f"killed {mode} {killed}"
-    file, folder, output = runs.write(launch, name, RUNS[launch][f"unbroken {mode}"]), runs.root / launch / name, runs.root / launch / f"{name}.txt"
+    file, folder, output = (
+        runs.write(launch, name, RUNS[launch][f"unbroken {mode}"]),
+        runs.root / launch / name,
+        runs.root / launch / f"{name}.txt",
+    )
     process = runs.start(launch, output, "train_strided.py", "--cfg", str(file))
     kill_at(runs, process, folder, step, delay)
-    assert process.returncode == -9 and not (folder / "final").exists() and len(training(folder)) >= step, f"{where}\n{output.read_text()[-3000:]}"
+    assert process.returncode == -9 and not (folder / "final").exists() and len(training(folder)) >= step, (
+        f"{where}\n{output.read_text()[-3000:]}"
+    )
     again = runs.root / launch / f"{name}, resumed.txt"
     runs.finish(runs.start(launch, again, "train_strided.py", "--cfg", str(file), "train.resume=latest"), again)
     assert "going on from" in again.read_text() and "not bit for bit" not in again.read_text(), where
@@ -386,18 +483,33 @@ def test_checkpoint_holds_all_of_every_slice(runs, mode):
     """Guards against a sharded checkpoint with one process's part of weights or AdamW moments, or with a part twice."""
     folder = runs("FSDP2 x 2", f"AdamW {mode}")
     found, expected = saved_tensors(folder / "checkpoint-4"), saved_tensors(runs("1", f"AdamW {mode}") / "checkpoint-4")
-    assert {name: tensor.shape for name, tensor in found.items()} == {name: tensor.shape for name, tensor in expected.items()}
-    exported, saved = weights(folder), {name.removeprefix("model.causal_lm."): tensor for name, tensor in found.items() if name.startswith("model.")}
+    assert {name: tensor.shape for name, tensor in found.items()} == {
+        name: tensor.shape for name, tensor in expected.items()
+    }
+    exported, saved = (
+        weights(folder),
+        {name.removeprefix("model.causal_lm."): tensor for name, tensor in found.items() if name.startswith("model.")},
+    )
     saved = {name.replace(".default.weight", ".weight"): tensor for name, tensor in saved.items()}
-    assert exported.keys() == saved.keys() and all(torch.equal(tensor, saved[name]) for name, tensor in exported.items())
+    assert exported.keys() == saved.keys() and all(
+        torch.equal(tensor, saved[name]) for name, tensor in exported.items()
+    )
     moments = [name for name in found if name.endswith((".exp_avg", ".exp_avg_sq"))]
-    assert len(moments) == 2 * len(exported) and all(tensor.eq(4).all() for name, tensor in found.items() if name.endswith(".step"))
+    assert len(moments) == 2 * len(exported) and all(
+        tensor.eq(4).all() for name, tensor in found.items() if name.endswith(".step")
+    )
     for name in moments:
         assert (found[name] - expected[name]).abs().max() <= min(1e-6, 1e-4 * expected[name].abs().max()), name
     for name in [*moments, *(name for name in found if name.startswith("model."))]:
-        assert torch.equal(found[name].flatten(1).any(1), expected[name].flatten(1).any(1)) if found[name].ndim > 1 else found[name].any(), name
+        assert (
+            torch.equal(found[name].flatten(1).any(1), expected[name].flatten(1).any(1))
+            if found[name].ndim > 1
+            else found[name].any()
+        ), name
     zero_rows = {name: (~tensor.any(1)).sum().item() for name, tensor in exported.items() if tensor.ndim > 1}
-    assert {name: number for name, number in zero_rows.items() if number} == ({} if mode == "LoRA" else {"model.embed_tokens.weight": 1})  # the padding token's
+    assert {name: number for name, number in zero_rows.items() if number} == (
+        {} if mode == "LoRA" else {"model.embed_tokens.weight": 1}
+    )  # the padding token's
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -416,7 +528,9 @@ def test_export_equals_the_single_process_export(runs, launch, mode):
             for values in (found, expected):  # a set, which peft writes in any order
                 values["target_modules"] = sorted(values.get("target_modules", []))
             assert found == expected
-    assert {name: (tensor.shape, tensor.dtype) for name, tensor in weights(two).items()} == {name: (tensor.shape, tensor.dtype) for name, tensor in weights(one).items()}
+    assert {name: (tensor.shape, tensor.dtype) for name, tensor in weights(two).items()} == {
+        name: (tensor.shape, tensor.dtype) for name, tensor in weights(one).items()
+    }
     found, expected = logits(load_exported(two, mode)), logits(load_exported(one, mode))
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
     assert (found - logits(AutoModelForCausalLM.from_pretrained(runs.model_folder))).abs().max() > 1e-2
@@ -429,16 +543,30 @@ def test_merged_adapter_under_fsdp2(runs):
     base_logits = logits(base)
     expected = PeftModel.from_pretrained(base, folder).merge_and_unload().state_dict()
     merged = AutoModelForCausalLM.from_pretrained(folder / "merged")
-    assert expected.keys() == merged.state_dict().keys() and all(torch.equal(tensor, expected[name]) for name, tensor in merged.state_dict().items())
+    assert expected.keys() == merged.state_dict().keys() and all(
+        torch.equal(tensor, expected[name]) for name, tensor in merged.state_dict().items()
+    )
     found = logits(AutoPeftModelForCausalLM.from_pretrained(folder))
     assert (logits(merged) - found).abs().max() <= 1e-5 * found.abs().max() and (found - base_logits).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("launch, size", [("1", 1), ("DDP x 2", 1), ("DDP x 2", 2), ("DDP x 4", 1), ("FSDP2 x 2", 1), ("FSDP2 x 2", 2), ("FSDP2 x 4", 1)])
+@pytest.mark.parametrize(
+    "launch, size",
+    [("1", 1), ("DDP x 2", 1), ("DDP x 2", 2), ("DDP x 4", 1), ("FSDP2 x 2", 1), ("FSDP2 x 2", 2), ("FSDP2 x 4", 1)],
+)
 def test_evaluation_of_three_documents(runs, launch, size):
     """Guards against a deadlock where a process has no rows left, against rows that count twice, and against a step that trains weights other than those evaluated."""
-    expected, found = evaluations(runs("1", "evaluation, 2 at a time")), evaluations(runs(launch, f"evaluation, {size} at a time"))
-    assert [entry["step"] for entry in found] == [0, 1] and [entry.keys() for entry in found] == [entry.keys() for entry in expected]
+    expected, found = (
+        evaluations(runs("1", "evaluation, 2 at a time")),
+        evaluations(runs(launch, f"evaluation, {size} at a time")),
+    )
+    assert [entry["step"] for entry in found] == [0, 1] and [entry.keys() for entry in found] == [
+        entry.keys() for entry in expected
+    ]
     assert abs(found[1]["eval/cross_entropy"] - found[0]["eval/cross_entropy"]) > 1e-2
     for left, right in zip(found, expected, strict=True):
-        assert {name: (left[name], right[name]) for name in left if not math.isclose(left[name], right[name], rel_tol=1e-5, abs_tol=1e-5)} == {}
+        assert {
+            name: (left[name], right[name])
+            for name in left
+            if not math.isclose(left[name], right[name], rel_tol=1e-5, abs_tol=1e-5)
+        } == {}

@@ -7,21 +7,51 @@ import pytest
 import torch
 import yaml
 from accelerate import DistributedType
-from conftest import assert_holds, logged
 
 import train_structured
+from conftest import assert_holds, logged
 from ebft_utils.algorithm import losses
-from ebft_utils.run import memory, preview
 from ebft_utils.config.data import EvalConfig, PromptDataConfig, TextDataConfig
-from ebft_utils.config.modes import FeatureNetworkConfig, LoraConfig, ModelConfig, StridedConfig, StridedEBFTConfig, StructuredConfig, StructuredEBFTConfig, TrainConfig, load_config
+from ebft_utils.config.modes import (
+    FeatureNetworkConfig,
+    LoraConfig,
+    ModelConfig,
+    StridedConfig,
+    StridedEBFTConfig,
+    StructuredConfig,
+    StructuredEBFTConfig,
+    TrainConfig,
+    load_config,
+)
 from ebft_utils.config.settings import UserError
-from ebft_utils.run.memory import Shape, in_words, largest_row, memory_estimate, out_of_memory_advice, shape_of, ways_to_save
+from ebft_utils.run import memory, preview
+from ebft_utils.run.memory import (
+    Shape,
+    in_words,
+    largest_row,
+    memory_estimate,
+    out_of_memory_advice,
+    shape_of,
+    ways_to_save,
+)
 
 GB = 2**30
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
-SMALL = Shape(parameters=1000, trained=1000, kept=600, layers=4, hidden=10, inner=20, heads=2, key_value=5, vocabulary=100)
+SMALL = Shape(
+    parameters=1000, trained=1000, kept=600, layers=4, hidden=10, inner=20, heads=2, key_value=5, vocabulary=100
+)
 # Llama-3.2-1B
-LLAMA = Shape(parameters=1_235_814_400, trained=1_235_814_400, kept=992_510_976, layers=16, hidden=2048, inner=8192, heads=32, key_value=512, vocabulary=128_256)
+LLAMA = Shape(
+    parameters=1_235_814_400,
+    trained=1_235_814_400,
+    kept=992_510_976,
+    layers=16,
+    hidden=2048,
+    inner=8192,
+    heads=32,
+    key_value=512,
+    vocabulary=128_256,
+)
 
 
 def common(model: dict, feature_network: dict, train: dict, evaluation: dict, lora: dict | None) -> dict:
@@ -33,21 +63,35 @@ def common(model: dict, feature_network: dict, train: dict, evaluation: dict, lo
 
 
 def strided(data={}, model={}, ebft={}, feature_network={}, train={}, eval={}, lora=None) -> StridedConfig:
-    return StridedConfig(**common(model, feature_network, train, eval, lora), data=TextDataConfig("unused", **data), ebft=StridedEBFTConfig(**ebft))
+    return StridedConfig(
+        **common(model, feature_network, train, eval, lora),
+        data=TextDataConfig("unused", **data),
+        ebft=StridedEBFTConfig(**ebft),
+    )
 
 
 def structured(data={}, model={}, ebft={}, train={}, lora=None) -> StructuredConfig:
     """Completions are the policy's own."""
-    return StructuredConfig(**common(model, {}, train, {}, lora), data=PromptDataConfig("unused", **data), ebft=StructuredEBFTConfig(use_vllm=False, **ebft))
+    return StructuredConfig(
+        **common(model, {}, train, {}, lora),
+        data=PromptDataConfig("unused", **data),
+        ebft=StructuredEBFTConfig(use_vllm=False, **ebft),
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
 # The estimate
 
 
-BY_HAND = dict(data={"sequence_length": 40}, ebft={"n_samples_per_prompt": 2, "generate_max_len": 4}, train={"per_device_batch_size": 2})
+BY_HAND = dict(
+    data={"sequence_length": 40},
+    ebft={"n_samples_per_prompt": 2, "generate_max_len": 4},
+    train={"per_device_batch_size": 2},
+)
 # 5 anchors x 2 rollouts x 4 tokens = 40 rollout tokens beside 40 of the document: 80 of a row, 160 of two
-FORWARD = 160 * 4 * (14 * 10 + 4 * 20) + 4 * 2 * 2 * 10 * (40 // 2 + 256)  # a layer: tokens, and keys of the one block of rollouts
+FORWARD = 160 * 4 * (14 * 10 + 4 * 20) + 4 * 2 * 2 * 10 * (
+    40 // 2 + 256
+)  # a layer: tokens, and keys of the one block of rollouts
 HEAD = 3 * 4 * 160 * 100 + 160 * 10 * 4 + 4 * 100 * 10  # logits, states, gradient of the head
 
 
@@ -85,7 +129,10 @@ def test_the_estimate_follows_the_limit_of_packed_tokens():
     assert limited["forward and backward"] == two["forward and backward"] < 4 * FORWARD + HEAD
     assert limited["rollouts"] == two["rollouts"] == 2 * (40 + 16) * 2 * 5 * 4 * 4 + 24 * 2 * 2 * 2 * 100
     sections["ebft"]["max_packed_tokens"] = 80
-    assert memory_estimate(strided(**sections), SMALL, 40, 5, 1, False, CPU)["peak"] == memory_estimate(strided(**BY_HAND), SMALL, 40, 5, 1, False, CPU)["peak"]
+    assert (
+        memory_estimate(strided(**sections), SMALL, 40, 5, 1, False, CPU)["peak"]
+        == memory_estimate(strided(**BY_HAND), SMALL, 40, 5, 1, False, CPU)["peak"]
+    )
 
 
 def test_what_lies_on_another_device_does_not_count():
@@ -94,7 +141,12 @@ def test_what_lies_on_another_device_does_not_count():
     assert memory_estimate(config, SMALL, 40, 5, 1, False, GPU)["feature network"] == 0
     assert memory_estimate(config, SMALL, 40, 5, 1, False, CPU)["feature network"] == 2400
     on_gpu = memory_estimate(strided(**BY_HAND), SMALL, 40, 5, 2, True, GPU)
-    assert (on_gpu["weights"], on_gpu["optimizer"], on_gpu["feature network"], on_gpu["update"]) == (2000, 4000, 2400, 2000)
+    assert (on_gpu["weights"], on_gpu["optimizer"], on_gpu["feature network"], on_gpu["update"]) == (
+        2000,
+        4000,
+        2400,
+        2000,
+    )
 
 
 def test_the_largest_row_of_a_raw_text():
@@ -112,7 +164,12 @@ def test_the_largest_row_of_a_raw_text():
 # Settings that lower it
 
 
-LARGE = {"data__sequence_length": 128, "train__batch_size": 12, "train__per_device_batch_size": 6, "ebft__n_samples_per_prompt": 8}
+LARGE = {
+    "data__sequence_length": 128,
+    "train__batch_size": 12,
+    "train__per_device_batch_size": 6,
+    "ebft__n_samples_per_prompt": 8,
+}
 SAME_UPDATE = ["train.per_device_batch_size=3", "ebft.max_packed_tokens=560", "model.gradient_checkpointing=true"]
 
 
@@ -142,13 +199,18 @@ def test_each_setting_saves_what_the_estimate_says(write_config, changes, expect
         if key != "lora.r":
             section, name = key.split(".")
             before = getattr(getattr(config, section), name)
-            assert setting.endswith(f"(now {'no limit' if before is None else str(before).lower() if isinstance(before, bool) else before})")
+            assert setting.endswith(
+                f"(now {'no limit' if before is None else str(before).lower() if isinstance(before, bool) else before})"
+            )
     sizes = [less for setting, less in ways if not setting.startswith("lora")]
     assert sizes == sorted(sizes, reverse=True)
 
 
 def keys(config, shape: Shape = LLAMA, num_processes: int = 1, sharded: bool = False, device=GPU) -> list[str]:
-    return [setting.split(" (")[0] for setting, _ in ways_to_save(config, shape, *largest_row(config), num_processes, sharded, device)]
+    return [
+        setting.split(" (")[0]
+        for setting, _ in ways_to_save(config, shape, *largest_row(config), num_processes, sharded, device)
+    ]
 
 
 @pytest.fixture
@@ -160,18 +222,31 @@ def adapter(monkeypatch):
 def test_settings_of_a_large_run_on_a_gpu(adapter):
     """Guards against advice that is known to be there and does not come; the adapter is the last, whatever it saves."""
     config = strided(data={"sequence_length": 1024}, train={"batch_size": 8, "per_device_batch_size": 4})
-    assert keys(config) == ["model.gradient_checkpointing=true", "ebft.max_packed_tokens=2544", "train.per_device_batch_size=2", "model.dtype=bfloat16", "lora.r=16"]
+    assert keys(config) == [
+        "model.gradient_checkpointing=true",
+        "ebft.max_packed_tokens=2544",
+        "train.per_device_batch_size=2",
+        "model.dtype=bfloat16",
+        "lora.r=16",
+    ]
     small = strided(data={"sequence_length": 64}, model={"gradient_checkpointing": True})
     assert "feature_network.device=cpu" in keys(small) and "feature_network.device=cpu" not in keys(small, device=CPU)
     assert keys(small, num_processes=4)[0] == "--config_file accelerate_configs/fsdp2.yaml"
     assert "feature_network.shard=true" in keys(small, num_processes=4, sharded=True)
-    assert not {"feature_network.device=cpu", "--config_file accelerate_configs/fsdp2.yaml"} & set(keys(small, num_processes=4, sharded=True))
+    assert not {"feature_network.device=cpu", "--config_file accelerate_configs/fsdp2.yaml"} & set(
+        keys(small, num_processes=4, sharded=True)
+    )
 
 
 def test_nothing_is_proposed_that_is_already_set(adapter):
     """Guards against advice that changes nothing, and against another method or other data as the first thing that is said."""
     model = {"gradient_checkpointing": True, "dtype": "bfloat16"}
-    every = dict(data={"sequence_length": 1024}, model=model, ebft={"max_packed_tokens": 1100}, train={"per_device_batch_size": 1})
+    every = dict(
+        data={"sequence_length": 1024},
+        model=model,
+        ebft={"max_packed_tokens": 1100},
+        train={"per_device_batch_size": 1},
+    )
     assert keys(strided(**every, feature_network={"device": "cpu"})) == ["lora.r=16"]
     assert keys(strided(**every, feature_network={"shard": True}), num_processes=4, sharded=True) == ["lora.r=16"]
     assert not [key for key in keys(strided(**every, lora={"r": 16})) if key.startswith("lora")]
@@ -179,20 +254,31 @@ def test_nothing_is_proposed_that_is_already_set(adapter):
 
 def test_less_training_is_proposed_only_when_nothing_else_is_left():
     """Guards against fewer samples or shorter rows beside settings that cost only time."""
-    model, adapter = {"gradient_checkpointing": True, "dtype": "bfloat16"}, Shape(**{**vars(LLAMA), "trained": 11_272_192})
+    model, adapter = (
+        {"gradient_checkpointing": True, "dtype": "bfloat16"},
+        Shape(**{**vars(LLAMA), "trained": 11_272_192}),
+    )
     config = strided(data={"sequence_length": 4096}, model=model, ebft={"n_samples_per_prompt": 4}, lora={"r": 16})
     assert keys(config, adapter) == ["ebft.max_packed_tokens=10224"]
-    config = strided(data={"sequence_length": 4096}, model=model, ebft={"n_samples_per_prompt": 4, "stride": 2048}, lora={"r": 16})
+    config = strided(
+        data={"sequence_length": 4096}, model=model, ebft={"n_samples_per_prompt": 4, "stride": 2048}, lora={"r": 16}
+    )
     assert keys(config, adapter) == ["data.sequence_length=2048"]
     config = structured(model=model, ebft={"num_generations": 4, "max_completion_length": 4096}, lora={"r": 16})
     assert keys(config, adapter) == ["ebft.max_completion_length=2048", "ebft.num_generations=2"]
     config = strided(data={"sequence_length": 32}, model=model, ebft={"n_samples_per_prompt": 2}, lora={"r": 16})
-    assert keys(config, adapter) == [] and in_words(3.04 * GB, []) == "no setting lowers the estimated 3.0 GB of a process by much: it takes larger devices, or a smaller model"
+    assert (
+        keys(config, adapter) == []
+        and in_words(3.04 * GB, [])
+        == "no setting lowers the estimated 3.0 GB of a process by much: it takes larger devices, or a smaller model"
+    )
 
 
 def test_rows_at_a_time_stay_a_divisor():
     """Guards against half of 15 rows being 7, which train.batch_size is no multiple of: the one setting that always helps would be left out."""
-    assert "train.per_device_batch_size=5" in keys(strided(data={"sequence_length": 512}, train={"batch_size": 15, "per_device_batch_size": 15}, lora={}))
+    assert "train.per_device_batch_size=5" in keys(
+        strided(data={"sequence_length": 512}, train={"batch_size": 15, "per_device_batch_size": 15}, lora={})
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -212,7 +298,9 @@ def run_of(write_config, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=79.11 * GB))
 
     def make(device: torch.device, **changes):
-        return load_config(str(write_config(**{**LARGE, **changes}))), SimpleNamespace(device=device, num_processes=1, distributed_type=DistributedType.NO)
+        return load_config(str(write_config(**{**LARGE, **changes}))), SimpleNamespace(
+            device=device, num_processes=1, distributed_type=DistributedType.NO
+        )
 
     return make
 
@@ -234,7 +322,9 @@ def test_the_message_of_a_gpu(run_of):
     assert len(ways) >= 3 and said(config, accelerator, torch.OutOfMemoryError(TORCH_SAYS.format(0))) == (
         f"out of memory on cuda:0 (79 GB): the run does not fit; settings that lower the estimated {peak / GB:.1f} GB of a process, each alone: {listed}"
     )
-    assert said(*run_of(torch.device("cuda")), torch.OutOfMemoryError(TORCH_SAYS.format(0))).startswith("out of memory on cuda:0 (79 GB): the run does not fit; settings")
+    assert said(*run_of(torch.device("cuda")), torch.OutOfMemoryError(TORCH_SAYS.format(0))).startswith(
+        "out of memory on cuda:0 (79 GB): the run does not fit; settings"
+    )
 
 
 def test_the_message_of_a_cpu(run_of):
@@ -242,16 +332,27 @@ def test_the_message_of_a_cpu(run_of):
     with pytest.raises(RuntimeError) as real:
         torch.empty(10**15)
     message = said(config, accelerator, real.value)
-    assert message.startswith("out of memory on cpu: the run does not fit; settings that lower") and "train.per_device_batch_size=3 (now 6): about " in message
+    assert (
+        message.startswith("out of memory on cpu: the run does not fit; settings that lower")
+        and "train.per_device_batch_size=3 (now 6): about " in message
+    )
 
 
 def test_the_message_where_it_is_not_the_policy_that_did_not_fit(run_of, monkeypatch):
     """Guards against advice for the wrong device: settings that make room on the policy's GPU do not make any on another one, or in main memory."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     error = torch.OutOfMemoryError(TORCH_SAYS.format(1))
-    assert said(*run_of(GPU), error) == "out of memory on cuda:1 (79 GB): the run does not fit; the policy is on cuda:0, and the feature network lies there"
-    error = RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
-    assert said(*run_of(GPU), error) == "out of memory on cpu: the run does not fit; the policy is on cuda:0, and weights are read and saved there"
+    assert (
+        said(*run_of(GPU), error)
+        == "out of memory on cuda:1 (79 GB): the run does not fit; the policy is on cuda:0, and the feature network lies there"
+    )
+    error = RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
+    )
+    assert (
+        said(*run_of(GPU), error)
+        == "out of memory on cpu: the run does not fit; the policy is on cuda:0, and weights are read and saved there"
+    )
 
 
 def test_a_message_that_hides_it(run_of):
@@ -263,11 +364,21 @@ def test_a_message_that_hides_it(run_of):
         except RuntimeError:
             raise UserError("train.output_dir: the disk is full") from None
     message = said(config, accelerator, caught.value)
-    assert message.startswith("train.output_dir: the disk is full; out of memory on cuda:0 (79 GB)") and "train.per_device_batch_size=3" in message
+    assert (
+        message.startswith("train.output_dir: the disk is full; out of memory on cuda:0 (79 GB)")
+        and "train.per_device_batch_size=3" in message
+    )
 
 
 @pytest.mark.parametrize(
-    "error", [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), UserError("data.dataset: is empty"), ValueError("out of memory"), KeyboardInterrupt()], ids=lambda error: type(error).__name__
+    "error",
+    [
+        RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
+        UserError("data.dataset: is empty"),
+        ValueError("out of memory"),
+        KeyboardInterrupt(),
+    ],
+    ids=lambda error: type(error).__name__,
 )
 def test_other_errors_pass(run_of, error):
     """Guards against a mistake in the program, or another message, that is told as a lack of memory."""
@@ -288,7 +399,10 @@ def test_another_error_on_the_way_out_passes(run_of):
 def test_a_model_that_can_no_longer_be_read(run_of, tmp_path):
     """Guards against a message about the model's folder in place of the one about memory."""
     config, accelerator = run_of(CPU, model__name_or_path=str(tmp_path / "gone"))
-    assert said(config, accelerator, torch.OutOfMemoryError("out of memory")) == "out of memory on cpu: the run does not fit"
+    assert (
+        said(config, accelerator, torch.OutOfMemoryError("out of memory"))
+        == "out of memory on cpu: the run does not fit"
+    )
 
 
 @pytest.mark.parametrize("total, told", [(2**20, True), (2**40, False)])
@@ -296,7 +410,11 @@ def test_the_dry_run_says_when_a_gpu_is_too_small(run_of, monkeypatch, total, to
     config, accelerator = run_of(GPU)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=total))
     lines = preview._memory_lines(config, accelerator, (128, 30))
-    assert [line.startswith("this does not fit; settings that lower the estimated ") and "train.per_device_batch_size=3" in line for line in lines[2:]] == [True] * told
+    assert [
+        line.startswith("this does not fit; settings that lower the estimated ")
+        and "train.per_device_batch_size=3" in line
+        for line in lines[2:]
+    ] == [True] * told
     assert f"cuda:0 has {total / GB:.0f} GB" in lines[1]
 
 
@@ -315,16 +433,28 @@ def test_a_run_that_ran_out_is_saved_and_goes_on(refused, command, write_config,
             run_out()
         return scored(*arguments)
 
-    file = write_config(**{**LARGE, "train__max_steps": 4, "train__per_device_batch_size": 12, "eval__num_documents": 0})
+    file = write_config(
+        **{**LARGE, "train__max_steps": 4, "train__per_device_batch_size": 12, "eval__num_documents": 0}
+    )
     with monkeypatch.context() as patched:
         patched.setattr(losses, "policy_gradient_loss", loss)
         message = refused("--cfg", file)
-    assert_holds(message, "out of memory on cpu", "train.per_device_batch_size=6 (now 12)", "model.gradient_checkpointing=true (now false)", "train.resume=latest goes on from the last checkpoint")
-    assert len(calls) == 3 and sorted(path.name for path in (tmp_path / "run").glob("*checkpoint-*")) == ["checkpoint-2"]
+    assert_holds(
+        message,
+        "out of memory on cpu",
+        "train.per_device_batch_size=6 (now 12)",
+        "model.gradient_checkpointing=true (now false)",
+        "train.resume=latest goes on from the last checkpoint",
+    )
+    assert len(calls) == 3 and sorted(path.name for path in (tmp_path / "run").glob("*checkpoint-*")) == [
+        "checkpoint-2"
+    ]
     assert json.loads((tmp_path / "run" / "checkpoint-2" / "run.json").read_text())["step"] == 2
     code, stderr = command("--cfg", file, "train.resume=latest", "train.per_device_batch_size=6")
     assert code == 0, stderr
-    assert [entry["step"] for entry in logged(tmp_path / "run")] == [1, 2, 3, 4] and (tmp_path / "run" / "final").is_dir()
+    assert [entry["step"] for entry in logged(tmp_path / "run")] == [1, 2, 3, 4] and (
+        tmp_path / "run" / "final"
+    ).is_dir()
 
 
 def test_structured_mode_says_it_too(tmp_path, model_folder, monkeypatch):
@@ -337,4 +467,9 @@ def test_structured_mode_says_it_too(tmp_path, model_folder, monkeypatch):
     monkeypatch.setattr(train_structured, "train_or_evaluate", runs_out)
     with pytest.raises(UserError) as caught:
         train_structured.main(["--cfg", str(tmp_path / "config.yaml")])
-    assert_holds(str(caught.value), "out of memory on cpu", "train.per_device_batch_size=2 (now 4)", "model.gradient_checkpointing=true")
+    assert_holds(
+        str(caught.value),
+        "out of memory on cpu",
+        "train.per_device_batch_size=2 (now 4)",
+        "model.gradient_checkpointing=true",
+    )

@@ -8,7 +8,6 @@ from accelerate import Accelerator
 
 from ebft_utils.run.metrics import MetricLogger, MetricSums, mean_with_error, rollout_table
 
-
 # ---------------------------------------------------------------------------------------------------------------------------------------
 # Means
 
@@ -68,7 +67,9 @@ def test_metric_sums_do_not_depend_on_the_split(accelerator):
         for part, part_mask in zip(values.split(split), mask.split(split), strict=True):
             sums.add("mean", part, part_mask)
             sums.add_sum("total", part.sum(), 2.0)
-        assert sums.means(accelerator) == pytest.approx({"mean": values[mask].mean().item(), "total": values.sum().item() / (2 * len(split))}, rel=1e-5)
+        assert sums.means(accelerator) == pytest.approx(
+            {"mean": values[mask].mean().item(), "total": values.sum().item() / (2 * len(split))}, rel=1e-5
+        )
 
 
 def test_metric_sums_ignore_what_is_masked(accelerator):

@@ -13,21 +13,32 @@ import psutil
 import pytest
 import test_weight_sync
 import torch
-from conftest import ROOT, assert_holds, end_of, error_of, evaluations, logged, tiny_model, tiny_tokenizer, training, wait_for
-from real_vllm import KEY, Server
 from test_weight_sync import KINDS, assert_close, change, numbers, served_policy, trained
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from conftest import (
+    ROOT,
+    assert_holds,
+    end_of,
+    error_of,
+    evaluations,
+    logged,
+    tiny_model,
+    tiny_tokenizer,
+    training,
+    wait_for,
+)
 from ebft_utils import models
-from ebft_utils.server import weight_sync
 from ebft_utils.config.modes import ModelConfig
-from ebft_utils.run.distributed import AgreedError
-from ebft_utils.models import load_causal_lm, load_tokenizer, stop_token_ids, unpacked_model
-from ebft_utils.data.rows import load_rows
 from ebft_utils.data.prompts import conversation_of, make_prompt_batch
-from ebft_utils.server.rollouts import Rollouts
+from ebft_utils.data.rows import load_rows
+from ebft_utils.models import load_causal_lm, load_tokenizer, stop_token_ids, unpacked_model
+from ebft_utils.run.distributed import AgreedError
+from ebft_utils.server import weight_sync
 from ebft_utils.server.client import VLLMServer
+from ebft_utils.server.rollouts import Rollouts
 from ebft_utils.server.weight_sync import ServedPolicy
+from real_vllm import KEY, Server
 
 servers = test_weight_sync.servers  # the fixture
 CLOSE = 1e-4  # nats, of two float32 programs
@@ -40,7 +51,9 @@ def rollouts_of(served: ServedPolicy, stop_ids: list[int] = [0]) -> Rollouts:
     tokenizer = load_tokenizer(served.config.model)
     rollouts = Rollouts(served.config, served.accelerator, served.policy, tokenizer, stop_ids, served, None)
     rollouts.rows, _ = load_rows(served.config, tokenizer, conversation_of)
-    rollouts.batch = lambda row_ids, keys: make_prompt_batch(rollouts.rows, row_ids, keys, tokenizer.pad_token_id, served.accelerator.device)
+    rollouts.batch = lambda row_ids, keys: make_prompt_batch(
+        rollouts.rows, row_ids, keys, tokenizer.pad_token_id, served.accelerator.device
+    )
     return rollouts
 
 
@@ -53,9 +66,14 @@ def own_logprobs(served: ServedPolicy, prompt: list[int], tokens: list[int], tem
     return (logits / temperature).log_softmax(-1).gather(-1, ids[0, len(prompt) :, None])[:, 0]
 
 
-def gap(served: ServedPolicy, prompt: list[int], found: list[tuple[list[int], list[float], bool]], temperature: float = 0.8) -> float:
+def gap(
+    served: ServedPolicy, prompt: list[int], found: list[tuple[list[int], list[float], bool]], temperature: float = 0.8
+) -> float:
     """The largest difference of the server's log-probs and the policy's."""
-    return max((own_logprobs(served, prompt, tokens, temperature) - torch.tensor(logprobs)).abs().max().item() for tokens, logprobs, _ in found)
+    return max(
+        (own_logprobs(served, prompt, tokens, temperature) - torch.tensor(logprobs)).abs().max().item()
+        for tokens, logprobs, _ in found
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -79,11 +97,17 @@ def test_completions_land_at_their_rows(servers, kind):
         for row, group in enumerate(groups):
             assert len(group) == 3
             for completion in group:
-                assert all(completion.written) and len(completion.tokens) == len(completion.logprobs) == len(completion.written)
+                assert all(completion.written) and len(completion.tokens) == len(completion.logprobs) == len(
+                    completion.written
+                )
                 logprobs = torch.tensor(completion.logprobs)
                 own.append((own_logprobs(served, prompts[row], completion.tokens, 0.8) - logprobs).abs().max().item())
-                elsewhere.append((own_logprobs(served, prompts[1 - row], completion.tokens, 0.8) - logprobs).abs().max().item())
-                cooler.append((own_logprobs(served, prompts[row], completion.tokens, 0.7) - logprobs).abs().max().item())
+                elsewhere.append(
+                    (own_logprobs(served, prompts[1 - row], completion.tokens, 0.8) - logprobs).abs().max().item()
+                )
+                cooler.append(
+                    (own_logprobs(served, prompts[row], completion.tokens, 0.7) - logprobs).abs().max().item()
+                )
     assert max(own) < CLOSE and min(elsewhere) > CHANGED and min(cooler) > CHANGED
 
 
@@ -133,7 +157,9 @@ def test_several_turns(servers, kind, tmp_path):
     with rows.open("w") as file:
         for first, second, third in zip(lines, lines[1:], lines[2:], strict=False):
             turns = [{"prompt": turn["prompt"][:12], "completion": turn["completion"]} for turn in (second, third)]
-            file.write(json.dumps({"prompt": first["prompt"], "completion": first["completion"], "turns": turns}) + "\n")
+            file.write(
+                json.dumps({"prompt": first["prompt"], "completion": first["completion"], "turns": turns}) + "\n"
+            )
     changes = dict(data__dataset=str(rows), data__columns={"turns": "turns"}, data__max_conversation_length=250)
     served = served_policy(servers[kind], **changes)
     served.start(0)
@@ -150,7 +176,9 @@ def test_several_turns(servers, kind, tmp_path):
     steps = training(trained(servers[kind], "turns", train__max_steps=2, **changes))
     assert len(steps) == 2
     for step in steps:
-        assert abs(step["vllm/ratio_mean"] - 1) < 1e-3 and step["vllm/logprob_gap"] < CLOSE and step["rollout/length"] > 24
+        assert (
+            abs(step["vllm/ratio_mean"] - 1) < 1e-3 and step["vllm/logprob_gap"] < CLOSE and step["rollout/length"] > 24
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -198,8 +226,14 @@ def test_a_head_that_stays_old_in_the_middle(servers, monkeypatch):
     served, prompt, whole = served_policy(servers["full, tied"]), [5, 6, 7, 8], weight_sync.whole_state
     served.start(0)
     change(served, 1)
-    monkeypatch.setattr(weight_sync, "whole_state", lambda *arguments: {name: tensor for name, tensor in whole(*arguments).items() if name != "lm_head.weight"})
-    with pytest.raises(AgreedError, match="do not have the same weights.* it has old weights, or only a part of the new ones"):
+    monkeypatch.setattr(
+        weight_sync,
+        "whole_state",
+        lambda *arguments: {name: tensor for name, tensor in whole(*arguments).items() if name != "lm_head.weight"},
+    )
+    with pytest.raises(
+        AgreedError, match="do not have the same weights.* it has old weights, or only a part of the new ones"
+    ):
         served.sync(1)
     assert served.version == 0
     assert gap(served, prompt, served.server.complete(served.name, [prompt], [8], [0], 3, 0.8, [0])[0]) > CHANGED
@@ -213,7 +247,9 @@ def test_full_weights_that_never_arrive(servers, monkeypatch):
     served = served_policy(servers["full, tied"])
     served.start(0)
     monkeypatch.setattr(served.server, "reload_weights", lambda folder, version: served.server.finish_update(version))
-    with pytest.raises(AgreedError, match="it answers with the weights of before: what is sent does not take effect there"):
+    with pytest.raises(
+        AgreedError, match="it answers with the weights of before: what is sent does not take effect there"
+    ):
         served.start(0)
 
 
@@ -247,7 +283,9 @@ def test_weights_lost_while_writing_ahead(servers, monkeypatch):
     monkeypatch.setattr(VLLMServer, "complete", complete_and_lose)
     steps = training(trained(server, "lost", ebft__async_prefetch=True, train__max_steps=5))
     assert len(calls) == 6 and [step["vllm/staleness"] for step in steps] == [0, 1, 0, 1, 1]
-    assert steps[2]["vllm/logprob_gap"] < CLOSE and all(steps[index]["vllm/logprob_gap"] > 10 * CLOSE for index in (1, 3, 4))
+    assert steps[2]["vllm/logprob_gap"] < CLOSE and all(
+        steps[index]["vllm/logprob_gap"] > 10 * CLOSE for index in (1, 3, 4)
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -261,7 +299,10 @@ def test_the_key_is_not_in_the_process_list(servers):
     lines = [" ".join(process.cmdline()) for process in [root, *root.children(recursive=True)]]
     assert any("--enable-lora" in line and "--logprobs-mode processed_logprobs" in line for line in lines)
     assert not [line for line in lines if KEY in line]
-    assert KEY not in (server.folder / "server.log").read_text() and "VLLM_API_KEY=..." in (server.folder / "server.log").read_text()
+    assert (
+        KEY not in (server.folder / "server.log").read_text()
+        and "VLLM_API_KEY=..." in (server.folder / "server.log").read_text()
+    )
 
 
 def test_a_gguf_model_is_unpacked_once(tmp_path, monkeypatch):
@@ -278,7 +319,10 @@ def test_a_gguf_model_is_unpacked_once(tmp_path, monkeypatch):
     config, ids = ModelConfig(name_or_path=str(file)), torch.arange(3, 40)[None]
     assert unpacked_model(config, folder) == unpacked_model(config, folder) == str(folder) and loads == [torch.float32]
     assert torch.equal(AutoModelForCausalLM.from_pretrained(folder)(ids).logits, model(ids).logits)
-    assert AutoTokenizer.from_pretrained(folder)("Guards against").input_ids == tiny_tokenizer()("Guards against").input_ids
+    assert (
+        AutoTokenizer.from_pretrained(folder)("Guards against").input_ids
+        == tiny_tokenizer()("Guards against").input_ids
+    )
     (folder / "unpacked.json").unlink()  # as if its writer had been killed
     (folder / "model.safetensors").write_bytes(b"half of it")
     unpacked_model(config, folder)
@@ -288,7 +332,10 @@ def test_a_gguf_model_is_unpacked_once(tmp_path, monkeypatch):
     assert len(loads) == 3
     ordinary = tmp_path / "ordinary"
     model.save_pretrained(ordinary)
-    assert unpacked_model(ModelConfig(name_or_path=str(ordinary)), tmp_path / "unused") == str(ordinary) and not (tmp_path / "unused").exists()
+    assert (
+        unpacked_model(ModelConfig(name_or_path=str(ordinary)), tmp_path / "unused") == str(ordinary)
+        and not (tmp_path / "unused").exists()
+    )
 
 
 @pytest.fixture
@@ -299,11 +346,25 @@ def launch(tmp_path):
     def run(file: Path, *, processes: int = 1) -> subprocess.Popen:
         command = [sys.executable]
         if processes > 1:
-            command += ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "accelerate_configs" / "ddp.yaml"), "--num_processes", str(processes)]
+            command += [
+                "-m",
+                "accelerate.commands.launch",
+                "--config_file",
+                str(ROOT / "accelerate_configs" / "ddp.yaml"),
+                "--num_processes",
+                str(processes),
+            ]
         command += [str(ROOT / "train_structured.py"), "--cfg", str(file)]
         output = tmp_path / f"output-{len(started)}.txt"
         with output.open("w") as stream:
-            process = subprocess.Popen(command, stdout=stream, stderr=stream, cwd=ROOT, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, start_new_session=True)
+            process = subprocess.Popen(
+                command,
+                stdout=stream,
+                stderr=stream,
+                cwd=ROOT,
+                env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+                start_new_session=True,
+            )
         process.output = output
         started.append((process, psutil.Process(process.pid)))
         return process
@@ -330,9 +391,14 @@ def test_runs_end_with_their_server(servers, launch):
 
     Guards against processes that wait for each other for ever, an error that stays in the prefetching thread, and a signal that has to wait for vllm.timeout.
     """
-    server, changes = servers["LoRA"], dict(train__max_steps=100000, train__learning_rate=1e-5, train__rollout_table_steps=0)
+    server, changes = (
+        servers["LoRA"],
+        dict(train__max_steps=100000, train__learning_rate=1e-5, train__rollout_table_steps=0),
+    )
     runs = {
-        "pair": launch(server.config("pair_dies", vllm__timeout=5.0, train__per_device_batch_size=1, **changes), processes=2),
+        "pair": launch(
+            server.config("pair_dies", vllm__timeout=5.0, train__per_device_batch_size=1, **changes), processes=2
+        ),
         "ahead": launch(server.config("ahead_dies", vllm__timeout=5.0, ebft__async_prefetch=True, **changes)),
         "asked": launch(server.config("asked_dies", vllm__timeout=600.0, **changes)),
     }
