@@ -1,15 +1,19 @@
-"""Starts the rollout server of train_structured.py: vLLM's own OpenAI server, with the arguments that the same configuration asks for.
+"""Starts the rollout server of train_structured.py: vLLM's own OpenAI server, configured by the same file.
 
     python serve_vllm.py --cfg examples/structured.yaml
 
-It prints the command and becomes it (--dry-run: prints the arguments and stops); nothing of ours runs in the server. What it adds to a plain `vllm serve`:
+It prints the command and replaces itself by it (--dry-run: only prints the arguments). None of this repository's code
+runs in the server. What it adds to a plain `vllm serve`:
     log-probs at the sampling temperature       --logprobs-mode processed_logprobs
     no sampling defaults from the model         --generation-config vllm
     with a lora section, adapters               --enable-lora --max-lora-rank, VLLM_ALLOW_RUNTIME_LORA_UPDATING=1
-    weights that can be replaced                VLLM_SERVER_DEV_MODE=1; --weight-transfer-config with vllm.weight_sync: nccl
-A GGUF file is first unpacked into an ordinary model, in <train.output_dir>/served_model, so that server and trainer have the same weights.
+    weights that can be replaced                VLLM_SERVER_DEV_MODE=1; --weight-transfer-config with
+                                                vllm.weight_sync: nccl
+A GGUF file is first unpacked into an ordinary model, in <train.output_dir>/served_model, so that server and trainer
+have the same weights.
 
-Who reaches the server's address can load other weights into it, with no key. So it listens on 127.0.0.1 unless vllm.host says otherwise.
+Whoever reaches the server's address can load other weights into it, without a key. So it listens on 127.0.0.1 unless
+vllm.host says otherwise.
 """
 
 import importlib.util
@@ -23,12 +27,12 @@ from ebft_utils.config.modes import StructuredConfig, parse_command_line
 from ebft_utils.config.settings import UserError
 from ebft_utils.models import resolve_source, unpacked_model
 
-ADAPTER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM can be built for
+ADAPTER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values that --max-lora-rank allows
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def server_arguments(config: StructuredConfig, model: str) -> list[str]:
-    """Arguments of vLLM's server. Raises UserError for an adapter that it cannot serve."""
+    """The arguments of vLLM's server. Raises UserError for an adapter that vLLM cannot serve."""
     vllm = config.vllm
     arguments = {
         "--model": model,
@@ -61,45 +65,38 @@ def server_arguments(config: StructuredConfig, model: str) -> list[str]:
 
 
 def main(argv: list[str]) -> None:
+    """Becomes the server of a configuration."""
     config = parse_command_line(argv, __doc__, StructuredConfig)
     if config is None:
         return
     folder = Path(config.train.output_dir).expanduser() / "served_model"
     if config.train.dry_run:  # nothing is unpacked
         source, gguf_file = resolve_source(config.model.name_or_path)
-        print(
-            shlex.join(
-                ["vllm", "serve", *server_arguments(config, source if gguf_file is None else str(folder.resolve()))]
-            )
-        )
+        model = source if gguf_file is None else str(folder.resolve())
+        print(shlex.join(["vllm", "serve", *server_arguments(config, model)]))
         return
     if importlib.util.find_spec("vllm") is None:
         raise UserError(
-            "vllm is not installed here: pip install vllm==0.32.0 (on a machine without a GPU: see README.md, 'Structured mode')"
+            "vllm is not installed here: pip install vllm==0.32.0 (on a machine without a GPU: see README.md, "
+            "'Structured mode')"
         )
     model = unpacked_model(config.model, folder)
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *server_arguments(config, model)]
-    environment = {"VLLM_SERVER_DEV_MODE": "1"} | (
-        {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"} if config.lora is not None else {}
-    )
-    secret = (
-        {"VLLM_API_KEY": config.vllm.api_key} if config.vllm.api_key else {}
-    )  # not an argument: those can be read by everybody on the machine
-    print(
-        " ".join(
-            [
-                *(f"{name}={value}" for name, value in environment.items()),
-                *(f"{name}=..." for name in secret),
-                shlex.join(command),
-            ]
-        ),
-        flush=True,
-    )
+    environment = {"VLLM_SERVER_DEV_MODE": "1"}
+    if config.lora is not None:
+        environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
+    # not an argument: everybody on the machine can read those
+    secret = {"VLLM_API_KEY": config.vllm.api_key} if config.vllm.api_key else {}
+    shown = [f"{name}={value}" for name, value in environment.items()] + [f"{name}=..." for name in secret]
+    print(" ".join([*shown, shlex.join(command)]), flush=True)
     if config.vllm.host not in LOOPBACK:
+        guarded = ", and use the model: no vllm.api_key is set"
+        if secret or "VLLM_API_KEY" in os.environ:
+            guarded = "; vllm.api_key guards only the endpoints under /v1"
         print(
-            f"WARNING: vllm.host {config.vllm.host} is not this machine alone. Everybody who reaches port {config.vllm.port} can replace the model's weights, load files as adapters and "
-            f"call the workers' methods{'; vllm.api_key guards only the endpoints under /v1' if secret or 'VLLM_API_KEY' in os.environ else ', and use the model: no vllm.api_key is set'}. "
-            "Let only the trainer through the firewall.",
+            f"WARNING: vllm.host {config.vllm.host} is not this machine alone. Everybody who reaches port "
+            f"{config.vllm.port} can replace the model's weights, load files as adapters and call the workers' methods"
+            f"{guarded}. Let only the trainer through the firewall.",
             flush=True,
         )
     os.execve(command[0], command, {**os.environ, **environment, **secret})

@@ -1,31 +1,38 @@
-"""Strided energy-based fine-tuning (EBFT; Jelassi et al. 2026, arXiv 2603.12248) on raw text, or on the answers behind prompts.
+"""Strided energy-based fine-tuning (EBFT; Jelassi et al. 2026, arXiv 2603.12248) on raw text, or on answers to prompts.
 
     python train_strided.py --cfg examples/quickstart.yaml
-    accelerate launch --config_file accelerate_configs/fsdp2.yaml train_strided.py --cfg examples/quickstart.yaml lora=null train.learning_rate=1e-5
+    accelerate launch --config_file accelerate_configs/fsdp2.yaml train_strided.py --cfg examples/llama3b.yaml
 
 One training step, for each document (`train_step` below reads like this list):
-    1. every `stride` tokens (of what is to be learnt) an anchor; at each anchor the policy writes n short rollouts, all anchors at once      strided.generate_rollouts
-    2. a frozen copy of the model turns each rollout, and the ground truth at the same place, into features         features.strided_features
-    3. a rollout's reward: its features' cosine with the truth's, minus its similarity to its siblings (eq 7-9)     rewards.feature_matching_rewards
-    4. advantage: reward minus the corrected leave-one-out baseline (eq 94)                                        rewards.rloo_advantages
-    5. loss: rl_coef * policy gradient + ce_coef * cross-entropy, log-probs from one packed forward                 strided.strided_logprobs
-       of the rollouts that the gradient depends on: equal ones once, those without advantage not at all            strided.rollouts_to_train
+    1. Every `stride` tokens of what is learnt there is an anchor. At each anchor the policy writes n short rollouts,
+       all anchors at once.                                                      decoding.generate_rollouts
+    2. A frozen copy of the model turns each rollout, and the ground truth at the same place, into features.
+                                                                                  features.strided_features
+    3. A rollout's reward is its features' cosine with the truth's, minus its similarity to its siblings (eq 7-9).
+                                                                                  rewards.feature_matching_rewards
+    4. Its advantage is the reward minus the corrected leave-one-out baseline (eq 94).
+                                                                                  rewards.rloo_advantages
+    5. loss = rl_coef * policy gradient + ce_coef * cross-entropy. The log-probs come from one packed forward
+       (strided.strided_logprobs) of the rollouts that the gradient depends on: equal ones once, those without
+       advantage not at all (strided.rollouts_to_train).
 `ebft.rl_coef=0 ebft.ce_coef=1` leaves out 1-4 and is plain supervised fine-tuning.
 
-What differs from the paper's released code: the n rollouts of all anchors share ONE copy of the document (they copy it n times); rollouts
-are decoded with a KV cache; equal rollouts have equal features; log-probs are those of the policy that sampled (temperature included); windows
-that would cross a document's end are no groups; whitening is eq 8 by default (`ebft.whitening: sample` is the released code's).
+What differs from the paper's released code: the n rollouts of all anchors share ONE copy of the document (it copies
+the document n times); rollouts are decoded with a KV cache; equal rollouts have equal features; log-probs are those of
+the policy that sampled (temperature included); windows that would cross a document's end are no groups; whitening is
+eq 8 by default (`ebft.whitening: sample` is the released code's).
 """
 
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from tqdm import tqdm
 
+from ebft_utils import models
 from ebft_utils.algorithm.features import FeatureNetwork, strided_features
 from ebft_utils.algorithm.losses import cross_entropy_loss, policy_gradient_loss
 from ebft_utils.algorithm.rewards import (
@@ -39,40 +46,20 @@ from ebft_utils.algorithm.rewards import (
 )
 from ebft_utils.algorithm.strided import in_parts, number_of_parts, rollouts_to_train, truth_windows
 from ebft_utils.config.modes import StridedConfig, parse_command_line
-from ebft_utils.data.rows import Batch, Rows, load_rows, make_batch, rollout_uniforms, rows_of_step
-from ebft_utils.models import (
-    StridedPolicy,
-    check_vocabulary,
-    load_feature_network,
-    load_policy,
-    load_tokenizer,
-    model_card,
-    set_attention,
-)
+from ebft_utils.data.batches import Batch, make_batch, rollout_uniforms
+from ebft_utils.data.rows import Rows, load_rows
+from ebft_utils.run import distributed
 from ebft_utils.run.checkpoint import (
     RunState,
     check_same_run,
     continue_with,
-    export_final,
     find_checkpoint,
     launch_of,
     load_checkpoint,
     output_folder,
 )
-from ebft_utils.run.distributed import (
-    StopSignals,
-    describe_run,
-    gradient_sync,
-    main_process_first,
-    micro_batches_per_step,
-    precision,
-    prepare_accelerator,
-    prepare_policy,
-    run_as_command,
-    together,
-    whole_weights,
-)
-from ebft_utils.run.loop import TrainingLoop, Update, evaluate_only
+from ebft_utils.run.export import export_final
+from ebft_utils.run.loop import TrainingLoop, Update, evaluate_only, evaluate_rows, make_optimizer, micro_batches
 from ebft_utils.run.memory import out_of_memory_advice
 from ebft_utils.run.metrics import MetricLogger, MetricSums, logged_evaluations, rollout_table, step_metrics
 from ebft_utils.run.preview import preview
@@ -81,13 +68,16 @@ SHOWN = {"reward": "ebft/mean_reward", "cfm": "ebft/cfm_loss", "ce": "ebft/ce_lo
 EVALUATED = ("cross_entropy", "cfm_loss", "cfm_unbiased", "reward_pass@1", "reward_best_of_n")
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # The algorithm
 
 
 @dataclass
 class Groups:
-    """The rollouts of a batch and what they are worth. rollouts (B, A, N, G); features (B, A, N, D); truth_features (B, A, D)."""
+    """The rollouts of a batch and their rewards.
+
+    rollouts (B, A, N, G); features (B, A, N, D); truth_features (B, A, D). B rows, A anchors, N rollouts, G tokens.
+    """
 
     rollouts: Tensor
     features: Tensor
@@ -98,42 +88,41 @@ class Groups:
 def sample_and_score(
     config: StridedConfig,
     accelerator: Accelerator,
-    policy: StridedPolicy,
+    policy: models.StridedPolicy,
     network: FeatureNetwork,
     batch: Batch,
     seed: int,
 ) -> Groups:
-    """Points 1 to 3 of the algorithm: rollouts at every anchor, features of rollouts and truth, rewards. policy: not wrapped in DDP."""
-    ebft = config.ebft
+    """Points 1 to 3 of the algorithm: rollouts at every anchor, features of rollouts and truth, rewards.
+
+    policy: unwrapped, without DDP around it.
+    """
+    ebft, document, segments = config.ebft, batch.document_ids, batch.segment_ids
     num_anchors, samples = batch.anchors.shape[1], ebft.n_samples_per_prompt
     uniforms = rollout_uniforms(seed, batch.keys, num_anchors, samples, ebft.generate_max_len).to(batch.anchors.device)
     num_parts = agreed_parts(config, accelerator, num_anchors, samples * ebft.generate_max_len, batch)
-    written = []
-    with precision(accelerator, policy), ExitStack() as gathered:
-        gathered.enter_context(whole_weights(accelerator, policy))
+    with distributed.precision(accelerator, policy), ExitStack() as gathered:
+        gathered.enter_context(distributed.whole_weights(accelerator, policy))
         parts = in_parts(num_parts, batch.anchors, batch.valid, uniforms)
-        for anchors, valid, numbers in parts:
-            written.append(
-                policy.generate(
-                    document_ids=batch.document_ids,
-                    segment_ids=batch.segment_ids,
-                    anchors=anchors,
-                    valid=valid,
-                    temperature=ebft.temperature,
-                    uniforms=numbers,
-                )
+        written = [
+            policy.generate(
+                document_ids=document,
+                segment_ids=segments,
+                anchors=anchors,
+                valid=valid,
+                temperature=ebft.temperature,
+                uniforms=numbers,
             )
+            for anchors, valid, numbers in parts
+        ]
         if not network.is_policy:
             gathered.close()
         read = [
-            strided_features(
-                network, batch.document_ids, batch.segment_ids, rollouts, anchors, valid, ebft.embed_method
-            )
+            strided_features(network, document, segments, rollouts, anchors, valid, ebft.embed_method)
             for rollouts, (anchors, valid, _) in zip(written, parts, strict=True)
         ]
-    rollouts, features, truth_features = (
-        torch.cat(tensors, dim=1)[:, :num_anchors] for tensors in (written, *zip(*read, strict=True))
-    )
+    whole = (torch.cat(tensors, dim=1)[:, :num_anchors] for tensors in (written, *zip(*read, strict=True)))
+    rollouts, features, truth_features = whole
     features = share_equal_rollouts(features, rollouts)
     rewards = feature_matching_rewards(
         features,
@@ -157,31 +146,36 @@ def advantages_of(config: StridedConfig, rewards: FeatureRewards) -> Tensor:
 
 
 def document_targets(batch: Batch) -> Tensor:
-    """(B, S-1), True where document token s+1 is to be learnt (not a prompt's, not padding) and token s, which predicts it, is of the same document."""
+    """(B, S-1), True where document token s+1 is learnt and token s, which predicts it, is of the same document.
+
+    Tokens of prompts and padding are not learnt.
+    """
     return (batch.completion_ids[:, 1:] >= 0) & (batch.segment_ids[:, 1:] == batch.segment_ids[:, :-1])
 
 
 def agreed_parts(
     config: StridedConfig, accelerator: Accelerator, num_slots: int, tokens_per_slot: int, batch: Batch
 ) -> int:
-    """In how many forwards a batch is run (ebft.max_packed_tokens): on each process as many as on the one that needs most, because FSDP2 runs them together."""
+    """How many forwards a batch takes (ebft.max_packed_tokens): on each process as many as on the one that needs most.
+
+    FSDP2 runs a forward on all processes together.
+    """
     limit = config.ebft.max_packed_tokens
     num_parts = number_of_parts(num_slots, tokens_per_slot, batch.document_ids.shape[1], limit)
-    return (
-        num_parts
-        if limit is None
-        else int(accelerator.gather(torch.tensor([num_parts], device=accelerator.device)).max())
-    )
+    if limit is None:
+        return num_parts
+    return int(accelerator.gather(torch.tensor([num_parts], device=accelerator.device)).max())
 
 
 def train_step(config: StridedConfig, accelerator: Accelerator, policy, network: FeatureNetwork, batches: list[Batch]):
-    """Gradients of one optimizer step, accumulated over its micro-batches. Returns metric sums, the loss, and the last micro-batch's groups."""
+    """Gradients of one optimizer step, accumulated over its micro-batches.
+
+    Returns metric sums, the loss, and the last micro-batch's groups.
+    """
     ebft, sums, unwrapped = config.ebft, MetricSums(), accelerator.unwrap_model(policy)
-    # the token counts of the whole global batch, known before the first forward: each loss is sum over tokens / global count
-    counts = torch.stack(
-        [sum(batch.valid.sum() for batch in batches), sum(document_targets(batch).sum() for batch in batches)]
-    ).to(accelerator.device)
-    num_anchors, num_targets = accelerator.reduce(counts, reduction="sum").tolist()
+    # counts of the whole global batch, known before the first forward: each loss is sum over tokens / global count
+    counts = sum(torch.stack([batch.valid.sum(), document_targets(batch).sum()]) for batch in batches)
+    num_anchors, num_targets = accelerator.reduce(counts.to(accelerator.device), reduction="sum").tolist()
     num_rollout_tokens = num_anchors * ebft.n_samples_per_prompt * ebft.generate_max_len
     total_loss, groups = torch.zeros((), device=accelerator.device), None
     for index, batch in enumerate(batches):
@@ -194,18 +188,14 @@ def train_step(config: StridedConfig, accelerator: Accelerator, policy, network:
             rollouts, anchors, valid, summed = rollouts_to_train(
                 groups.rollouts, advantages, batch.anchors, batch.valid, scale
             )
-            parts = in_parts(
-                agreed_parts(config, accelerator, anchors.shape[1], ebft.generate_max_len, batch),
-                anchors,
-                valid,
-                rollouts,
-                summed,
-            )
+            num_parts = agreed_parts(config, accelerator, anchors.shape[1], ebft.generate_max_len, batch)
+            parts = in_parts(num_parts, anchors, valid, rollouts, summed)
             rollout_tokens = batch.valid.sum() * ebft.n_samples_per_prompt * ebft.generate_max_len
             num_tokens = num_tokens + rollout_tokens
             count_groups(sums, batch, groups, advantages, valid.sum())
         for number, (anchors, valid, rollouts, summed) in enumerate(parts):
-            with gradient_sync(accelerator, policy, last=index == len(batches) - 1 and number == len(parts) - 1):
+            last = index == len(batches) - 1 and number == len(parts) - 1
+            with distributed.gradient_sync(accelerator, policy, last=last):
                 rollout_logps, document_logps = policy(
                     document_ids=batch.document_ids,
                     segment_ids=batch.segment_ids,
@@ -232,7 +222,7 @@ def train_step(config: StridedConfig, accelerator: Accelerator, policy, network:
 
 
 def count_groups(sums: MetricSums, batch: Batch, groups: Groups, advantages: Tensor, num_trained: Tensor) -> None:
-    """Adds the metrics of a batch's groups; only valid anchors count. num_trained: rollouts in the training forward."""
+    """Adds the metrics of a batch's groups. Only valid anchors count. num_trained: rollouts in the training forward."""
     counted = batch.valid.unsqueeze(-1).expand_as(advantages)
     rewards = groups.rewards
     sums.add("ebft/alignment", rewards.alignment, counted)
@@ -255,29 +245,18 @@ def evaluate(
     network: FeatureNetwork,
     rows: Rows,
     pad_token_id: int,
-    signals: StopSignals,
+    signals: distributed.StopSignals,
 ) -> dict[str, Tensor] | None:
-    """Held-out cross-entropy, CFM and reward of each document: name -> (2, documents), totals and their weights. Same seed, same numbers.
+    """Held-out cross-entropy, CFM and reward of each document: name -> (2, documents), totals and their weights.
 
-    None when the run was asked to stop in the middle.
+    The same seed gives the same numbers. None: the run was asked to stop meanwhile.
     """
     policy = accelerator.unwrap_model(policy)
-    policy.eval()
-    size = config.eval.per_device_batch_size
-    table = torch.zeros(len(EVALUATED), 2, len(rows), dtype=torch.float64, device=accelerator.device)
-    starts = range(0, len(rows), size * accelerator.num_processes)
-    for start in tqdm(starts, desc="evaluating", disable=not accelerator.is_main_process, leave=False):
-        if signals.agreed(accelerator):
-            policy.train()
-            return None
-        start += accelerator.process_index * size
-        row_ids = list(range(start, min(start + size, len(rows))))
-        run_ids = row_ids or [
-            0
-        ]  # FSDP2 needs every process in every forward: one that has no rows left runs the first, and does not count it
-        batch = batch_of(config, rows, run_ids, run_ids, pad_token_id).to(accelerator.device)
+
+    def measure(row_ids: list[int]) -> list[tuple[Tensor, Tensor]]:
+        batch = batch_of(config, rows, row_ids, row_ids, pad_token_id).to(accelerator.device)
         groups = sample_and_score(config, accelerator, policy, network, batch, config.eval.seed)
-        with whole_weights(accelerator, policy):  # which FSDP2's own forward would leave behind
+        with distributed.whole_weights(accelerator, policy):  # which FSDP2's own forward would leave behind
             _, logps = policy(
                 document_ids=batch.document_ids,
                 segment_ids=batch.segment_ids,
@@ -287,18 +266,17 @@ def evaluate(
                 temperature=1.0,
                 document_grad=False,
             )
-        targets, rewards = document_targets(batch), groups.rewards
-        cfm_unbiased = unbiased_cfm(groups.features, groups.truth_features)
+        rewards, cfm_unbiased = groups.rewards, unbiased_cfm(groups.features, groups.truth_features)
         per_group = (rewards.cfm, cfm_unbiased, rewards.reward.mean(-1), rewards.reward.amax(-1))
-        values = [(-logps, targets)] + [(value, batch.valid) for value in per_group]
-        for index, (value, counted) in enumerate(values if row_ids else ()):
-            table[index, 0, batch.row_ids] = torch.where(counted, value, 0.0).double().sum(1)
-            table[index, 1, batch.row_ids] = counted.double().sum(1)
+        return [(-logps, document_targets(batch))] + [(values, batch.valid) for values in per_group]
+
+    policy.eval()
+    table = evaluate_rows(config, accelerator, len(rows), EVALUATED, measure, signals)
     policy.train()
-    return dict(zip(EVALUATED, accelerator.reduce(table, reduction="sum").cpu(), strict=True))
+    return table
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------------------
 # Around it
 
 
@@ -316,25 +294,7 @@ def batch_of(config: StridedConfig, rows, row_ids: list, keys: list[int], pad_to
 
 def step_batches(config: StridedConfig, accelerator: Accelerator, rows, step: int, pad_token_id: int) -> list[Batch]:
     """This process's micro-batches of an optimizer step (counted from 0)."""
-    size, rows_per_step = config.train.per_device_batch_size, config.train.batch_size
-    row_ids = rows_of_step(rows, step, rows_per_step)
-    starts = [
-        (index * accelerator.num_processes + accelerator.process_index) * size
-        for index in range(micro_batches_per_step(config, accelerator))
-    ]
-    keys = [
-        range(step * rows_per_step + start, step * rows_per_step + start + size) for start in starts
-    ]  # a row has other rollouts in each epoch
-
-    def read() -> list[Batch]:
-        return [
-            batch_of(config, rows, row_ids[start : start + size], list(key), pad_token_id)
-            for start, key in zip(starts, keys, strict=True)
-        ]
-
-    return (
-        together(accelerator, read) if config.data.streaming else read()
-    )  # a stream can break off, on one process alone
+    return micro_batches(config, accelerator, rows, step, partial(batch_of, config, rows, pad_token_id=pad_token_id))
 
 
 def sample_table(tokenizer, batch: Batch, groups: Groups, num_rows: int = 8) -> str:
@@ -345,9 +305,8 @@ def sample_table(tokenizer, batch: Batch, groups: Groups, num_rows: int = 8) -> 
     for row, index in places[:: max(1, len(places) // num_rows)][:num_rows]:
         anchor = int(batch.anchors[row, index])
         before = slice(max(0, anchor - 24), anchor)
-        own = (
-            batch.segment_ids[row, before] == batch.segment_ids[row, anchor]
-        )  # not the end of the document packed before it
+        # without the end of the document that is packed before this one
+        own = batch.segment_ids[row, before] == batch.segment_ids[row, anchor]
         table.append(
             {
                 "prefix": tokenizer.decode(batch.document_ids[row, before][own]),
@@ -360,12 +319,13 @@ def sample_table(tokenizer, batch: Batch, groups: Groups, num_rows: int = 8) -> 
 
 
 def main(argv: list[str]) -> None:
-    # --- configuration -----------------------------------------------------------------------------------------------------------------
+    """The command."""
+    # --- configuration ------------------------------------------------------------------------------------------------
     config = parse_command_line(argv, __doc__)
     if config is None:
         return
-    accelerator = prepare_accelerator(config)
-    micro_batches_per_step(config, accelerator)  # or it refuses
+    accelerator = distributed.prepare_accelerator(config)
+    distributed.micro_batches_per_step(config, accelerator)  # or it refuses
     if config.train.dry_run:
         accelerator.print(preview(config, accelerator))
         return
@@ -377,39 +337,30 @@ def main(argv: list[str]) -> None:
 
 def train_or_evaluate(config: StridedConfig, accelerator: Accelerator, output_dir: Path) -> None:
     """The whole run, in one fixed order."""
-    # --- data, model -------------------------------------------------------------------------------------------------------------------
+    # --- data, model --------------------------------------------------------------------------------------------------
     checkpoint = find_checkpoint(config, accelerator)
     changed = check_same_run(config, checkpoint) if checkpoint is not None else []
-    tokenizer = load_tokenizer(config.model)
-    rows, held_out = main_process_first(
-        accelerator, lambda: load_rows(config, tokenizer)
-    )  # the others then read its cache
-    causal_lm = load_policy(config)
-    check_vocabulary(tokenizer, causal_lm, config.model.name_or_path)
-    set_attention(config, causal_lm, accelerator.device)
+    tokenizer = models.load_tokenizer(config.model)
+    load = partial(load_rows, config, tokenizer)
+    rows, held_out = distributed.main_process_first(accelerator, load)  # the other processes then read its cache
+    causal_lm = models.load_policy(config)
+    models.check_vocabulary(tokenizer, causal_lm, config.model.name_or_path)
+    models.set_attention(config, causal_lm, accelerator.device)
 
-    # --- optimizer ---------------------------------------------------------------------------------------------------------------------
-    policy = StridedPolicy(causal_lm, config.model.compile_decoding)
-    optimizer = torch.optim.AdamW(
-        [parameter for parameter in policy.parameters() if parameter.requires_grad],
-        lr=config.train.learning_rate,
-        betas=(config.train.adam_beta1, config.train.adam_beta2),
-        weight_decay=config.train.weight_decay,
-    )
-    policy, optimizer = prepare_policy(accelerator, policy, optimizer)
-    network = load_feature_network(accelerator.unwrap_model(policy).causal_lm, config, accelerator.device)
-    accelerator.print(describe_run(config, accelerator, policy, network))
+    # --- optimizer ---------------------------------------------------------------------------------------------------
+    policy = models.StridedPolicy(causal_lm, config.model.compile_decoding)
+    policy, optimizer = distributed.prepare_policy(accelerator, policy, make_optimizer(config, policy))
+    network = models.load_feature_network(accelerator.unwrap_model(policy).causal_lm, config, accelerator.device)
+    accelerator.print(distributed.describe_run(config, accelerator, policy, network))
     run = RunState(step=0, launch=launch_of(accelerator), data=rows.fingerprint(), before=None, places=rows.places)
     if checkpoint is not None:
         run = load_checkpoint(checkpoint, policy, optimizer.optimizer)
-        accelerator.print(
-            f"going on from {checkpoint}, step {run.step}" + "".join(f"\n  {change}" for change in changed)
-        )
+        accelerator.print("\n  ".join([f"going on from {checkpoint}, step {run.step}", *changed]))
         if not config.eval.only:
             continue_with(config, accelerator, run, rows)
 
-    # --- evaluate only, or train -------------------------------------------------------------------------------------------------------
-    with StopSignals() as signals:
+    # --- evaluate only, or train -------------------------------------------------------------------------------------
+    with distributed.StopSignals() as signals:
 
         def evaluation() -> dict[str, Tensor] | None:
             return evaluate(config, accelerator, policy, network, held_out, tokenizer.pad_token_id, signals)
@@ -426,29 +377,17 @@ def train_or_evaluate(config: StridedConfig, accelerator: Accelerator, output_di
             return
         results = logged_evaluations(output_dir, run.step) if checkpoint is not None else {}
         accelerator.wait_for_everyone()  # all have read it
-        logger = (
-            MetricLogger(output_dir, None if checkpoint is None else run.step) if accelerator.is_main_process else None
-        )
-        loop = TrainingLoop(
-            config,
-            accelerator,
-            policy,
-            optimizer,
-            run,
-            results,
-            logger,
-            take_step=take_step,
-            evaluate=None if held_out is None else evaluation,
-            shown=SHOWN,
-        )
-        loop.train(signals)
+        first_step = None if checkpoint is None else run.step
+        logger = MetricLogger(output_dir, first_step) if accelerator.is_main_process else None
+        how = {"take_step": take_step, "evaluate": None if held_out is None else evaluation, "shown": SHOWN}
+        TrainingLoop(config, accelerator, policy, optimizer, run, results, logger, **how).train(signals)
 
-    # --- the final model ---------------------------------------------------------------------------------------------------------------
-    target = export_final(config, accelerator, policy, tokenizer, model_card(config, results))
+    # --- the final model ---------------------------------------------------------------------------------------------
+    target = export_final(config, accelerator, policy, tokenizer, models.model_card(config, results))
     accelerator.print(f"the final model is in {target}")
     if logger is not None:
         logger.close()
 
 
 if __name__ == "__main__":
-    run_as_command(main)
+    distributed.run_as_command(main)

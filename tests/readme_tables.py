@@ -1,6 +1,9 @@
-"""Tables in README.md that are made from the code: the settings, from the dataclasses that define them, and the examples, from their first lines.
+"""The tables of the READMEs that are made from the code.
 
-python tests/readme_tables.py        writes them into README.md (test_readme.py fails when they are not up to date)
+    python tests/readme_tables.py        writes them (test_readme.py fails when they are not up to date)
+
+settings  from the dataclasses that define them, into ebft_utils/config/README.md
+examples  from the first lines of each recipe, into examples/README.md
 """
 
 import dataclasses
@@ -15,21 +18,19 @@ sys.path.insert(0, str(ROOT))
 
 import yaml
 
-from ebft_utils.config.modes import LoraConfig, StridedConfig, StructuredConfig
+from ebft_utils.config.modes import StridedConfig, StructuredConfig
 from ebft_utils.config.settings import alternatives, describe_type
 
+PAGES = {"settings": ROOT / "ebft_utils" / "config" / "README.md", "examples": ROOT / "examples" / "README.md"}
 BEGIN, END = "<!-- {name}: begin (made by tests/readme_tables.py) -->", "<!-- {name}: end -->"
 SECTIONS = ("model", "lora", "data", "ebft", "train", "eval", "feature_network", "vllm")
 
 
 def sections_of(config: type) -> dict[str, type]:
-    """Name -> dataclass of each section of a mode."""
-    found = {
-        field.name: field.default_factory
-        for field in dataclasses.fields(config)
-        if field.default_factory is not dataclasses.MISSING
-    }
-    return {**found, "lora": LoraConfig}
+    """Name -> dataclass of each section of a mode; also of one that may be left out (lora)."""
+    hints = typing.get_type_hints(config)
+    found = {field.name: alternatives(hints[field.name])[0] for field in dataclasses.fields(config)}
+    return {name: kind for name, kind in found.items() if dataclasses.is_dataclass(kind)}
 
 
 def settings_of(section: type, prefix: str) -> dict[str, tuple[str, str, str]]:
@@ -40,41 +41,34 @@ def settings_of(section: type, prefix: str) -> dict[str, tuple[str, str, str]]:
         default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
         inner = next((kind for kind in kinds if dataclasses.is_dataclass(kind)), None)
         listed = next(
-            (item for kind in kinds for item in typing.get_args(kind) if dataclasses.is_dataclass(item)), None
+            (kind for kind in itertools.chain(*map(typing.get_args, kinds)) if dataclasses.is_dataclass(kind)), None
         )
         key = f"{prefix}.{field.name}"
         if inner is not None and default is not None:
             found |= settings_of(inner, key)
             continue
-        words = " or ".join(
-            "null" if kind is type(None) else "a mapping" if kind is inner else describe_type(kind).split(" with ")[0]
-            for kind in kinds
-        )
+        words = ["a mapping" if kind is inner else describe_type(kind).split(" with ")[0] for kind in kinds]
         bounds = [
             f"{word} {field.metadata[name]:g}"
             for name, word in (("minimum", "≥"), ("above", ">"), ("maximum", "≤"))
             if field.metadata.get(name) is not None
         ]
         shown = "required" if default == "" else yaml.safe_dump(default, default_flow_style=True).split("\n")[0]
-        found[key] = (", ".join([words, *bounds]), shown, field.metadata["description"])
+        found[key] = (", ".join([" or ".join(words), *bounds]), shown, field.metadata["description"])
         if listed is not None:
             found |= settings_of(listed, f"{key}[]")
     return found
 
 
 def settings_table() -> str:
-    """A table for each section."""
+    """A heading and a table for each section. A key that only one mode has, or has otherwise, says which mode."""
     modes = {mode: sections_of(kind) for mode, kind in (("strided", StridedConfig), ("structured", StructuredConfig))}
     lines = []
     for name in SECTIONS:
         per_mode = {mode: settings_of(sections[name], name) for mode, sections in modes.items() if name in sections}
-        lines += [
-            "",
-            f"**`{name}`**" + (" (only for train_structured.py and serve_vllm.py)" if name == "vllm" else ""),
-            "",
-            "| key | type | default | meaning |",
-            "|---|---|---|---|",
-        ]
+        lines += ["", f"## {name}", ""]
+        lines += ["Only for `train_structured.py` and `serve_vllm.py`.", ""] if name == "vllm" else []
+        lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
         for key in dict.fromkeys(key for settings in per_mode.values() for key in settings):
             having = {mode: settings[key] for mode, settings in per_mode.items() if key in settings}
             for setting in dict.fromkeys(having.values()):
@@ -86,23 +80,18 @@ def settings_table() -> str:
 
 
 def header_of(example: Path) -> tuple[str, str]:
-    """(what it is, on which hardware), of its first lines."""
+    """What a recipe trains, and on which hardware: its first line, and the beginning of the one after `# Hardware:`."""
     lines = list(itertools.takewhile(lambda line: line.startswith("#"), example.read_text().splitlines()))
     hardware = next(line for line in lines if line.startswith("# Hardware: "))
     return lines[0].removeprefix("# "), re.split(r"[:;(]|\. ", hardware.removeprefix("# Hardware: "))[0].strip(" .")
 
 
 def examples_table() -> str:
-    """One line an example."""
-    rows = [(path.name, *header_of(path)) for path in sorted((ROOT / "examples").glob("*.yaml"))]
-    return "\n".join(
-        [
-            "",
-            "| `examples/` | | hardware |",
-            "|---|---|---|",
-            *(f"| `{name}` | {what} | {hardware} |" for name, what, hardware in rows),
-        ]
-    )
+    """One row a recipe."""
+    lines = ["", "| recipe | what it trains | hardware |", "|---|---|---|"]
+    for path in sorted((ROOT / "examples").glob("*.yaml")):
+        lines.append(f"| [{path.name}]({path.name}) | " + " | ".join(_escaped(cell) for cell in header_of(path)) + " |")
+    return "\n".join(lines)
 
 
 def _escaped(cell: str) -> str:
@@ -111,17 +100,18 @@ def _escaped(cell: str) -> str:
     return cell if cell.startswith("`") else cell.replace("*.", "\\*.").replace("<", "&lt;")
 
 
-def with_tables(readme: str) -> str:
-    """The README with the tables in their places."""
-    for name, table in (("settings", settings_table()), ("examples", examples_table())):
-        before, begin, rest = readme.partition(BEGIN.format(name=name))
-        _, end, after = rest.partition(END.format(name=name))
-        if not begin or not end:
-            raise ValueError(f"README.md has no place for the {name}")
-        readme = f"{before}{begin}\n{table}\n\n{end}{after}"
-    return readme
+def with_table(name: str, page: str) -> str:
+    """The page with the table of that name between its two marks."""
+    before, begin, rest = page.partition(BEGIN.format(name=name))
+    _, end, after = rest.partition(END.format(name=name))
+    if not begin or not end:
+        raise ValueError(
+            f"{PAGES[name]} has no place for the {name}: {BEGIN.format(name=name)} .. {END.format(name=name)}"
+        )
+    table = {"settings": settings_table, "examples": examples_table}[name]()
+    return f"{before}{begin}\n{table}\n\n{end}{after}"
 
 
 if __name__ == "__main__":
-    path = ROOT / "README.md"
-    path.write_text(with_tables(path.read_text()))
+    for name, path in PAGES.items():
+        path.write_text(with_table(name, path.read_text()))

@@ -1,4 +1,7 @@
-"""Real vLLM servers with tiny models for the tests, on the CPU, from an environment that is built once (tests/install_vllm_cpu.py) and kept."""
+"""Real vLLM servers with tiny models for the tests, on the CPU.
+
+Their environment is built once (tests/install_vllm_cpu.py) and kept.
+"""
 
 import fcntl
 import json
@@ -14,11 +17,12 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-from conftest import ROOT, tiny_model, tiny_tokenizer
+from helpers import ROOT, tiny_model, tiny_tokenizer
 from install_vllm_cpu import install
 
 VENV = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ebft-tests" / "vllm-cpu"
 KEY = "a secret"
+HEADERS = {"Authorization": f"Bearer {KEY}"}
 START_SECONDS = 300
 
 
@@ -38,14 +42,8 @@ def free_port() -> int:
 
 def served_model(folder: Path, tied: bool) -> Path:
     """A tiny llama that vLLM's CPU attention can run (heads of 32), with its tokenizer."""
-    model = tiny_model(
-        hidden_size=64,
-        head_dim=32,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        tie_word_embeddings=tied,
-        max_position_embeddings=512,
-    )
+    heads = dict(head_dim=32, num_attention_heads=2, num_key_value_heads=1)
+    model = tiny_model(hidden_size=64, **heads, tie_word_embeddings=tied, max_position_embeddings=512)
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
@@ -57,10 +55,8 @@ def prompts_file(path: Path) -> Path:
     with path.open("w") as file:
         for row in range(40):
             start, middle = row * 200, row * 200 + 12 + 8 * (row * 7 % 5)
-            file.write(
-                json.dumps({"prompt": text[start:middle], "completion": text[middle : middle + 6 + 2 * (row * 5 % 7)]})
-                + "\n"
-            )
+            completion = text[middle : middle + 6 + 2 * (row * 5 % 7)]
+            file.write(json.dumps({"prompt": text[start:middle], "completion": completion}) + "\n")
     return path
 
 
@@ -71,17 +67,9 @@ class Server:
         self.folder, self.model, self.process = folder, served_model(folder / "model", tied), None
         self.prompts = prompts_file(folder / "prompts.jsonl")
         self.lora = lora
-        self.vllm = {
-            "port": free_port(),
-            "api_key": KEY,
-            "enforce_eager": True,
-            "extra_args": ["--kv-cache-memory-bytes", "256M"],
-            "timeout": 20.0,
-            "max_model_len": 256,
-            "sync_tolerance": 0.001,
-            "sync_folder": str(folder),
-            **vllm,
-        }
+        self.vllm = {"port": free_port(), "api_key": KEY, "timeout": 20.0, "max_model_len": 256, "enforce_eager": True}
+        self.vllm |= {"extra_args": ["--kv-cache-memory-bytes", "256M"]}
+        self.vllm |= {"sync_tolerance": 0.001, "sync_folder": str(folder), **vllm}
 
     def config(self, name: str, **changes) -> Path:
         """Writes a configuration with changes by dotted key (train__max_steps=4); its output folder is `name`."""
@@ -89,17 +77,11 @@ class Server:
             "model": {"name_or_path": str(self.model)},
             "data": {"dataset": str(self.prompts), "max_prompt_length": 64},
             "ebft": {"num_generations": 3, "max_completion_length": 24, "temperature": 0.8},
-            "train": {
-                "output_dir": str(self.folder / name),
-                "max_steps": 3,
-                "batch_size": 4,
-                "per_device_batch_size": 2,
-                "learning_rate": 1e-2,
-                "save_steps": 0,
-            },
+            "train": {"output_dir": str(self.folder / name), "max_steps": 3, "learning_rate": 1e-2, "save_steps": 0},
             "eval": {"num_documents": 0},
             "vllm": dict(self.vllm),
         }
+        tree["train"] |= {"batch_size": 4, "per_device_batch_size": 2}
         if self.lora:
             tree["lora"] = dict(self.lora)
         for dotted, value in changes.items():
@@ -120,9 +102,8 @@ class Server:
         self.log = (self.folder / "server.log").open("a")
         command = [str(vllm_python()), str(ROOT / "serve_vllm.py"), "--cfg", str(self.config("served"))]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(
-            command, stdout=self.log, stderr=self.log, cwd=ROOT, env=environment, start_new_session=True
-        )
+        settings = dict(cwd=ROOT, env=environment, start_new_session=True)
+        self.process = subprocess.Popen(command, stdout=self.log, stderr=self.log, **settings)
         return self
 
     def wait(self) -> "Server":
@@ -133,9 +114,8 @@ class Server:
                     return self
             except requests.ConnectionError:
                 pass
-            assert self.process.poll() is None and time.monotonic() < deadline, (
-                self.folder / "server.log"
-            ).read_text()[-3000:]
+            waiting = self.process.poll() is None and time.monotonic() < deadline
+            assert waiting, (self.folder / "server.log").read_text()[-3000:]
             time.sleep(0.3)
 
     def kill(self) -> None:
@@ -146,17 +126,13 @@ class Server:
             self.process = None
 
     def post(self, path: str, body: dict) -> dict:
-        answer = requests.post(self.url + path, json=body, headers={"Authorization": f"Bearer {KEY}"}, timeout=60)
+        answer = requests.post(self.url + path, json=body, headers=HEADERS, timeout=60)
         assert answer.status_code == 200, answer.text
         return answer.json()
 
     def models(self) -> list[str]:
-        return [
-            model["id"]
-            for model in requests.get(
-                self.url + "/v1/models", headers={"Authorization": f"Bearer {KEY}"}, timeout=60
-            ).json()["data"]
-        ]
+        answer = requests.get(self.url + "/v1/models", headers=HEADERS, timeout=60)
+        return [model["id"] for model in answer.json()["data"]]
 
 
 def naive_logprobs(model_folder: Path, prompt: list[int], tokens: list[int], temperature: float) -> torch.Tensor:

@@ -1,11 +1,13 @@
-"""Runs train_strided.py several times in one launch, because starting processes takes most of a tiny run's time:
+"""Runs train_strided.py several times in one launch: starting processes takes most of a tiny run's time.
 
     accelerate launch .. tests/runs_in_turn.py RUNS.json
 
 RUNS.json: [{"arguments": [..], "output": FILE, "descent": true, "gathers": FILE or null}, ..]
     output   what the run prints goes there
-    descent  SGD in AdamW's place: updates are then proportional to the gradients, and a gradient that is wrong by a factor shows in the weights
-    gathers  for each rollout under FSDP2: the number of all-gathers, and of the weights that are still whole after it, go there
+    descent  SGD in AdamW's place: updates are then proportional to the gradients, and a gradient that is wrong by a
+             factor shows in the weights
+    gathers  for each rollout under FSDP2, the number of all-gathers, and of the weights that are still whole after it,
+             go there
 """
 
 import json

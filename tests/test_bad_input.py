@@ -1,7 +1,7 @@
 """What users get wrong: each ends with one clear message on stderr, a non-zero exit code and no traceback.
 
-Most runs go through the script's `__main__` in this process (`runpy`: the same code path as the command, without 5 s of imports); an exception that
-is not turned into a message fails the test. A few run the real command.
+Most runs go through the script's `__main__` in this process (`runpy`: the same code path as the command, without 5 s of
+imports); an exception that is not turned into a message fails the test. A few run the real command.
 """
 
 import hashlib
@@ -19,13 +19,14 @@ import torch
 import torch.distributed.checkpoint as dcp
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from conftest import ROOT, assert_holds, saved_tensors, tiny_model, tiny_tokenizer
 from ebft_utils.config.data import TextDataConfig
-from ebft_utils.config.modes import ModelConfig, StridedConfig, StridedEBFTConfig, TrainConfig
+from ebft_utils.config.modes import StridedConfig
+from ebft_utils.config.sections import ModelConfig, StridedEBFTConfig, TrainConfig
 from ebft_utils.config.settings import UserError
 from ebft_utils.models import load_feature_network, load_policy
+from helpers import ROOT, assert_holds, saved_tensors, tiny_model, tiny_tokenizer
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # The real command
 
 
@@ -48,7 +49,9 @@ def test_the_command_itself_shows_one_message(run_script, write_config, changes,
 
 
 def test_the_command_stops_on_a_non_finite_loss(run_script, write_config, tmp_path):
-    """Guards against a diverged run that goes on, ends with exit code 0, or ends with a traceback out of the linear algebra."""
+    """Guards against a diverged run that goes on, ends with exit code 0, or ends with a traceback out of the linear
+    algebra.
+    """
     result = run_script(
         "train_strided.py",
         "--cfg",
@@ -70,7 +73,7 @@ def test_help_exits_without_an_error(command):
     assert command("--help")[0] == 0
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Configuration
 
 
@@ -92,7 +95,9 @@ def test_help_exits_without_an_error(command):
     ],
 )
 def test_wrong_value_in_the_file(refused, write_config, tmp_path, key, value, words):
-    """Guards against a wrong value that reaches the model, and against an output folder that is made before the configuration is checked."""
+    """Guards against a wrong value that reaches the model, and against an output folder that is made before the
+    configuration is checked.
+    """
     file = write_config(**{key.replace(".", "__"): value})
     assert_holds(refused("--cfg", file), file, *words)
     assert not (tmp_path / "run").exists()
@@ -103,7 +108,7 @@ def test_missing_configuration_file(refused, tmp_path):
     assert_holds(refused("--cfg", tmp_path / "none.yaml"), tmp_path / "none.yaml", "No such file")
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Data
 
 
@@ -194,7 +199,7 @@ def test_unreachable_dataset(refused, write_config):
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Model and tokenizer
 
 
@@ -232,7 +237,9 @@ def model_copy(model_folder, tmp_path) -> Path:
 
 @pytest.mark.parametrize("kind", ["pad", "eos"])
 def test_tokenizer_without_a_needed_token(refused, command, write_config, model_copy, tmp_path, kind):
-    """Guards against a token that is missing only at the first padded batch, and against a message whose remedy does not work."""
+    """Guards against a token that is missing only at the first padded batch, and against a message whose remedy does
+    not work.
+    """
     tokenizer = tiny_tokenizer()
     setattr(tokenizer, f"{kind}_token", None)
     tokenizer.save_pretrained(model_copy)
@@ -298,7 +305,9 @@ def test_model_that_cannot_take_the_strided_mask(refused, write_config, model_co
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt_neox", "opt", "phi"])
 def test_features_are_the_raw_hidden_states_or_the_model_is_refused(tmp_path, architecture):
-    """Guards against decoders whose final norm is not called `norm`: a cut copy would pass its deepest feature layer through that norm."""
+    """Guards against decoders whose final norm is not called `norm`: a cut copy would pass its deepest feature layer
+    through that norm.
+    """
     tiny_model(architecture).save_pretrained(tmp_path)
     config = StridedConfig(
         model=ModelConfig(str(tmp_path)),
@@ -332,7 +341,7 @@ def test_impossible_adapter(refused, write_config, modules, words):
     assert_holds(refused("--cfg", write_config(), f"lora.target_modules={modules}"), "lora.target_modules", *words)
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Non-finite numbers
 
 
@@ -340,7 +349,9 @@ def test_impossible_adapter(refused, write_config, modules, words):
     "changes", [{}, {"ebft__rl_coef": 0.0, "ebft__ce_coef": 1.0}, {"lora": {"r": 4}}], ids=["EBFT", "SFT", "LoRA"]
 )
 def test_diverged_run_stops_before_the_update(refused, write_config, tmp_path, changes):
-    """Guards against NaN weights in the checkpoint: the update that would write them must not happen, and what was trained must be kept."""
+    """Guards against NaN weights in the checkpoint: the update that would write them must not happen, and what was
+    trained must be kept.
+    """
     message = refused(
         "--cfg", write_config(**changes, train__learning_rate=1e30, train__warmup_ratio=0.0, train__max_steps=5)
     )
@@ -366,7 +377,7 @@ def test_weights_that_are_not_finite(refused, write_config, model_copy, tmp_path
     assert not (tmp_path / "run" / "final").exists()
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Output folder
 
 
@@ -415,7 +426,9 @@ def test_folder_of_a_run_that_saved_nothing(command, write_config, tmp_path):
 
 
 def test_adapter_as_a_model(refused, command, write_config, tmp_path):
-    """Guards against 'holds neither a config.json' for someone who wants to evaluate the adapter that a run has exported."""
+    """Guards against 'holds neither a config.json' for someone who wants to evaluate the adapter that a run has
+    exported.
+    """
     assert command("--cfg", write_config(lora={"r": 4}, train__max_steps=1, eval__num_documents=0))[0] == 0
     message = refused("--cfg", write_config(model__name_or_path=str(tmp_path / "run" / "final"), eval__only=True))
     assert_holds(message, "model.name_or_path", tmp_path / "run" / "final", "is an adapter", "train.resume")
@@ -432,7 +445,7 @@ def test_sharding_that_would_not_happen(refused, write_config, monkeypatch):
     assert_holds(refused("--cfg", write_config()), "distributed_type: FSDP", "unsharded")
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Resuming
 
 
@@ -461,7 +474,9 @@ def test_half_written_checkpoints_do_not_count(refused, write_config, tmp_path):
 
 
 def test_resume_with_other_settings(refused, write_config, finished):
-    """Guards against a run that goes on with the old learning rate and records the new one, or with other data or rollouts than it started with."""
+    """Guards against a run that goes on with the old learning rate and records the new one, or with other data or
+    rollouts than it started with.
+    """
     changes = {
         "lora": {"r": 4},
         "train__learning_rate": 7e-6,
@@ -490,7 +505,9 @@ def test_resume_with_other_settings(refused, write_config, finished):
     ids=["wider", "deeper", "shallower"],
 )
 def test_resume_from_a_checkpoint_of_another_model(refused, command, write_config, tmp_path, model_copy, changes):
-    """Guards against weights that are left at their start because the checkpoint does not hold them, or that are dropped."""
+    """Guards against weights that are left at their start because the checkpoint does not hold them, or that are
+    dropped.
+    """
     file = write_config(model__name_or_path=str(model_copy), train__max_steps=2, eval__num_documents=0)
     assert command("--cfg", file)[0] == 0
     tiny_model(**changes).save_pretrained(model_copy)
@@ -563,7 +580,9 @@ def test_resume_from_a_damaged_checkpoint(refused, write_config, finished, name,
 
 @pytest.mark.parametrize("content", ["other keys", "no optimizer"])
 def test_resume_from_a_checkpoint_of_another_program(refused, write_config, finished, content):
-    """Guards against a traceback, or a start from fresh weights or moments, where the files are whole and hold something else."""
+    """Guards against a traceback, or a start from fresh weights or moments, where the files are whole and hold
+    something else.
+    """
     checkpoint = finished / "checkpoint-2"
     kept = {name: tensor for name, tensor in saved_tensors(checkpoint).items() if name.startswith("model.")}
     shutil.rmtree(checkpoint / "state")

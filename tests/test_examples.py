@@ -1,8 +1,12 @@
-"""The recipes in examples/: each is a valid configuration that its own launch line fits, and each runs, two steps with a tiny model on rows of its dataset's form."""
+"""The recipes in examples/: each is a valid configuration that fits its own launch line, and each runs.
+
+Two steps, with a tiny model on rows in the form of its dataset's.
+"""
 
 import json
 import re
 import shlex
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -13,20 +17,20 @@ from safetensors.torch import load_file
 
 import train_strided
 import train_structured
-from conftest import ROOT, evaluations, logged, tiny_model, tiny_tokenizer
-from data.test_transforms import THINKING_TEMPLATE
+from conversations import THINKING_TEMPLATE
 from ebft_utils.config.modes import StridedConfig, StructuredConfig, load_config
+from helpers import ROOT, evaluations, logged, tiny_model, tiny_tokenizer
 from real_vllm import Server, vllm_python
+from serve_vllm import server_arguments
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
 SCRIPTS = {"train_strided.py": StridedConfig, "train_structured.py": StructuredConfig}
 MODULES = {"strided": train_strided, "structured": train_structured}
 LAUNCH = re.compile(
-    r"#   (?:CUDA_VISIBLE_DEVICES=(\S+) )?accelerate launch --config_file (\S+) (?:--num_processes (\d+) )?(\S+\.py) --cfg (\S+)"
+    r"(?:CUDA_VISIBLE_DEVICES=(\S+) )?accelerate launch --config_file (\S+) (?:--num_processes (\d+) )?"
+    r"(\S+\.py) --cfg (\S+)(.*)"
 )
-SERVE = re.compile(r"#   (?:CUDA_VISIBLE_DEVICES=(\S+) )?python serve_vllm\.py --cfg (\S+)")
-
-every_example = pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.stem)
+SERVE = re.compile(r"(?:CUDA_VISIBLE_DEVICES=(\S+) )?python serve_vllm\.py --cfg (\S+)(.*)")
 
 
 def header(file: Path) -> list[str]:
@@ -35,81 +39,131 @@ def header(file: Path) -> list[str]:
     return lines[: next(number for number, line in enumerate(lines) if not line.startswith("#"))]
 
 
-def launch_of(file: Path) -> tuple[str | None, str, str | None, str, str]:
-    """The one command that starts training: visible GPUs, accelerate config, number of processes, script, --cfg."""
-    (found,) = [match.groups() for line in header(file) if (match := LAUNCH.fullmatch(line))]
+def commands(file: Path) -> list[str]:
+    """The commands of a header; one that ends in a backslash goes on in the next line."""
+    lines = "\n".join(line[4:] for line in header(file) if line.startswith("#   "))
+    return re.sub(r" \\\n +", " ", lines).splitlines()
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A command that starts training: a recipe as it stands, or with overrides. servers: commands that it needs."""
+
+    file: Path
+    gpus: str | None
+    accelerate_file: str
+    num_processes: str | None
+    script: str
+    cfg: str
+    overrides: tuple[str, ...]
+    servers: tuple[tuple[str | None, str, tuple[str, ...]], ...]
+
+    @property
+    def config(self) -> StridedConfig | StructuredConfig:
+        return load_config(str(self.file), self.overrides, SCRIPTS[self.script])
+
+    @property
+    def name(self) -> str:
+        return "-".join((self.file.stem, *self.overrides[:1]))
+
+
+def launches(file: Path) -> list[Launch]:
+    """The recipe as it stands, then its variants, each with the servers that stand before it."""
+    found, servers = [], []
+    for command in commands(file):
+        if match := SERVE.fullmatch(command):
+            *place, overrides = match.groups()
+            servers.append((*place, tuple(shlex.split(overrides))))
+        elif match := LAUNCH.fullmatch(command):
+            *place, overrides = match.groups()
+            found.append(Launch(file, *place, tuple(shlex.split(overrides)), tuple(servers)))
+            servers = []
     return found
 
 
-def configuration(file: Path, *overrides: str) -> StridedConfig | StructuredConfig:
-    return load_config(str(file), overrides, SCRIPTS[launch_of(file)[3]])
+LAUNCHES = [launch for file in EXAMPLES for launch in launches(file)]
+every_example = pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.stem)
+every_launch = pytest.mark.parametrize("launch", LAUNCHES, ids=lambda launch: launch.name)
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+def recipe(name: str) -> Launch:
+    """As it stands."""
+    return next(launch for launch in LAUNCHES if launch.file.stem == name)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # What stands in them
 
 
 def test_all_recipes_are_there():
-    """Guards against a glob that finds nothing."""
-    assert len(EXAMPLES) >= 18
+    """Guards against a glob that finds nothing, and a feature that no recipe shows any more."""
+    assert len(EXAMPLES) >= 15 and len({launch.name for launch in LAUNCHES}) == len(LAUNCHES) >= 20
+    configs = [launch.config for launch in LAUNCHES]
+    structured = [config for config in configs if config.mode == "structured"]
+    assert {config.ebft.use_vllm for config in structured} == {True, False}
+    assert {config.ebft.async_prefetch for config in structured if config.ebft.use_vllm} == {True, False}
+    assert {config.lora is None for config in configs if config.mode == "strided"} == {True, False}
+    transforms = {source.transform or config.data.transform for config in configs for source in config.data.mix or ()}
+    transforms |= {config.data.transform for config in configs}
+    assert {"text", "prompt_completion", "all_turns", "reasoning", "translate_to_english"} <= transforms
 
 
 @every_example
-def test_launch_line_fits(file):
-    """Guards against a command that names another file, processes that do not divide the batch, and a launch that the configuration is not made for."""
-    gpus, accelerate_file, num_processes, script, cfg = launch_of(file)
-    config, launch = configuration(file), yaml.safe_load((ROOT / accelerate_file).read_text())
-    assert (ROOT / script).is_file() and ROOT / cfg == file
-    num_processes = int(num_processes or launch["num_processes"])
-    assert num_processes == 1 or launch["distributed_type"] != "NO"
+def test_the_first_launch_line_is_the_recipe_as_it_stands(file):
+    """Guards against a header whose first command is of a variant."""
+    first, *variants = launches(file)
+    assert not first.overrides and first.config.train.output_dir == f"runs/{file.stem}"
+    assert all(variant.overrides for variant in variants)
+
+
+@every_launch
+def test_launch_line_fits(launch):
+    """Guards against a command that names another file or server, and one that the configuration is not made for."""
+    config, accelerate = launch.config, yaml.safe_load((ROOT / launch.accelerate_file).read_text())
+    assert (ROOT / launch.script).is_file() and ROOT / launch.cfg == launch.file
+    num_processes = int(launch.num_processes or accelerate["num_processes"])
+    assert num_processes == 1 or accelerate["distributed_type"] != "NO"
     assert config.train.batch_size % (config.train.per_device_batch_size * num_processes) == 0
-    assert launch["distributed_type"] == "FSDP" or not config.feature_network.shard
-    assert config.train.output_dir == f"runs/{file.stem}"
-    servers = [match.groups() for line in header(file) if (match := SERVE.fullmatch(line))]
-    assert len(servers) == (config.mode == "structured" and config.ebft.use_vllm)
-    for server_gpus, server_cfg in servers:
-        assert ROOT / server_cfg == file
-        assert launch["use_cpu"] or server_gpus not in gpus.split(",")  # not one of the trainer's
-    assert gpus is None or len(gpus.split(",")) == num_processes
+    assert accelerate["distributed_type"] == "FSDP" or not config.feature_network.shard
+    assert len(launch.servers) == (config.mode == "structured" and config.ebft.use_vllm)
+    for gpus, cfg, overrides in launch.servers:
+        assert ROOT / cfg == launch.file
+        assert accelerate["use_cpu"] or gpus not in launch.gpus.split(",")  # not one of the trainer's
+        served = load_config(str(launch.file), overrides, StructuredConfig)
+        assert server_arguments(served, "model") == server_arguments(config, "model")
+    assert launch.gpus is None or len(launch.gpus.split(",")) == num_processes
 
 
 @every_example
 def test_header_says_what_it_needs(file):
-    """Guards against an estimate for GPUs that reads like a measurement, and against commands in the header that the test above does not see."""
+    """Guards against an estimate for GPUs that reads like a measurement.
+
+    And against commands in the header that the test above does not see.
+    """
     lines = header(file)
     assert lines[0].startswith("# ") and lines[0].endswith(".")
     hardware = next(number for number, line in enumerate(lines) if line.startswith("# Hardware: "))
     text = " ".join(line.removeprefix("# ") for line in lines[hardware:] if not line.startswith("#   "))
-    on_cpu = launch_of(file)[1] == "accelerate_configs/cpu.yaml"
-    assert (("not run by us" in text) != on_cpu) and ("estimated" in text) != on_cpu
-    commands = [line for line in lines if line.startswith("#   ")]
-    known = [
-        line
-        for line in commands
-        if LAUNCH.fullmatch(line) or SERVE.fullmatch(line) or line.startswith("#   pip install ")
-    ]
-    assert commands == known and all(shlex.split(line[4:]) for line in commands)
+    on_cpu = launches(file)[0].accelerate_file == "accelerate_configs/cpu.yaml"
+    assert (("not run by us" in text) != on_cpu) and ("estimated" in text.lower()) != on_cpu
+    known = [command for command in commands(file) if command.startswith("pip install ")]
+    known += [launch for launch in launches(file)] + [server for launch in launches(file) for server in launch.servers]
+    assert len(known) == len(commands(file))
+    assert max(map(len, file.read_text().splitlines())) <= 120
 
 
-@pytest.mark.parametrize("recipe", ["paper_qa_code", "paper_unstructured_code", "paper_translation"])
-def test_settings_of_the_paper(recipe):
+@pytest.mark.parametrize("name", ["paper_qa_code", "paper_unstructured_code", "paper_translation"])
+def test_settings_of_the_paper(name):
     """What is left to the defaults has to stay the paper's value, too."""
-    config = configuration(ROOT / "examples" / f"{recipe}.yaml")
-    translation = recipe == "paper_translation"
+    config = recipe(name).config
+    translation = name == "paper_translation"
     ebft, train = config.ebft, config.train
     assert (ebft.stride, ebft.context_length, ebft.generate_max_len) == ((2, 4, 4) if translation else (8, 8, 8))
     assert (ebft.n_samples_per_prompt, train.batch_size) == (4, 8 if translation else 16)
-    assert ebft.embed_method == ("mean_pooling" if translation else "last_token") and ebft.feature_layers == [
-        0.25,
-        0.5,
-        0.75,
-    ]
-    assert (ebft.temperature, ebft.advantage_estimator, ebft.use_whitening, ebft.alignment_coef) == (
-        0.6,
-        "rloo",
-        True,
-        1.0,
-    )
+    assert ebft.embed_method == ("mean_pooling" if translation else "last_token")
+    assert ebft.feature_layers == [0.25, 0.5, 0.75]
+    assert (ebft.temperature, ebft.advantage_estimator) == (0.6, "rloo")
+    assert (ebft.use_whitening, ebft.alignment_coef) == (True, 1.0)
     assert ebft.diversity_coef in (0, 0.5, 1) and ebft.ce_coef in (0, 0.03, 0.1)
     assert (train.learning_rate, train.lr_scheduler, train.warmup_ratio) == (1e-6, "constant", 0.03)
     assert (train.adam_beta1, train.adam_beta2, train.weight_decay, train.max_grad_norm) == (0.9, 0.95, 0.0, 1.0)
@@ -119,9 +173,7 @@ def test_settings_of_the_paper(recipe):
 
 def test_baseline_differs_in_the_loss_alone():
     """sft.yaml beside quickstart.yaml: a comparison of two things at once would be none."""
-    quickstart, baseline = (
-        configuration(ROOT / "examples" / f"{name}.yaml").to_dict() for name in ("quickstart", "sft")
-    )
+    quickstart, baseline = (recipe(name).config.to_dict() for name in ("quickstart", "sft"))
     differing = {
         f"{section}.{key}"
         for section in quickstart
@@ -132,31 +184,21 @@ def test_baseline_differs_in_the_loss_alone():
     assert (baseline["ebft"]["rl_coef"], baseline["ebft"]["ce_coef"]) == (0, 1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Rows as the datasets have them
 
 
 NAMES = ["add", "scale", "shift", "power", "halve", "clip", "negate", "square"]
-GERMAN = [
-    "Guten Tag.",
-    "Der Hund schläft.",
-    "Es regnet heute.",
-    "Das Haus ist alt.",
-    "Ich habe Zeit.",
-    "Wo ist der Zug?",
-    "Das Buch ist neu.",
-    "Sie liest gern.",
-]
-ENGLISH = [
-    "Good day.",
-    "The dog is asleep.",
-    "It is raining today.",
-    "The house is old.",
-    "I have time.",
-    "Where is the train?",
-    "The book is new.",
-    "She likes to read.",
-]
+TRANSLATIONS = {
+    "Guten Tag.": "Good day.",
+    "Der Hund schläft.": "The dog is asleep.",
+    "Es regnet heute.": "It is raining today.",
+    "Das Haus ist alt.": "The house is old.",
+    "Ich habe Zeit.": "I have time.",
+    "Wo ist der Zug?": "Where is the train?",
+    "Das Buch ist neu.": "The book is new.",
+    "Sie liest gern.": "She likes to read.",
+}
 
 
 def python_files() -> list[dict]:
@@ -167,13 +209,11 @@ def python_files() -> list[dict]:
 
 
 def functions() -> list[dict]:
-    return [
-        {
-            "prompt": f'def {name}(x):\n    """Uses {number}."""\n',
-            "completion": f"    y = x + {number}\n    return y * {number + 2}\n",
-        }
-        for number, name in enumerate(NAMES)
-    ]
+    rows = []
+    for number, name in enumerate(NAMES):
+        prompt = f'def {name}(x):\n    """Uses {number}."""\n'
+        rows.append({"prompt": prompt, "completion": f"    y = x + {number}\n    return y * {number + 2}\n"})
+    return rows
 
 
 def open_code_instruct() -> list[dict]:
@@ -195,9 +235,7 @@ def open_code_instruct() -> list[dict]:
 
 
 def translations(language: str) -> list[dict]:
-    return [
-        {"translation": {language: foreign, "en": english}} for foreign, english in zip(GERMAN, ENGLISH, strict=True)
-    ]
+    return [{"translation": {language: foreign, "en": english}} for foreign, english in TRANSLATIONS.items()]
 
 
 def conversations() -> list[dict]:
@@ -214,29 +252,40 @@ def mathematics() -> list[dict]:
     """Thinking and answer in the last message."""
     rows = []
     for number in range(8):
-        problem, generation = (
-            f"What is {number} + 1?",
-            f"<think>\nOne more than {number}.\n</think>\n\nIt is {number + 1}.",
-        )
-        rows.append(
-            {
-                "problem": problem, "solution": f"{number} + 1 = {number + 1}", "answer": str(number + 1), "problem_type": "Algebra", "question_type": "math-word-problem",
-                "source": "olympiads", "uuid": f"{number:08x}-0000-5000-8000-000000000000", "is_reasoning_complete": [True, True], "generations": [generation, generation],
-                "correctness_math_verify": [True, False], "correctness_llama": None, "finish_reasons": None, "correctness_count": 1,
-                "messages": [{"content": problem, "role": "user"}, {"content": generation, "role": "assistant"}],
-            }
-        )  # fmt: skip
+        problem = f"What is {number} + 1?"
+        generation = f"<think>\nOne more than {number}.\n</think>\n\nIt is {number + 1}."
+        row = {"problem": problem, "solution": f"{number} + 1 = {number + 1}", "answer": str(number + 1)}
+        row |= {"problem_type": "Algebra", "question_type": "math-word-problem", "source": "olympiads"}
+        row |= {"uuid": f"{number:08x}-0000-5000-8000-000000000000", "is_reasoning_complete": [True, True]}
+        row |= {"generations": [generation, generation], "correctness_math_verify": [True, False]}
+        row |= {"correctness_llama": None, "finish_reasons": None, "correctness_count": 1}
+        row["messages"] = [{"content": problem, "role": "user"}, {"content": generation, "role": "assistant"}]
+        rows.append(row)
     return rows
 
 
 def human_eval() -> list[dict]:
     return [
         {
-            "task_id": f"HumanEval/{number}", "prompt": f'def {name}_twice(x):\n    """Twice."""\n', "entry_point": f"{name}_twice", "completion": f"    return 2 * (x + {number})\n",
+            "task_id": f"HumanEval/{number}",
+            "prompt": f'def {name}_twice(x):\n    """Twice."""\n',
+            "entry_point": f"{name}_twice",
+            "completion": f"    return 2 * (x + {number})\n",
             "test": f"assert candidate(0) == {2 * number}",
         }
         for number, name in enumerate(NAMES)
-    ]  # fmt: skip
+    ]
+
+
+MADE_BY = {
+    "python_stdlib": python_files,
+    "python_stdlib_functions": functions,
+    "human_eval": human_eval,
+    "tokyotech-llm/swallow-code": python_files,
+    "nvidia/OpenCodeInstruct": open_code_instruct,
+    "HuggingFaceH4/ultrachat_200k": conversations,
+    "open-r1/OpenR1-Math-220k": mathematics,
+}
 
 
 def rows_like(dataset: str, name: str | None) -> list[dict]:
@@ -244,14 +293,9 @@ def rows_like(dataset: str, name: str | None) -> list[dict]:
     if dataset == "haoranxu/ALMA-Human-Parallel":
         return translations(name.partition("-")[0])
     if dataset == "haoranxu/WMT22-Test":
-        return [
-            {name: {"de": f"Nein! {german}", "en": f"No! {english}"}}
-            for german, english in zip(GERMAN, ENGLISH, strict=True)
-        ]
-    return {
-        "python_stdlib": python_files, "python_stdlib_functions": functions, "human_eval": human_eval, "tokyotech-llm/swallow-code": python_files,
-        "nvidia/OpenCodeInstruct": open_code_instruct, "HuggingFaceH4/ultrachat_200k": conversations, "open-r1/OpenR1-Math-220k": mathematics,
-    }[dataset]()  # fmt: skip
+        pairs = [{"de": f"Nein! {german}", "en": f"No! {english}"} for german, english in TRANSLATIONS.items()]
+        return [{name: pair} for pair in pairs]
+    return MADE_BY[dataset]()
 
 
 def learnt_in(row: dict) -> list[str]:
@@ -270,7 +314,7 @@ def read_in(row: dict) -> str:
     return row["messages"][0]["content"] if "messages" in row else row.get("prompt", row.get("input", ""))
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Two steps of each
 
 
@@ -286,7 +330,10 @@ def chat_model(tmp_path_factory) -> Path:
 
 
 def local(tree: dict, folder: Path) -> list[dict]:
-    """Puts files of a few rows in place of a recipe's datasets; transforms, columns and weights stay. Returns the rows that are trained on."""
+    """Puts files of a few rows in place of a recipe's datasets; transforms, columns and weights stay.
+
+    Returns the rows that are trained on.
+    """
     data, rows = tree["data"], []
     for number, source in enumerate(data.get("mix", [data])):
         own = rows_like(source["dataset"], source.pop("name", None))
@@ -307,10 +354,14 @@ def write(path: Path, rows: list[dict]) -> Path:
     return path
 
 
-def small(file: Path, model: Path, folder: Path) -> tuple[dict, list[dict]]:
+def small(launch: Launch, model: Path, folder: Path) -> tuple[dict, list[dict]]:
     """A recipe for a tiny model on a few rows, two steps, and these rows."""
-    tree = yaml.safe_load(file.read_text())
-    structured = SCRIPTS[launch_of(file)[3]] is StructuredConfig
+    tree = yaml.safe_load(launch.file.read_text())
+    for override in launch.overrides:
+        key, _, value = override.partition("=")
+        section, name = key.split(".")
+        tree.setdefault(section, {})[name] = yaml.safe_load(value)
+    structured = SCRIPTS[launch.script] is StructuredConfig
     rows = local(tree, folder)
     tree["model"] |= {"name_or_path": str(model), "dtype": "float32"}
     tree["model"].pop("pad_token", None)  # of another tokenizer
@@ -323,14 +374,8 @@ def small(file: Path, model: Path, folder: Path) -> tuple[dict, list[dict]]:
             tree["ebft"]["max_completion_length"] = 24
     else:
         tree["data"]["sequence_length"] = 160
-    tree["train"] |= {
-        "output_dir": str(folder / "run"),
-        "max_steps": 2,
-        "batch_size": 2,
-        "per_device_batch_size": 1,
-        "save_steps": 0,
-        "seed": 1,
-    }
+    tree["train"] |= {"output_dir": str(folder / "run"), "max_steps": 2, "save_steps": 0, "seed": 1}
+    tree["train"] |= {"batch_size": 2, "per_device_batch_size": 1}
     return tree, rows
 
 
@@ -351,7 +396,10 @@ def run(tree: dict, mode: str, folder: Path, monkeypatch) -> list:
 
 
 def assert_trained(tree: dict, folder: Path) -> list[dict]:
-    """Two steps with finite numbers, and weights that moved as far as AdamW moves them: by about the sum of the learning rates where gradients agree, never by more."""
+    """Two steps with finite numbers, and weights that moved as far as AdamW moves them.
+
+    That is by about the sum of the learning rates where gradients agree, never by more.
+    """
     steps = [entry for entry in logged(folder) if "train/loss" in entry]
     assert [entry["step"] for entry in steps] == [1, 2]
     for entry in steps:
@@ -372,30 +420,29 @@ def assert_trained(tree: dict, folder: Path) -> list[dict]:
 
 
 def assert_batches(batches: list, tree: dict, mode: str, rows: list[dict], tokenizer) -> None:
-    """What is learnt are the completions (or texts) of the rows, with their end-of-text tokens, and rollouts start inside of them."""
+    """What is learnt are the completions (or texts) of the rows, with their end-of-text tokens.
+
+    Rollouts start inside of them.
+    """
     answers = {"".join(f"{text}<eos>" for text in learnt_in(row)): read_in(row) for row in rows}
     if mode == "structured":
         found = set()
         for conversation in [conversation for batch in batches for conversation in batch.conversations]:
             words = "".join(map(tokenizer.decode, conversation.truths))
             assert answers[words] in tokenizer.decode(conversation.prompt)
-            assert [tokenizer.decode(truth) for truth in conversation.truths] == [
-                part + "<eos>" for part in words.split("<eos>")[:-1]
-            ]
+            parts = [part + "<eos>" for part in words.split("<eos>")[:-1]]
+            assert [tokenizer.decode(truth) for truth in conversation.truths] == parts
             found.add(words)
         assert len(found) == 4  # two rows a step, each another one
         return
     seen = 0
     ebft = {"min_completion_prefix": 0, "context_length": 8, "generate_max_len": 8, **tree["ebft"]}
     for batch in batches:
-        for ids, segments, completions, anchors, valid in zip(
-            batch.document_ids, batch.segment_ids, batch.completion_ids, batch.anchors, batch.valid, strict=True
-        ):
+        tensors = (batch.document_ids, batch.segment_ids, batch.completion_ids, batch.anchors, batch.valid)
+        for ids, segments, completions, anchors, valid in zip(*tensors, strict=True):
             for number in range(int(completions.max()) + 1):
-                words, place = (
-                    tokenizer.decode(ids[completions == number]),
-                    (completions == number).nonzero().flatten().tolist(),
-                )
+                words = tokenizer.decode(ids[completions == number])
+                place = (completions == number).nonzero().flatten().tolist()
                 document = (segments == segments[place[0]]).nonzero().flatten().tolist()
                 assert answers[words] in tokenizer.decode(ids[document[0] : place[0]])
                 assert (place[0] == document[0]) == (answers[words] == "")  # raw text has no prompt
@@ -406,11 +453,14 @@ def assert_batches(batches: list, tree: dict, mode: str, rows: list[dict], token
     assert seen == sum(int(batch.valid.sum()) for batch in batches) > 0
 
 
-@every_example
-def test_two_steps(file, chat_model, tmp_path, monkeypatch, capsys):
-    """The recipe's transform, columns, mode, layers, losses and schedule, without its server. Guards against rows of that form being left out, too."""
-    tree, rows = small(file, chat_model, tmp_path)
-    mode = SCRIPTS[launch_of(file)[3]].mode
+@every_launch
+def test_two_steps(launch, chat_model, tmp_path, monkeypatch, capsys):
+    """The recipe's transform, columns, mode, layers, losses and schedule, without its server.
+
+    Guards against rows of that form being left out, too.
+    """
+    tree, rows = small(launch, chat_model, tmp_path)
+    mode = SCRIPTS[launch.script].mode
     if mode == "structured":
         tree["ebft"] |= {"use_vllm": False, "async_prefetch": False}
     batches = run(tree, mode, tmp_path, monkeypatch)
@@ -438,8 +488,11 @@ def server(tmp_path_factory):
 
 
 def test_two_steps_with_a_server(server, tmp_path, monkeypatch):
-    """The asynchronous recipe as it stands, with its server: the first batch from fresh weights, the second from weights one update older."""
-    tree, rows = small(ROOT / "examples" / "qwen3_4b_structured_async.yaml", server.model, tmp_path)
+    """The asynchronous recipe as it stands, with its server.
+
+    The first batch is from fresh weights, the second from weights one update older.
+    """
+    tree, rows = small(recipe("qwen3_4b_structured_async"), server.model, tmp_path)
     assert tree["ebft"]["async_prefetch"] and tree["lora"] == server.lora and "vllm" not in tree
     tree["vllm"] = dict(server.vllm)
     batches = run(tree, "structured", tmp_path, monkeypatch)
@@ -447,11 +500,7 @@ def test_two_steps_with_a_server(server, tmp_path, monkeypatch):
     assert_batches(batches, tree, "structured", rows, tiny_tokenizer())
     assert [entry["vllm/staleness"] for entry in steps] == [0, 1]
     for entry in steps:  # two updates of 5e-6 are too small to show in log-probs
-        assert (
-            entry["vllm/logprob_gap"] < 1e-3
-            and entry["vllm/ratio_max"] < 1.01
-            and entry["vllm/ratio_min"] > 0.99
-            and entry["vllm/capped"] == 0
-        )
+        assert entry["vllm/logprob_gap"] < 1e-3 and entry["vllm/capped"] == 0
+        assert 0.99 < entry["vllm/ratio_min"] <= entry["vllm/ratio_max"] < 1.01
         assert 1 <= entry["rollout/length"] <= 48
     assert not [name for name in server.models() if name.startswith("ebft-")]  # the run has taken its adapter off

@@ -1,4 +1,4 @@
-"""Where models come from, which are refused, the proof that the mask is honoured, and the precision of what is trained."""
+"""Where models come from, which are refused, the proof that the mask is honoured, the precision of what is trained."""
 
 import importlib
 
@@ -7,10 +7,10 @@ import torch
 from transformers import CONFIG_MAPPING, AttentionInterface, PreTrainedTokenizerFast
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from conftest import TINY, tiny_model, tiny_tokenizer
 from ebft_utils.algorithm.attention import STRIDED_SDPA
 from ebft_utils.algorithm.strided import strided_logprobs
-from ebft_utils.config.modes import ModelConfig, load_config
+from ebft_utils.config.modes import load_config
+from ebft_utils.config.sections import ModelConfig
 from ebft_utils.config.settings import UserError
 from ebft_utils.models import (
     StridedPolicy,
@@ -25,13 +25,14 @@ from ebft_utils.models import (
     refuse_unsupported,
     resolve_source,
 )
+from helpers import TINY, tiny_model, tiny_tokenizer
 
 
 def tiny_config(model_type: str, **changes):
     return CONFIG_MAPPING[model_type](**{**TINY, **changes})
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Where a model comes from
 
 
@@ -88,10 +89,12 @@ def test_ambiguous_folders_are_refused(tmp_path):
 
 
 def save_tokenizer(folder, with_config=True, **special_tokens):
-    """The tiny tokenizer with only these special tokens, as save_pretrained writes it (and a config.json, as beside a model)."""
-    PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer().backend_tokenizer, **special_tokens).save_pretrained(
-        folder
-    )
+    """The tiny tokenizer with only these special tokens, as save_pretrained writes it.
+
+    With a config.json, as beside a model.
+    """
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer().backend_tokenizer, **special_tokens)
+    tokenizer.save_pretrained(folder)
     if with_config:
         tiny_config("llama").save_pretrained(folder)
     return str(folder)
@@ -102,9 +105,8 @@ def test_tokenizer_without_a_needed_token(tmp_path, missing):
     """No silent pad = eos: name a token, and it is used."""
     tokens = {"pad_token": "<pad>", "eos_token": "<eos>"}
     folder = save_tokenizer(tmp_path, **{kind: token for kind, token in tokens.items() if kind != missing})
-    with pytest.raises(
-        UserError, match=f"model.{missing}: the tokenizer of .* has none; name one of its tokens, for example '<eos>'"
-    ):
+    words = f"model.{missing}: the tokenizer of .* has none; name one of its tokens, for example '<eos>'"
+    with pytest.raises(UserError, match=words):
         load_tokenizer(ModelConfig(name_or_path=folder))
     with pytest.raises(UserError, match=f"model.{missing}: 'nonsense' is not a token"):
         load_tokenizer(ModelConfig(name_or_path=folder, **{missing: "nonsense"}))
@@ -132,7 +134,7 @@ def test_unreadable_models_are_one_line(tmp_path):
         load_tokenizer(ModelConfig(name_or_path=str(tmp_path)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Refusals
 
 
@@ -154,9 +156,10 @@ def test_unsupported_models_are_refused(model_type, settings, reason):
         refuse_unsupported(CONFIG_MAPPING[model_type](**settings), "some/name")
 
 
-@pytest.mark.parametrize(
-    "model_type", ["llama", "qwen2", "qwen3", "mistral", "gemma", "gemma3_text", "phi3", "granite"]
-)
+SUPPORTED = ["llama", "qwen2", "qwen3", "mistral", "gemma", "gemma3_text", "phi3", "granite"]
+
+
+@pytest.mark.parametrize("model_type", SUPPORTED)
 def test_supported_models_are_accepted(model_type):
     assert refuse_unsupported(CONFIG_MAPPING[model_type](), "some/name") is None
 
@@ -174,15 +177,14 @@ def test_supported_models_are_accepted(model_type):
     ],
 )
 def test_longest_document(model_type, settings, longest):
-    """The strided mask replaces the model's own, window included; beyond max_position_embeddings positions mean nothing."""
+    """The strided mask replaces the model's own, with its window.
+
+    Beyond max_position_embeddings positions mean nothing.
+    """
     config = tiny_config(model_type, **settings)
     assert refuse_short_context(config, longest, "data.sequence_length", "some/name") is None
-    with pytest.raises(
-        UserError,
-        match=f"data.sequence_length: {longest + 1} is .*'some/name'.*lower it"
-        if longest == 32
-        else f"{longest + 1} is more than the 256 positions",
-    ):
+    window, positions = f"data.sequence_length: {longest + 1} is .*'some/name'.*lower it", "more than the 256 positions"
+    with pytest.raises(UserError, match=window if longest == 32 else f"{longest + 1} is {positions}"):
         refuse_short_context(config, longest + 1, "data.sequence_length", "some/name")
 
 
@@ -213,7 +215,10 @@ def test_load_policy_refuses_long_documents(write_config):
 
 @pytest.mark.parametrize("lora", [None, {"r": 4}])
 def test_rotary_frequencies_stay_float32(write_config, lora):
-    """In bfloat16 they turn far positions into other ones: the adapter would be trained on another model than the one it is loaded onto."""
+    """In bfloat16 they turn far positions into other ones.
+
+    The adapter would be trained on another model than the one it is loaded onto.
+    """
     config = load_config(str(write_config(model__dtype="bfloat16", **({"lora": lora} if lora else {}))))
     policy = load_policy(config)
     network = load_feature_network(policy, config, torch.device("cpu"))
@@ -222,7 +227,7 @@ def test_rotary_frequencies_stay_float32(write_config, lora):
         assert torch.equal(decoder.rotary_emb.inv_freq, expected) and expected.dtype == torch.float32
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # The proof
 
 
@@ -241,7 +246,10 @@ def test_proof_passes(model_type):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_proof_fails_where_the_mask_is_ignored(monkeypatch, dtype):
-    """A model that drops the keyword argument and attends causally over the packed tokens: rollouts would read each other."""
+    """A model that drops the keyword argument and attends causally over the packed tokens.
+
+    Rollouts would read each other.
+    """
 
     def ignoring(module, query, key, value, attention_mask, scaling=None, **kwargs):
         return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, is_causal=True)
@@ -257,9 +265,11 @@ def test_proof_fails_where_positions_are_ignored():
     """Rollouts at an anchor continue the document's positions, not the packed index."""
     model = strided_model()
     rotate = model.model.rotary_emb.forward
-    model.model.rotary_emb.forward = lambda states, position_ids: rotate(
-        states, torch.arange(states.shape[1]).expand_as(position_ids)
-    )
+
+    def by_index(states, position_ids):
+        return rotate(states, torch.arange(states.shape[1]).expand_as(position_ids))
+
+    model.model.rotary_emb.forward = by_index
     with pytest.raises(UserError, match="does not follow"):
         prove_strided_mask(model, "some/name")
 
@@ -273,7 +283,7 @@ def test_proof_fails_on_nan():
         prove_strided_mask(model, "some/name")
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # The policy
 
 
@@ -329,7 +339,10 @@ def test_gradient_checkpointing_is_what_the_config_says(write_config):
 
 @pytest.mark.parametrize("lora", [None, {"r": 4}])
 def test_the_prepared_module_trains_everything(write_config, lora):
-    """DDP and FSDP reduce only what is computed inside the forward of the module they wrap: its log-probs reach every trained weight."""
+    """The log-probs of the prepared module reach every trained weight.
+
+    DDP and FSDP reduce only what is computed inside the forward of the module that they wrap.
+    """
     policy = StridedPolicy(load_policy(load_config(str(write_config(lora=lora)))))
     generator = torch.Generator().manual_seed(1)
     for name, parameter in policy.named_parameters():
@@ -341,46 +354,36 @@ def test_the_prepared_module_trains_everything(write_config, lora):
         rollouts=torch.randint(2, 300, (1, 2, 2, 3), generator=generator),
         anchors=torch.tensor([[3, 8]]),
         valid=torch.ones(1, 2, dtype=torch.bool),
-        temperature=0.6,
-        document_grad=False,
     )
+    inputs |= dict(temperature=0.6, document_grad=False)
     logps, document = policy(**inputs)
     logps.sum().backward()
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    assert len(trained) == (4 * 7 * 2 if lora else 4 * 9 + 3) and all(
-        parameter.grad.abs().max() > 0 for parameter in trained
-    )
+    assert len(trained) == (4 * 7 * 2 if lora else 4 * 9 + 3)
+    assert all(parameter.grad.abs().max() > 0 for parameter in trained)
     assert all(parameter.grad is None for parameter in policy.parameters() if not parameter.requires_grad)
     direct = strided_logprobs(base_causal_lm(policy.causal_lm), **inputs)
     assert torch.equal(logps, direct[0]) and torch.equal(document, direct[1])
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # The model card
 
 
 def test_model_card(write_config, model_folder):
     config = load_config(str(write_config(train__max_steps=7, train__learning_rate=2e-5, eval__num_documents=9)))
     results = {
-        0: {"eval/cross_entropy": 2.5, "eval/cross_entropy_se": 0.25, "eval/cfm_loss": 1.0, "eval/cfm_loss_se": 0.125},
-        7: {
-            "eval/cross_entropy": 2.25,
-            "eval/cross_entropy_se": 0.0625,
-            "eval/cfm_loss": 0.5,
-            "eval/cfm_loss_se": 0.03125,
-        },
+        0: {"cross_entropy": 2.5, "cross_entropy_se": 0.25, "cfm_loss": 1.0, "cfm_loss_se": 0.125},
+        7: {"cross_entropy": 2.25, "cross_entropy_se": 0.0625, "cfm_loss": 0.5, "cfm_loss_se": 0.03125},
     }
+    results = {step: {f"eval/{name}": value for name, value in metrics.items()} for step, metrics in results.items()}
     for metrics in results.values():  # paired changes since step 0 are no metrics of their own
         metrics |= {"eval/cross_entropy_change": 0.5, "eval/cross_entropy_change_se": 0.5}
     lines = model_card(config, results).splitlines()
     assert lines[:5] == ["---", f'base_model: "{model_folder}"', "library_name: transformers", "tags: [ebft]", "---"]
     text = "\n".join(lines)
-    for fact in (
-        "full fine-tuning",
-        "7 steps",
-        "rl_coef 1.0, ce_coef 0.1, learning rate 2e-05",
-        "Held-out documents, mean",
-    ):
+    settings = "rl_coef 1.0, ce_coef 0.1, learning rate 2e-05"
+    for fact in ("full fine-tuning", "7 steps", settings, "Held-out documents, mean"):
         assert fact in text, fact
     assert lines[-4:] == [
         "| metric | step 0 | step 7 |",

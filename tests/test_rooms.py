@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import ROOT
+from helpers import ROOT
 
 ROOMS = {
     "config": set(),
@@ -52,7 +52,9 @@ def test_every_room_is_known_and_says_what_it_is_for():
 
 
 def test_the_algorithm_needs_torch_and_little_else():
-    """Its files can be copied on their own: no accelerate, no peft, no datasets; transformers only for the types of models."""
+    """Its files can be copied on their own: no accelerate, no peft, no datasets; transformers only for the types of
+    models.
+    """
     for file in FILES:
         if "algorithm" in file.parts:
             foreign = {name.split(".")[0] for name in imported(file)} & {

@@ -1,4 +1,7 @@
-"""The study: its runs are the scripts' runs, its measurements are what they say, and its report is that of the results beside it."""
+"""The study: its runs are the scripts' runs, and its measurements are what they say.
+
+Its report is that of the results beside it.
+"""
 
 import json
 import math
@@ -9,7 +12,7 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState
 
-from conftest import ROOT, evaluations, logged
+from helpers import ROOT, evaluations, logged
 from real_vllm import prompts_file
 
 sys.path.insert(0, str(ROOT / "examples" / "study"))
@@ -31,15 +34,17 @@ def text_file(tmp_path_factory):
     """30 documents of the licence, some of them with room for rollouts of 64 tokens."""
     text = " ".join((ROOT / "LICENSE").read_text().split())
     path = tmp_path_factory.mktemp("long") / "documents.jsonl"
-    path.write_text(
-        "".join(json.dumps({"text": text[index * 300 :][: 60 + 40 * (index * 7 % 13)]}) + "\n" for index in range(30))
-    )
+    documents = [text[index * 300 :][: 60 + 40 * (index * 7 % 13)] for index in range(30)]
+    path.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
     return path
 
 
 @pytest.fixture
 def tiny(write_config, monkeypatch, tmp_path):
-    """tiny("train.seed=1", ..) -> (run, trained): the study on the tiny model, its base file a small configuration of its own."""
+    """tiny("train.seed=1", ..) -> (run, trained): the study on the tiny model.
+
+    Its base file is a small configuration of its own.
+    """
 
     def make(*overrides: str, **changes):
         file = write_config(**{"data__sequence_length": 110, "eval__num_documents": 8, **changes})
@@ -54,22 +59,15 @@ def tiny(write_config, monkeypatch, tmp_path):
 
 def test_a_run_of_the_study_is_a_run_of_the_script(tiny, train):
     """Guards against a study of another program: the same steps, to the last bit, and the same evaluation."""
-    run, trained = tiny("train.learning_rate=1e-2", "ebft.ce_coef=0.1", lora={"r": 4, "alpha": 8.0})
+    overrides, lora = ("train.learning_rate=1e-2", "ebft.ce_coef=0.1"), {"r": 4, "alpha": 8.0}
+    run, trained = tiny(*overrides, lora=lora)
     log = [trained.take_step(step) | {"train/grad_norm": trained.grad_norm} for step in range(3)]
-    folder = train(
-        "run",
-        "train.learning_rate=1e-2",
-        "ebft.ce_coef=0.1",
-        lora={"r": 4, "alpha": 8.0},
-        data__sequence_length=110,
-        eval__num_documents=8,
-    )
+    folder = train("run", *overrides, lora=lora, data__sequence_length=110, eval__num_documents=8)
     entries = [entry for entry in logged(folder) if "train/loss" in entry]
     assert len(entries) == 3 and all(entry["train/grad_norm"] > 0 for entry in entries)
     for ours, script in zip(log, entries, strict=True):
-        assert {name: value for name, value in script.items() if name in ours} == {
-            name: value for name, value in ours.items() if name != "tokens"
-        }
+        del ours["tokens"]  # which the script does not log
+        assert {name: value for name, value in script.items() if name in ours} == ours
     assert len(trained.validation) == len(trained.test) == 4
     halves = [measure.held_out(trained, run, rows) for rows in (trained.validation, trained.test)]
     totals, weights = (sum(sum(half["cross_entropy"][index]) for half in halves) for index in (0, 1))
@@ -82,23 +80,13 @@ def test_a_structured_run_of_the_study_is_a_run_of_the_script(monkeypatch, tmp_p
     tree = {
         "model": {"name_or_path": str(model_folder)},
         "data": {"dataset": str(prompts), "max_prompt_length": 64},
-        "ebft": {
-            "num_generations": 3,
-            "max_completion_length": 24,
-            "use_vllm": False,
-            "embed_method": "completion_mean",
-        },
-        "train": {
-            "output_dir": str(tmp_path / "script"),
-            "max_steps": 2,
-            "batch_size": 4,
-            "per_device_batch_size": 2,
-            "learning_rate": 1e-2,
-            "save_steps": 0,
-        },
+        "ebft": {"num_generations": 3, "max_completion_length": 24, "use_vllm": False},
+        "train": {"output_dir": str(tmp_path / "script"), "max_steps": 2, "learning_rate": 1e-2, "save_steps": 0},
         "eval": {"num_documents": 4},
         "lora": {"r": 4, "alpha": 8.0},
     }
+    tree["ebft"]["embed_method"] = "completion_mean"
+    tree["train"] |= {"batch_size": 4, "per_device_batch_size": 2}
     (tmp_path / "structured.yaml").write_text(yaml.safe_dump(tree))
     for name in ("HERE", "ROOT"):
         monkeypatch.setattr(grid, name, tmp_path)
@@ -116,37 +104,34 @@ def test_a_structured_run_of_the_study_is_a_run_of_the_script(monkeypatch, tmp_p
 
 
 def test_validation_and_test_documents_are_apart(tiny):
-    """Guards against learning rates that are chosen on the documents that the results are of, and against training on either."""
+    """Guards against learning rates that are chosen on the test documents.
+
+    And against training on either half of the held-out documents.
+    """
     _, trained = tiny()
-    documents = [
-        [tuple(rows[index][0].tokens) for index in range(len(rows))]
+    validation, test, training = (
+        {tuple(rows[index][0].tokens) for index in range(len(rows))}
         for rows in (trained.validation, trained.test, trained.rows)
-    ]
-    validation, test, training = map(set, documents)
+    )
     assert validation and test and training and not validation & test and not (validation | test) & training
 
 
 def test_cfm_by_length(tiny):
-    """Guards against another ruler: at the full length it is the evaluation's own CFM, and shorter ones are of the same rollouts' first tokens."""
+    """Guards against another ruler: at the full length it is the evaluation's own CFM.
+
+    Shorter ones are of the first tokens of the same rollouts.
+    """
     run, trained = tiny("train.learning_rate=0.1", "train.warmup_ratio=0", lora={"r": 4, "alpha": 8.0})
     before = measure.cfm_by_length(trained, run)
     trained.take_step(0)
     found = measure.cfm_by_length(trained, run)
     assert found["cfm_unbiased@64"] != before["cfm_unbiased@64"]  # it is the trained policy that writes
     assert list(found) == [f"{name}@{length}" for length in (8, 16, 32, 64) for name in ("cfm_unbiased", "cfm_loss")]
-    config = run.config(
-        "ebft.context_length=32", "ebft.stride=32", "ebft.generate_max_len=64", "eval.per_device_batch_size=4"
-    )
+    places = ("ebft.context_length=32", "ebft.stride=32", "ebft.generate_max_len=64")
+    config = run.config(*places, "eval.per_device_batch_size=4")
+    models, pad_token_id = (trained.accelerator, trained.policy, trained.network), trained.tokenizer.pad_token_id
     with measure.StopSignals() as signals:
-        table = train_strided.evaluate(
-            config,
-            trained.accelerator,
-            trained.policy,
-            trained.network,
-            trained.test,
-            trained.tokenizer.pad_token_id,
-            signals,
-        )
+        table = train_strided.evaluate(config, *models, trained.test, pad_token_id, signals)
     for name in ("cfm_unbiased", "cfm_loss"):
         assert sum(found[f"{name}@64"][1]) > 0
         torch.testing.assert_close(torch.tensor(found[f"{name}@64"]), table[name].float(), atol=1e-4, rtol=1e-4)
@@ -158,13 +143,8 @@ def test_human_eval_is_scored_as_transformers_does(tiny):
     run, trained = tiny("train.learning_rate=0.1", "train.warmup_ratio=0", "ebft.rl_coef=0", "ebft.ce_coef=1")
     trained.take_step(0)
     totals, weights = measure.human_eval(trained, run, num_problems=12)["human_eval_cross_entropy"]
-    config = run.config(
-        "eval.dataset=human_eval",
-        "eval.transform=prompt_completion",
-        "eval.num_documents=12",
-        "data.sequence_length=512",
-        "eval.only=true",
-    )
+    documents = ("eval.dataset=human_eval", "eval.transform=prompt_completion", "eval.num_documents=12")
+    config = run.config(*documents, "data.sequence_length=512", "eval.only=true")
     _, problems = load_rows(config, trained.tokenizer)
     model = load_causal_lm(config.model, torch.float32)
     model.load_state_dict(trained.policy.causal_lm.state_dict())
@@ -173,12 +153,8 @@ def test_human_eval_is_scored_as_transformers_does(tiny):
         (document,) = problems[number]
         ids, ((first, end),) = torch.tensor(document.tokens)[None], document.spans
         with torch.no_grad():
-            logps = (
-                model(ids, attention_mask=torch.ones_like(ids))
-                .logits[0, :-1]
-                .log_softmax(-1)
-                .gather(-1, ids[0, 1:, None])[:, 0]
-            )
+            logits = model(ids, attention_mask=torch.ones_like(ids)).logits[0, :-1]
+        logps = logits.log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
         assert weights[number] == end - first > 0
         assert totals[number] == pytest.approx(-logps[first - 1 : end - 1].sum().item(), rel=1e-4)
 
@@ -191,13 +167,11 @@ def test_gradients_are_those_of_single_documents(tiny):
     vectors = {}
     for name, config in (("own", trained.config), ("sft", run.config(*grid.METHODS["sft"], *grid.ONE_DOCUMENT))):
         for document in range(3):
-            batches = train_strided.step_batches(
-                config, trained.accelerator, trained.rows, document, trained.tokenizer.pad_token_id
-            )
+            pad_token_id = trained.tokenizer.pad_token_id
+            batches = train_strided.step_batches(config, trained.accelerator, trained.rows, document, pad_token_id)
             train_strided.train_step(config, trained.accelerator, trained.policy, trained.network, batches)
-            vectors.setdefault(name, []).append(
-                torch.cat([parameter.grad.flatten().clone() for parameter in parameters])
-            )
+            gradient = torch.cat([parameter.grad.flatten().clone() for parameter in parameters])
+            vectors.setdefault(name, []).append(gradient)
             trained.optimizer.zero_grad()
     for name, (left, right) in {"own": ("own", "own"), "with_sft": ("own", "sft"), "sft": ("sft", "sft")}.items():
         products = torch.tensor([[(one @ other).item() for other in vectors[right]] for one in vectors[left]])
@@ -211,14 +185,11 @@ def test_signal_and_noise():
     vectors = torch.randn(7, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 2
     other = torch.randn(7, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64) + 1
     matrices = {"own": vectors @ vectors.T, "with_sft": vectors @ other.T, "sft": other @ other.T}
-    found = report.gradient_noise(
-        {
-            "measured": {
-                name: [matrix.sum(1).tolist(), matrix.sum(0).tolist(), matrix.diagonal().tolist()]
-                for name, matrix in matrices.items()
-            }
-        }
-    )
+    measured = {
+        name: [matrix.sum(1).tolist(), matrix.sum(0).tolist(), matrix.diagonal().tolist()]
+        for name, matrix in matrices.items()
+    }
+    found = report.gradient_noise({"measured": measured})
 
     def by_loops(kept: list[int]) -> tuple[float, ...]:
         pairs = [(i, j) for i in kept for j in kept if i != j]
@@ -230,9 +201,8 @@ def test_signal_and_noise():
         return signal, noise, noise / signal, common / math.sqrt(signal * of_sft)
 
     values = by_loops(list(range(7)))
-    left_out = torch.tensor(
-        [by_loops([document for document in range(7) if document != gone]) for gone in range(7)], dtype=torch.float64
-    )
+    left_out = [by_loops([document for document in range(7) if document != gone]) for gone in range(7)]
+    left_out = torch.tensor(left_out, dtype=torch.float64)
     errors = (6 / 7 * (left_out - left_out.mean(0)).square().sum(0)).sqrt()
     assert [value for value, _ in found.values()] == pytest.approx(values)
     assert [error for _, error in found.values()] == pytest.approx(errors.tolist())
@@ -241,13 +211,14 @@ def test_signal_and_noise():
 
 @pytest.mark.parametrize("samples", [3, 4, 8])
 def test_the_naive_baseline_is_a_smaller_diversity_coefficient(samples):
-    """The ablation naive_baseline: reward minus the siblings' plain mean reward is the corrected advantage with the diversity weighted (N - 2) / (N - 1)."""
+    """The ablation naive_baseline: reward minus the plain mean reward of the siblings.
+
+    That is the corrected advantage with the diversity weighted (N - 2) / (N - 1).
+    """
     alignment, diversity = torch.randn(2, 5, samples, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     reward = alignment - 0.7 * diversity
-    naive = torch.stack(
-        [reward[:, j] - sum(reward[:, k] for k in range(samples) if k != j) / (samples - 1) for j in range(samples)],
-        dim=1,
-    )
+    baselines = [sum(reward[:, k] for k in range(samples) if k != j) / (samples - 1) for j in range(samples)]
+    naive = reward - torch.stack(baselines, dim=1)
     torch.testing.assert_close(rloo_advantages(alignment, diversity, 1.0, 0.7 * (samples - 2) / (samples - 1)), naive)
     (setting,) = grid.ABLATIONS["naive_baseline"]
     assert float(setting.partition("=")[2]) == pytest.approx(2 / 3, abs=1e-6)
@@ -256,10 +227,12 @@ def test_the_naive_baseline_is_a_smaller_diversity_coefficient(samples):
 def test_statistics_by_hand():
     """Guards against a standard deviation of the wrong kind, and differences that are not paired."""
     assert report.over_seeds([1.0, 2.0, 3.0]) == (2.0, 1.0)
-    run = lambda *totals: {
-        "name": "a run",
-        "measured": {"m": [[*totals, 50.0], [1.0, 1.0, 1.0]], "copied_share": [[0.1, 0.5, 0.6], [1.0, 1.0, 1.0]]},
-    }  # the third does not count
+
+    def run(*totals: float) -> dict:
+        """Of three documents, of which the third does not count."""
+        shares = [[0.1, 0.5, 0.6], [1.0, 1.0, 1.0]]
+        return {"name": "a run", "measured": {"m": [[*totals, 50.0], [1.0, 1.0, 1.0]], "copied_share": shares}}
+
     mean, error, spread = report.difference([run(1.0, 11.0), run(3.0, 13.0)], [run(0.0, 10.0)], "m")
     assert (mean, error) == (2.0, 0.0)  # documents differ by 10, the two methods by 2 on each of them
     assert spread == pytest.approx(math.sqrt(2))  # of 1 and 3
@@ -269,6 +242,8 @@ def test_statistics_by_hand():
     other["measured"]["m"][1] = [2.0, 1.0, 1.0]
     with pytest.raises(ValueError, match="different documents"):
         report.difference([run(1.0, 2.0)], [other], "m")
+    assert report.shown_change(-2.0, 1.0) == "**-2.0000 ± 1.0000**"  # from two standard errors on
+    assert report.shown_change(1.99, 1.0, 0.5) == "+1.9900 ± 1.0000 (0.5000)"
     assert report.pass_at(1, [2.0, 0.0], [10.0, 10.0]) == pytest.approx(0.1)
     assert report.pass_at(10, [1.0, 0.0], [10.0, 10.0]) == 0.5
     assert report.pass_at(2, [1.0], [4.0]) == pytest.approx(0.5)  # 3 of the 6 pairs hold the one that passes
@@ -277,34 +252,27 @@ def test_statistics_by_hand():
 def test_copied_documents_do_not_count(tiny):
     """Guards against a gain on templates that stand in training documents: the share of windows, by loops."""
     _, trained = tiny()
-    (shares, ones) = measure.copied_share(trained.rows, trained.test, width=4)
-    training = [trained.rows[row][0].tokens for row in range(len(trained.rows))]
+    shares, ones = measure.copied_share(trained.rows, trained.test, width=4)
+    training = [list(trained.rows[row][0].tokens) for row in range(len(trained.rows))]
+    windows = [tokens[start : start + 4] for tokens in training for start in range(len(tokens))]
     for row, share in enumerate(shares):
-        tokens = trained.test[row][0].tokens
-        found = [
-            any(
-                list(tokens[start : start + 4]) == list(other[at : at + 4])
-                for other in training
-                for at in range(len(other))
-            )
-            for start in range(len(tokens) - 3)
-        ]
+        tokens = list(trained.test[row][0].tokens)
+        found = [tokens[start : start + 4] in windows for start in range(len(tokens) - 3)]
         assert share == pytest.approx(sum(found) / len(found))
     assert ones == [1.0] * len(shares) and 0 < sum(shares) < len(shares)
 
 
 def test_the_learning_rate_is_chosen_by_validation(monkeypatch, tmp_path):
-    """Guards against the wrong criterion: each method's own objective, reward / 8 - ce_coef * cross-entropy; a missing run is named."""
+    """Guards against a criterion other than each method's own objective, reward / 8 - ce_coef * cross-entropy.
+
+    A missing run is named.
+    """
     monkeypatch.setattr(grid, "RESULTS", tmp_path)
     for run in grid.sweep():
-        method, place = (
-            run.name.split("-")[2],
-            [
-                other.name for other in grid.sweep() if other.name.rpartition("-")[0] == run.name.rpartition("-")[0]
-            ].index(run.name),
-        )
-        # cross-entropy falls with the rate; reward is best at the first; on a document that does not count all is the other way round
-        measured = {
+        of_method = run.name.rpartition("-")[0]
+        place = [other.name for other in grid.sweep() if other.name.rpartition("-")[0] == of_method].index(run.name)
+        # cross-entropy falls with the rate; reward is best at the first; it is the opposite in what does not count
+        measured = {  # of two documents, of which the second does not count
             "cross_entropy": [[3.0 - place, 10.0 * place], [1.0, 1.0]],
             "reward_pass@1": [[0.8 - 0.4 * place, 5.0 * place], [1.0, 1.0]],
             "copied_share": [[0.0, 0.9], [1.0, 1.0]],
@@ -316,10 +284,8 @@ def test_the_learning_rate_is_chosen_by_validation(monkeypatch, tmp_path):
     assert grid.chosen_rate("lora", "ebft_0.03") == grid.RATES["lora"]["ebft_0.1"][-1]  # -0.4 / 8 < 0.1 * 1
     with pytest.raises(study.UserError, match="sweep-full-sft-1e-05.json is missing"):
         grid.chosen_rate("full", "sft")
-    for runs, prefix, kinds in (
-        (grid.structured_sweep(), "structured-", grid.STRUCTURED),
-        (grid.larger_sweep(), "larger-", grid.LARGER),
-    ):
+    structured, larger = ("structured-", grid.STRUCTURED), ("larger-", grid.LARGER)
+    for runs, (_, kinds) in ((grid.structured_sweep(), structured), (grid.larger_sweep(), larger)):
         for run in runs:
             place = kinds["lora"][run.name.split("-")[3]].index(float(run.overrides[-3].partition("=")[2]))
             measured = {
@@ -328,12 +294,9 @@ def test_the_learning_rate_is_chosen_by_validation(monkeypatch, tmp_path):
                 "copied_share": [[0.0], [1.0]],
             }
             run.file.write_text(json.dumps({"base": run.base, "overrides": run.overrides, "measured": measured}))
-    assert (
-        grid.chosen_rate("lora", "ebft_0.1", "structured-", grid.STRUCTURED) == grid.STRUCTURED["lora"]["ebft_0.1"][-1]
-    )  # -0.4 / 48 + 0.1 * 0.2 > 0
-    assert (
-        grid.chosen_rate("lora", "ebft_0.1", "larger-", grid.LARGER) == grid.LARGER["lora"]["ebft_0.1"][0]
-    )  # -0.4 / 8 + 0.1 * 0.2 < 0
+    # -0.4 / 48 + 0.1 * 0.2 > 0, and -0.4 / 8 + 0.1 * 0.2 < 0
+    assert grid.chosen_rate("lora", "ebft_0.1", *structured) == grid.STRUCTURED["lora"]["ebft_0.1"][-1]
+    assert grid.chosen_rate("lora", "ebft_0.1", *larger) == grid.LARGER["lora"]["ebft_0.1"][0]
 
 
 def test_every_run_of_the_study_is_a_valid_configuration():
@@ -345,17 +308,17 @@ def test_every_run_of_the_study_is_a_valid_configuration():
         assert run.measure in measure.MEASURES
 
 
-def test_the_report_is_that_of_the_results():
+def test_the_page_is_that_of_the_results():
     """Guards against a table that nobody can make again."""
     results = report.Results(grid.RESULTS)
-    assert (ROOT / "examples" / "study" / "results.md").read_text() == report.report(results)
-    assert "\n".join(report.summary(results)).strip() in (ROOT / "README.md").read_text()
+    page = report.PAGE.read_text()
+    assert report.with_tables(page, results) == page, "run: python examples/study/report.py"
+    assert {name for name, lines in report.tables(results).items() if not lines} == {"pass_at_k"}  # not run yet
+    with pytest.raises(ValueError, match="no place for the table changes"):
+        report.with_tables(page.replace(report.BEGIN.format(name="changes"), ""), results)
     for name, run in results.runs.items():
-        assert (
-            run["name"] == name
-            and run["measured"]
-            and all(math.isfinite(value) for entry in run["log"] for value in entry.values())
-        )
+        assert run["name"] == name and run["measured"]
+        assert all(math.isfinite(value) for entry in run["log"] for value in entry.values())
 
 
 def test_results_are_written_whole_and_once(tiny, monkeypatch):
@@ -370,9 +333,8 @@ def test_results_are_written_whole_and_once(tiny, monkeypatch):
     monkeypatch.setattr(study.subprocess, "run", lambda *arguments, **how: None)
     study.main(["one"])
     monkeypatch.setattr(grid, "PARTS", {"one": lambda: [grid.replace(run, overrides=("train.max_steps=3",))]})
-    with pytest.raises(
-        study.UserError, match="holds the result of train.max_steps=2, and tiny-seed0 is now train.max_steps=3"
-    ):
+    words = "holds the result of train.max_steps=2, and tiny-seed0 is now train.max_steps=3"
+    with pytest.raises(study.UserError, match=words):
         study.main(["one"])
 
 
@@ -406,19 +368,17 @@ def test_completions_are_cut_where_they_end(tiny, monkeypatch):
     tokens = [tokenizer(text).input_ids for text in texts]
     width = max(map(len, tokens)) + 4
     written = torch.tensor([[(ids + [stop] + [tokens[0][0]] * width)[:width] for ids in tokens]])
-    monkeypatch.setattr(
-        type(trained.policy),
-        "generate",
-        lambda self, **inputs: written.expand(len(inputs["document_ids"]), -1, -1).unsqueeze(1),
-    )
     seen = []
+
+    def generate(self, *, document_ids, **others):
+        return written.expand(len(document_ids), -1, -1).unsqueeze(1)
 
     def execute(command, **how):
         seen.extend(json.loads(line) for line in open(command[-1]).read().splitlines())
-        return measure.subprocess.CompletedProcess(
-            command, 0, json.dumps({sample["task_id"]: [True, False] for sample in seen})
-        )
+        passed = json.dumps({sample["task_id"]: [True, False] for sample in seen})
+        return measure.subprocess.CompletedProcess(command, 0, passed)
 
+    monkeypatch.setattr(type(trained.policy), "generate", generate)
     monkeypatch.setattr(measure.subprocess, "run", execute)
     assert measure.pass_at_k(trained, run, num_problems=3, num_samples=2)["human_eval_passed"] == [[1.0] * 3, [2.0] * 3]
     assert [sample["completion"] for sample in seen] == ["  return 1\n  x = 2", "  return 3"] * 3
@@ -437,11 +397,6 @@ def test_the_executor_tells_right_from_wrong(tmp_path):
     file = tmp_path / "samples.jsonl"
     written = ["    return number % 1.0", "    return 0.0", "    while True: pass", "    return bytearray(2**36)"]
     file.write_text("".join(json.dumps({"task_id": "HumanEval/2", "completion": text}) + "\n" for text in written))
-    output = study.subprocess.run(
-        [sys.executable, "-I", str(ROOT / "examples" / "study" / "execute.py"), str(file)],
-        capture_output=True,
-        text=True,
-        env={},
-        timeout=120,
-    )
+    command = [sys.executable, "-I", str(ROOT / "examples" / "study" / "execute.py"), str(file)]
+    output = study.subprocess.run(command, capture_output=True, text=True, env={}, timeout=120)
     assert json.loads(output.stdout) == {"HumanEval/2": [True, False, False, False]}, output.stderr

@@ -1,4 +1,5 @@
-"""The script end to end on a tiny model: what a run leaves behind, that it can be continued, and that no split of the work changes its result.
+"""The script end to end on a tiny model: what a run leaves behind, that it can be continued, and that no split of the
+work changes its result.
 
 Most runs call `train_strided.main` in this process (0.3 s instead of 6); the ones that must be real run the command.
 """
@@ -20,7 +21,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train_strided
-from conftest import (
+from ebft_utils.config.modes import load_config
+from ebft_utils.config.settings import UserError
+from ebft_utils.data.rows import Rows, load_rows, rows_of_step
+from ebft_utils.models import load_tokenizer
+from ebft_utils.run.loop import learning_rate
+from ebft_utils.run.metrics import evaluation_metrics
+from helpers import (
     ROOT,
     assert_close_runs,
     assert_same_weights,
@@ -31,12 +38,6 @@ from conftest import (
     training,
     weights,
 )
-from ebft_utils.config.modes import load_config
-from ebft_utils.config.settings import UserError
-from ebft_utils.data.rows import Rows, load_rows, rows_of_step
-from ebft_utils.models import load_tokenizer
-from ebft_utils.run.loop import learning_rate
-from ebft_utils.run.metrics import evaluation_metrics
 
 METRIC_NAMES = {
     "ebft/alignment",
@@ -56,13 +57,15 @@ MODES = pytest.mark.parametrize("mode", [{}, {"lora": {"r": 4, "alpha": 8.0}}], 
 ADAMW = dict(betas=(0.9, 0.95), weight_decay=0.0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # (a) What a run leaves behind, with the real command
 
 
 @MODES
 def test_the_command_trains_and_saves(run_script, write_config, model_folder, tmp_path, mode):
-    """Guards against a run that ends well and leaves no usable model, no numbers, or numbers that differ between its two logs."""
+    """Guards against a run that ends well and leaves no usable model, no numbers, or numbers that differ between its
+    two logs.
+    """
     file = write_config(**mode, train__learning_rate=1e-2)
     result = run_script("train_strided.py", "--cfg", file)
     assert result.returncode == 0, result.stderr
@@ -114,7 +117,7 @@ def test_print_config(write_config, capsys, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # (b) Interrupted and continued
 
 
@@ -142,7 +145,9 @@ def interrupted(train, monkeypatch):
 
 @MODES
 def test_resumed_run_equals_the_unbroken_one(train, interrupted, tmp_path, mode):
-    """Guards against lost optimizer state, a schedule or data order that starts anew, other rollouts, and metrics that are lost or written twice."""
+    """Guards against lost optimizer state, a schedule or data order that starts anew, other rollouts, and metrics that
+    are lost or written twice.
+    """
     changes = dict(
         **mode,
         train__max_steps=4,
@@ -163,7 +168,9 @@ def test_resumed_run_equals_the_unbroken_one(train, interrupted, tmp_path, mode)
 
 
 def test_steps_after_the_last_checkpoint_are_done_again(train, interrupted, tmp_path):
-    """Guards against a crash (no chance to save) between two saves: logged steps after the checkpoint must be replaced, not doubled."""
+    """Guards against a crash (no chance to save) between two saves: logged steps after the checkpoint must be replaced,
+    not doubled.
+    """
     changes = dict(train__max_steps=6, train__save_steps=3)
     whole = train("whole", **changes)
     interrupted("broken", 5, **changes)
@@ -178,7 +185,9 @@ def test_steps_after_the_last_checkpoint_are_done_again(train, interrupted, tmp_
 
 
 def test_resumed_run_reports_the_evaluation_before_training(train, interrupted, tmp_path):
-    """Guards against a model card without a 'before', and a final evaluation without its changes, only because the run was interrupted."""
+    """Guards against a model card without a 'before', and a final evaluation without its changes, only because the run
+    was interrupted.
+    """
     changes = dict(train__max_steps=2, eval__num_documents=4)
     whole = train("whole", **changes)
     interrupted("broken", 1, **changes)
@@ -229,7 +238,10 @@ def test_save_total_limit(train):
 
 
 def test_resume_from_an_earlier_checkpoint(train):
-    """Guards against removing the checkpoint that was just written because older runs left later ones behind: `latest` must be this run's."""
+    """Guards against removing the checkpoint that was just written because older runs left later ones behind.
+
+    `latest` must be this run's.
+    """
     folder = train("run", "train.save_steps=1", "train.max_steps=4", "train.save_total_limit=4")
     train(
         "run",
@@ -265,13 +277,15 @@ def test_half_written_checkpoint_is_ignored(train, interrupted, tmp_path):
     assert all(torch.equal(tensor, weights(broken)[name]) for name, tensor in weights(whole).items())
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # (c, f, h) The same result however the work is split
 
 
 @pytest.fixture
 def plain_descent(monkeypatch):
-    """SGD in AdamW's place: updates are then proportional to the gradients, and a gradient that is wrong by a factor shows in the weights."""
+    """SGD in AdamW's place: updates are then proportional to the gradients, and a gradient that is wrong by a factor
+    shows in the weights.
+    """
     monkeypatch.setattr(
         torch.optim, "AdamW", lambda parameters, lr, betas, weight_decay: torch.optim.SGD(parameters, lr=lr)
     )
@@ -279,7 +293,9 @@ def plain_descent(monkeypatch):
 
 @MODES
 def test_gradient_accumulation_changes_nothing(train, plain_descent, mode):
-    """Guards against losses that are averaged over micro-batches (documents of different lengths would get different weights), and rollouts that depend on the batch."""
+    """Guards against losses that are averaged over micro-batches (documents of different lengths would get different
+    weights), and rollouts that depend on the batch.
+    """
     changes = dict(**mode, train__max_steps=2, ebft__ce_coef=0.3, train__learning_rate=0.1)
     runs = [
         train(f"{size} at a time", "train.batch_size=4", f"train.per_device_batch_size={size}", **changes)
@@ -295,7 +311,9 @@ def test_gradient_accumulation_changes_nothing(train, plain_descent, mode):
 
 @MODES
 def test_gradient_checkpointing_changes_nothing(train, plain_descent, mode):
-    """Guards against an empty KV cache in train mode (garbage rollouts), and adapters that get no gradient through a checkpointed frozen embedding."""
+    """Guards against an empty KV cache in train mode (garbage rollouts), and adapters that get no gradient through a
+    checkpointed frozen embedding.
+    """
     changes = dict(**mode, train__max_steps=2, ebft__ce_coef=0.3, train__learning_rate=0.1)
     assert_close_runs(train("off", **changes), train("on", "model.gradient_checkpointing=true", **changes))
 
@@ -354,7 +372,9 @@ def test_two_processes_equal_one(train, two_processes, write_config, tmp_path, m
 
 
 def test_two_processes_with_less_than_one_evaluation_batch_each(two_processes, write_config, tmp_path, train):
-    """Guards against a deadlock: the second process has nothing to evaluate, and DDP broadcasts buffers in the first forward of the other one."""
+    """Guards against a deadlock: the second process has nothing to evaluate, and DDP broadcasts buffers in the first
+    forward of the other one.
+    """
     changes = dict(eval__num_documents=2, eval__per_device_batch_size=2, train__max_steps=1, train__learning_rate=1e-5)
     one = train("one", "train.per_device_batch_size=2", **changes)
     two_processes(write_config(**changes, train__per_device_batch_size=1), timeout=40)
@@ -366,7 +386,7 @@ def test_two_processes_with_less_than_one_evaluation_batch_each(two_processes, w
         } == {}
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # (d, e) Against naive computations
 
 
@@ -385,7 +405,9 @@ def summed_cross_entropy(model, ids: torch.Tensor) -> torch.Tensor:
 
 
 def test_cross_entropy_alone_is_plain_fine_tuning(train, model_folder, text_file):
-    """Guards against an SFT baseline that is not SFT: a naive loop over documents with AdamW must give the same weights."""
+    """Guards against an SFT baseline that is not SFT: a naive loop over documents with AdamW must give the same
+    weights.
+    """
     folder = train(
         "sft", "ebft.rl_coef=0", "ebft.ce_coef=1", "train.max_steps=2", "train.batch_size=4", "train.learning_rate=1e-2"
     )
@@ -408,7 +430,9 @@ def test_cross_entropy_alone_is_plain_fine_tuning(train, model_folder, text_file
 
 
 def test_one_step_is_the_naive_policy_gradient(train, plain_descent, monkeypatch, model_folder):
-    """Guards against log-probs at temperature 1 of tokens sampled at 0.6, a baseline that is not eq 94, and anchors or documents weighted unevenly."""
+    """Guards against log-probs at temperature 1 of tokens sampled at 0.6, a baseline that is not eq 94, and anchors or
+    documents weighted unevenly.
+    """
     seen, score = [], train_strided.sample_and_score
 
     def keep(config, accelerator, policy, network, batch, seed):
@@ -462,7 +486,9 @@ def evaluation(train):
 
 @MODES
 def test_evaluation_is_repeatable_and_independent_of_the_batch(evaluation, mode):
-    """Guards against rollouts that depend on global random state, on train.seed, or on the documents that share the batch."""
+    """Guards against rollouts that depend on global random state, on train.seed, or on the documents that share the
+    batch.
+    """
     first = evaluation("first", **mode)
     assert evaluation("second", "train.seed=3", **mode) == first
     alone = evaluation("alone", "eval.per_device_batch_size=1", **mode)
@@ -474,7 +500,9 @@ def test_evaluation_is_repeatable_and_independent_of_the_batch(evaluation, mode)
 
 
 def test_evaluated_cross_entropy_is_the_naive_one(evaluation, write_config, model_folder, text_file):
-    """Guards against padding, the last token or the temperature getting into the cross-entropy; its error is that over documents."""
+    """Guards against padding, the last token or the temperature getting into the cross-entropy; its error is that over
+    documents.
+    """
     result = evaluation("run")
     file = write_config(eval__num_documents=7)
     config = load_config(str(file))
@@ -494,7 +522,9 @@ def test_evaluated_cross_entropy_is_the_naive_one(evaluation, write_config, mode
 
 
 def test_training_evaluates_like_eval_only_and_is_not_disturbed_by_it(train, evaluation):
-    """Guards against an evaluation that leaves the model in another mode or uses up random numbers, and against two evaluations that differ."""
+    """Guards against an evaluation that leaves the model in another mode or uses up random numbers, and against two
+    evaluations that differ.
+    """
     alone = evaluation("alone")
     changes = dict(train__max_steps=3, eval__num_documents=7)
     silent = train("silent", "eval.at_start=false", "eval.at_end=false", **changes)
@@ -516,13 +546,18 @@ def test_evaluation_of_a_checkpoint(train, evaluation):
 
 @MODES
 def test_evaluation_runs_in_the_chosen_precision(evaluation, mode):
-    """Guards against an evaluation that goes around the prepared module and so measures a float32 model that nobody trains."""
+    """Guards against an evaluation that goes around the prepared module and so measures a float32 model that nobody
+    trains.
+    """
     low, exact = evaluation("bf16", "model.dtype=bfloat16", **mode), evaluation("fp32", **mode)
     assert 1e-6 < abs(low["eval/cross_entropy"] - exact["eval/cross_entropy"]) < 0.05
 
 
 def test_evaluation_metrics_by_hand():
-    """Guards against the error of a change being that of its levels. Two documents of one token: 2 and 5 now, 1 and 3 before."""
+    """Guards against the error of a change being that of its levels. Two documents of one token.
+
+    2 and 5 now, 1 and 3 before.
+    """
     after, before = (
         {name: torch.tensor([totals, [1.0, 1.0]]) for name in train_strided.EVALUATED}
         for totals in ([2.0, 5.0], [1.0, 3.0])
@@ -551,13 +586,15 @@ def test_one_held_out_document(train):
     assert [entry["step"] for entry in entries] == [0, 1]
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # (g, i, k) Choices
 
 
 @MODES
 def test_bfloat16_keeps_what_is_trained_in_float32(train, mode):
-    """Guards against weights or AdamW moments in bfloat16 (updates of 1e-6 round away), and against a dtype that changes nothing."""
+    """Guards against weights or AdamW moments in bfloat16 (updates of 1e-6 round away), and against a dtype that
+    changes nothing.
+    """
     changes = dict(**mode, ebft__ce_coef=0.3, train__learning_rate=1e-6, train__max_steps=2)
     folder, exact = train("bf16", "model.dtype=bfloat16", **changes), train("fp32", **changes)
     state = saved_tensors(folder / "checkpoint-2")
@@ -576,7 +613,9 @@ def test_bfloat16_keeps_what_is_trained_in_float32(train, mode):
 
 
 def test_packing_trains_on_the_same_tokens(train, write_config):
-    """Guards against packed documents that see each other, or targets and anchors over a document's end: over all rows at once nothing may change."""
+    """Guards against packed documents that see each other, or targets and anchors over a document's end: over all rows
+    at once nothing may change.
+    """
     changes = dict(data__sequence_length=96, ebft__ce_coef=1.0, train__max_steps=1, train__warmup_ratio=0.0)
     config = load_config(str(write_config(**changes, data__packing=True, eval__num_documents=0)))
     rows, _ = load_rows(config, load_tokenizer(config.model))
@@ -671,7 +710,10 @@ def test_seed_decides_and_nothing_else(train):
 
 
 def test_a_document_gets_other_rollouts_each_time(train):
-    """Guards against rollouts that are keyed by the row alone: each epoch would train on the same ones. (The policy stands still: rate 1e-20.)"""
+    """Guards against rollouts that are keyed by the row alone: each epoch would train on the same ones.
+
+    (The policy stands still: rate 1e-20.)
+    """
     first, second = training(
         train(
             "run",
@@ -705,7 +747,7 @@ def test_logging_and_table_steps(train):
     assert [event.step for event in events.Tensors("rollouts/text_summary")] == [1, 2, 4]
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # (l) Learning rate
 
 
@@ -730,7 +772,9 @@ def test_learning_rate_by_hand(write_config, scheduler, warmup, expected):
 
 
 def test_logged_learning_rate_is_the_one_of_the_step(train):
-    """Guards against logging the next step's rate, and against a schedule that never reaches the optimizer: the weights must show the same rates."""
+    """Guards against logging the next step's rate, and against a schedule that never reaches the optimizer: the weights
+    must show the same rates.
+    """
     folder = train(
         "run", "train.max_steps=4", "train.lr_scheduler=linear", "train.warmup_ratio=0", "train.learning_rate=1e-2"
     )
@@ -738,7 +782,10 @@ def test_logged_learning_rate_is_the_one_of_the_step(train):
 
 
 def test_first_update_has_the_size_of_the_first_rate(train, model_folder):
-    """Guards against a schedule that is not connected to the optimizer. AdamW's first update of a weight is the learning rate, up or down."""
+    """Guards against a schedule that is not connected to the optimizer.
+
+    AdamW's first update of a weight is the learning rate, up or down.
+    """
     start = load_file(model_folder / "model.safetensors")
     for name, overrides, rate in [("flat", ["train.warmup_ratio=0"], 1e-3), ("warm", ["train.warmup_ratio=1"], 5e-4)]:
         folder = train(name, "train.max_steps=1", *overrides)

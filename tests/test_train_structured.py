@@ -1,4 +1,6 @@
-"""train_structured.py end to end without a server: against the slow and obvious version of a step, however the work is split, and after a resume."""
+"""train_structured.py end to end without a server: against the slow and obvious version of a step, however the work is
+split, and after a resume.
+"""
 
 import json
 import math
@@ -14,8 +16,8 @@ from accelerate.state import AcceleratorState
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train_structured
-from conftest import ROOT, assert_equal_weights, assert_same_weights, evaluations, logged, weights
 from ebft_utils.algorithm.rewards import feature_matching_rewards, rloo_advantages
+from helpers import ROOT, assert_equal_weights, assert_same_weights, evaluations, logged, weights
 from real_vllm import prompts_file
 
 TIMES = {"time/generate", "time/wait", "time/features", "time/train", "time/step"}
@@ -90,7 +92,7 @@ def assert_close_numbers(first: Path, second: Path, *without: str) -> None:
         assert left == pytest.approx(right, rel=1e-5, abs=1e-5)
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # One step
 
 
@@ -193,13 +195,13 @@ def test_a_step_equals_the_obvious_one(run, descent, monkeypatch, model_folder, 
 
 def test_second_iteration_starts_from_the_first(run, descent, monkeypatch):
     """num_iterations 2: two updates with one batch of completions, the second against the policy before the first."""
-    ratios, loss_of = [], train_structured.clipped_policy_loss
+    ratios, loss_of = [], train_structured.losses.clipped_policy_loss
 
     def keep(logprobs, old_logprobs, advantages, weights, epsilon):
         ratios.append(torch.where(weights != 0, logprobs - old_logprobs, 0.0).abs().max().item())
         return loss_of(logprobs, old_logprobs, advantages, weights, epsilon)
 
-    monkeypatch.setattr(train_structured, "clipped_policy_loss", keep)
+    monkeypatch.setattr(train_structured.losses, "clipped_policy_loss", keep)
     folder = run("twice", "ebft.num_iterations=2", "train.max_steps=1", "train.learning_rate=1.0")
     assert ratios[:2] == [0.0, 0.0] and min(ratios[2:]) > 1e-3
     assert 0 < logged(folder)[0]["ebft/clipped"] < 1
@@ -229,7 +231,7 @@ def test_advantages(run, options):
     assert (abs(spread - 1) < 0.01) == scaled and spread > 0.05
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # However it is split
 
 
@@ -299,7 +301,7 @@ def test_evaluation_does_not_depend_on_its_batches(run):
     assert found[0]["eval/reward_best_of_n"] > found[0]["eval/reward_pass@1"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Several turns, thinking
 
 
@@ -359,7 +361,7 @@ def test_features_of_the_answer_alone(run, tmp_path, model_folder):
     assert abs(rewards["all", ""] - rewards["all", "<think>a b</think>"]) > 1e-4
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Several turns in numbers, lengths that differ from row to row
 
 
@@ -430,7 +432,9 @@ def turns(tmp_path) -> Path:
 
 
 def test_a_step_of_several_turns_equals_the_obvious_one(run, monkeypatch, model_folder, turns):
-    """Guards against the user's turns, or an end-of-text token that was put there, in the policy gradient, its denominator or the cross-entropy."""
+    """Guards against the user's turns, or an end-of-text token that was put there, in the policy gradient, its
+    denominator or the cross-entropy.
+    """
     seen, step_of = [], train_structured.train_step
 
     def keep(context, batches, completions, update):
@@ -499,7 +503,9 @@ def test_a_step_of_several_turns_equals_the_obvious_one(run, monkeypatch, model_
 
 @pytest.mark.parametrize("case", ["turns", "adaptive lengths"])
 def test_micro_batches_of_unlike_rows_change_nothing(run, descent, tmp_path, turns, case):
-    """Guards against completions that depend on the rows beside them: on how many turns those have, or on how long they may become."""
+    """Guards against completions that depend on the rows beside them: on how many turns those have, or on how long they
+    may become.
+    """
     lengths = tmp_path / "lengths.jsonl"
     lengths.write_text(
         "".join(

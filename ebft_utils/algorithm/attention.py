@@ -1,12 +1,13 @@
-"""Attention over the packed strided layout, with torch's fused kernel and without the cells that nobody attends to.
+"""Attention over the packed strided layout with torch's fused kernel, without the cells that nobody attends to.
 
-A dense mask over L = S + A*N*G packed tokens has L^2 cells, and nearly all of them are empty: a rollout sees the document before its anchor and
-itself. Here the rollouts are cut into blocks of neighbouring anchors, and each block calls `scaled_dot_product_attention` on just the document
-prefix that it can see plus its own tokens. Same result as the dense mask (a test compares them cell by cell), two to four times faster on a CPU,
-more with longer documents, and no L x L mask is ever held.
+A dense mask over L = S + A*N*G packed tokens has L^2 cells. Nearly all of them are empty: a rollout sees the document
+before its anchor, and itself. Here the rollouts are cut into blocks of neighbouring anchors. Each block calls
+`scaled_dot_product_attention` on the document prefix that it can see plus its own tokens. The result is the dense
+mask's (a test compares them cell by cell). It is two to four times faster on a CPU, more with longer documents, and no
+L x L mask is ever held.
 
-Registered with transformers as the attention implementation "strided_sdpa". Without `strided_blocks` it is plain sdpa, so that the model keeps
-working for everything else.
+Registered with transformers as the attention implementation "strided_sdpa". Without `strided_blocks` it is plain sdpa,
+so that the model keeps working for everything else.
 
 Axis legend: B rows, H heads, Q queries, K keys, S document tokens, L packed tokens.
 """
@@ -25,8 +26,9 @@ STRIDED_SDPA = "strided_sdpa"
 
 @dataclass(frozen=True)
 class Block:
-    """One run of neighbouring rollouts. Queries: rollout tokens start:end. Keys: document tokens 0:prefix, then the same rollouts' tokens.
+    """A run of neighbouring rollouts.
 
+    Queries: rollout tokens start:end. Keys: document tokens 0:prefix, then the tokens of the same rollouts.
     mask (B, 1, end - start, prefix + steps * (end - start)), True = may attend.
     """
 
@@ -41,9 +43,10 @@ class StridedBlocks:
     """Which keys each part of the packed queries sees.
 
     num_document: S, the document tokens in front of the keys.
-    document_queries: whether the queries start with the document (training, prefill), or are rollout tokens only (decoding).
+    document_queries: True when the queries start with the document (training, prefill); False when they are rollout
+        tokens only (decoding).
     document_mask: (B, 1, S, S), or None for plain causal attention in the document.
-    steps: how many times the rollouts' keys repeat, step-major, behind the document (decoding: one run of keys for each step so far).
+    steps: runs of rollout keys behind the document, step-major. Decoding has one run for each step so far.
     """
 
     num_document: int
@@ -64,7 +67,10 @@ def strided_sdpa_forward(
     scaling: float | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface. query (B, H, Q, d), key and value (B, H_kv, K, d). Returns ((B, Q, H, d), None)."""
+    """transformers' attention interface.
+
+    Args: query (B, H, Q, d); key, value (B, H_kv, K, d). Returns ((B, Q, H, d), None).
+    """
     if strided_blocks is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     num_document = strided_blocks.num_document

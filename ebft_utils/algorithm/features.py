@@ -1,9 +1,10 @@
-"""Features: hidden states of the frozen network, normalised per layer, concatenated, pooled over the tokens of a rollout.
+"""Features: hidden states of the frozen network, normalised per layer, concatenated, pooled over a rollout's tokens.
 
 Axis legend
     B  rows      S  document tokens      A  anchors      N  rollouts at an anchor      G  tokens of a rollout
     L  packed tokens, S + A*N*G, anchor-major (see strided.py)
-    K  packed positions that are read    T  positions read of one rollout    D  feature width, (number of layers) * H
+    K  packed positions that are read    T  positions of one rollout that are read
+    H  hidden width                      D  feature width, (number of layers) * H
 """
 
 import copy
@@ -13,19 +14,26 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 import torch
 from torch import Tensor
 
-from .strided import attention_arguments, evaluation_mode, pack_layout
+from .decoding import evaluation_mode
+from .strided import attention_arguments, pack_layout
 
 FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm")
 EMBED_METHODS = ("last_token", "mean_pooling", "completion_mean", "concat")
 
 
 def layer_indices(feature_layers: list[float], num_layers: int) -> list[int]:
-    """Depths in 0..1 -> indices into the num_layers + 1 hidden states (0 = embeddings, num_layers = after the final norm)."""
+    """Depths in 0..1 -> indices into the num_layers + 1 hidden states.
+
+    0 = embeddings, num_layers = after the final norm.
+    """
     return [int(depth * num_layers) for depth in feature_layers]
 
 
 def pooled_steps(embed_method: str, num_generated: int) -> list[int]:
-    """Which of a rollout's G tokens are read. mean_pooling and completion_mean both average all of them: in strided mode a rollout is its completion."""
+    """Which of a rollout's G tokens are read.
+
+    mean_pooling and completion_mean both average all of them: in strided mode a rollout is its completion.
+    """
     if embed_method not in EMBED_METHODS:
         raise ValueError(f"embed_method is {embed_method!r}; allowed: {', '.join(EMBED_METHODS)}")
     if embed_method == "last_token":
@@ -41,15 +49,15 @@ def pool(states: Tensor, embed_method: str) -> Tensor:
 
 
 def cut_decoder(decoder: torch.nn.Module, num_layers: int) -> torch.nn.Module:
-    """A view of a decoder that ends after num_layers layers. It shares the parameters; the final norm is left out unless all layers are kept.
+    """A view of a decoder that ends after num_layers layers and shares its parameters.
 
+    The final norm is kept only when all layers are.
     Raises ValueError for a decoder that is not built of `layers` and one final norm.
     """
     final_norm = [name for name in FINAL_NORMS if name in decoder._modules]
     if "layers" not in decoder._modules or len(final_norm) != 1:
-        raise ValueError(
-            f"{type(decoder).__name__} is not built of `layers` and a final norm ({', '.join(FINAL_NORMS)})"
-        )
+        known = ", ".join(FINAL_NORMS)
+        raise ValueError(f"{type(decoder).__name__} is not built of `layers` and a final norm ({known})")
     view = copy.copy(decoder)
     view._modules = dict(decoder._modules)
     view.layers = torch.nn.ModuleList(list(decoder.layers)[:num_layers])
@@ -64,7 +72,8 @@ class FeatureNetwork:
     Args:
         decoder: of the frozen copy, or of the policy itself when it is trained with LoRA.
         layers: indices of the hidden states to read.
-        frozen: for LoRA, the context in which the policy's own decoder computes phi: its adapter switched off. Closed again before anything is trained.
+        frozen: for LoRA, the context in which the policy's own decoder computes phi (its adapter switched off). It is
+            closed again before anything is trained.
     """
 
     def __init__(
@@ -77,12 +86,15 @@ class FeatureNetwork:
 
     @property
     def device(self) -> torch.device:
-        """Where it computes: its inputs have to be there, and its states come from there."""
+        """Where the network computes. Inputs must be there, and its states are there."""
         return next(self.decoder.parameters()).device
 
     @torch.no_grad()
     def hidden_states(self, input_ids: Tensor, position_ids: Tensor, index: Tensor, **attention) -> list[Tensor]:
-        """The raw hidden states of each feature layer at chosen positions: input_ids (B, L), index (B, K) -> list of (B, K, H)."""
+        """The raw hidden states of each feature layer at chosen positions.
+
+        Args: input_ids, position_ids (B, L); index (B, K), the positions. Returns a list of (B, K, H).
+        """
         captured = {}
 
         def read(states: Tensor) -> Tensor:
@@ -97,10 +109,8 @@ class FeatureNetwork:
                     captured[layer] = read(args[0])
 
                 stack.callback(self.decoder.layers[layer].register_forward_pre_hook(hook).remove)
-            last = self.decoder(
-                input_ids=input_ids, position_ids=position_ids, use_cache=False, **attention
-            ).last_hidden_state
-            captured[max(self.layers)] = read(last)
+            output = self.decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False, **attention)
+            captured[max(self.layers)] = read(output.last_hidden_state)
         return [captured[layer] for layer in self.layers]
 
 
@@ -119,7 +129,7 @@ def strided_features(
     The truth at anchor a is the document itself: its token t is the document token a + t.
 
     Args: document_ids, segment_ids (B, S); rollouts (B, A, N, G); anchors, valid (B, A).
-    Returns: rollouts' features (B, A, N, D) and truth's (B, A, D), float32.
+    Returns: features of the rollouts (B, A, N, D) and of the truth (B, A, D), float32.
     """
     home, device = document_ids.device, network.device
     document_ids, segment_ids, rollouts, anchors, valid = (
@@ -155,15 +165,18 @@ def completion_features(
     completion_lengths: Tensor,
     embed_method: str,
 ) -> tuple[Tensor, Tensor]:
-    """Features of prompt + completion, for each completion, and of prompt + truth, in one packed forward: the strided layout with one anchor, at the prompt's end.
+    """Features of prompt + completion, for each completion, and of prompt + truth, in one packed forward.
 
-    last_token: the state of a completion's last token; concat: those at 1/4, 1/2 and 3/4 of it; completion_mean: the mean over its tokens;
-    mean_pooling: the mean over those of the prompt and its own.
+    The layout is the strided one with a single anchor, at the prompt's end. What is read of a completion:
+        last_token       the state of its last token
+        concat           the states at 1/4, 1/2 and 3/4 of it, side by side
+        completion_mean  the mean over its tokens
+        mean_pooling     the mean over the prompt's tokens and its own
 
     Args:
         document_ids (B, S), prompt + truth, right-padded; prompt_lengths, truth_lengths (B), at least 1.
         completions (B, N, G), right-padded; completion_lengths (B, N), at least 1.
-    Returns: completions' features (B, N, D) and truth's (B, D), float32.
+    Returns: features of the completions (B, N, D) and of the truth (B, D), float32.
     """
     home, device = document_ids.device, network.device
     document_ids, prompt_lengths, truth_lengths, completions, completion_lengths = (
@@ -172,23 +185,12 @@ def completion_features(
     (_, length), (_, num_samples, num_generated) = document_ids.shape, completions.shape
     index = torch.arange(length, device=device)
     segment_ids = torch.where(index < (prompt_lengths + truth_lengths).unsqueeze(-1), 0, -1)
-    layout = pack_layout(
-        segment_ids,
-        prompt_lengths.unsqueeze(-1),
-        torch.ones_like(prompt_lengths, dtype=torch.bool).unsqueeze(-1),
-        num_samples,
-        num_generated,
-    )
-    steps, counted = read_steps(
-        torch.cat([truth_lengths.unsqueeze(-1), completion_lengths], dim=1), embed_method
-    )  # (B, 1 + N, T)
-    starts = torch.cat(
-        [
-            prompt_lengths.unsqueeze(-1),
-            length + torch.arange(num_samples, device=device).expand(len(prompt_lengths), -1) * num_generated,
-        ],
-        dim=1,
-    )
+    anchors = prompt_lengths.unsqueeze(-1)  # (B, 1)
+    layout = pack_layout(segment_ids, anchors, torch.ones_like(anchors, dtype=torch.bool), num_samples, num_generated)
+    lengths = torch.cat([truth_lengths.unsqueeze(-1), completion_lengths], dim=1)
+    steps, counted = read_steps(lengths, embed_method)  # (B, 1 + N, T)
+    completion_starts = length + torch.arange(num_samples, device=device) * num_generated
+    starts = torch.cat([anchors, completion_starts.expand(len(anchors), -1)], dim=1)
     read = (starts.unsqueeze(-1) + steps).flatten(1)
     if embed_method == "mean_pooling":
         read = torch.cat([read, index[: int(prompt_lengths.max())].expand(len(read), -1)], dim=1)
@@ -203,11 +205,9 @@ def completion_features(
     if embed_method in ("mean_pooling", "completion_mean"):
         total, number = torch.where(counted.unsqueeze(-1), own, 0.0).sum(2), counted.sum(2)
         if embed_method == "mean_pooling":
-            of_prompt = index[: prompt.shape[1]] < prompt_lengths.unsqueeze(-1)
-            total, number = (
-                total + torch.where(of_prompt.unsqueeze(-1), prompt, 0.0).sum(1, keepdim=True),
-                number + prompt_lengths.unsqueeze(-1),
-            )
+            of_prompt = index[: prompt.shape[1]] < anchors
+            total = total + torch.where(of_prompt.unsqueeze(-1), prompt, 0.0).sum(1, keepdim=True)
+            number = number + anchors
         features = total / number.unsqueeze(-1)
     else:
         features = own.flatten(2)
@@ -216,7 +216,10 @@ def completion_features(
 
 
 def read_steps(lengths: Tensor, embed_method: str) -> tuple[Tensor, Tensor]:
-    """Which tokens of rollouts of different lengths are read. lengths (...) -> steps (..., T) and whether each counts (..., T)."""
+    """Which tokens of rollouts of different lengths are read.
+
+    Args: lengths (...). Returns steps (..., T) and whether each counts (..., T).
+    """
     if embed_method == "last_token":
         steps = lengths.unsqueeze(-1) - 1
     elif embed_method == "concat":
@@ -229,5 +232,8 @@ def read_steps(lengths: Tensor, embed_method: str) -> tuple[Tensor, Tensor]:
 
 
 def _normalised(states: list[Tensor]) -> Tensor:
-    """The feature layers' states, each of length 1, side by side: list of (B, K, H) -> (B, K, D), float32."""
+    """Scales the states of each feature layer to length 1 and puts them side by side.
+
+    list of (B, K, H) -> (B, K, D), float32.
+    """
     return torch.cat([torch.nn.functional.normalize(state.float(), dim=-1) for state in states], dim=-1)

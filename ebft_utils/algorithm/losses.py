@@ -4,8 +4,8 @@ Axis legend
     M  predictor positions (flattened)      H  hidden width      V  vocabulary
     T  tokens that are scored, in any shape
 
-Losses are SUMS over tokens divided by a count that the caller gives: the number of such tokens in the whole global batch (all processes, all
-accumulation steps). That is what makes one update independent of how the batch is split.
+Losses are SUMS over tokens divided by a count that the caller gives: the number of such tokens in the whole global
+batch (all processes, all gradient accumulation steps). So an update does not depend on how the batch is split.
 """
 
 import torch
@@ -17,11 +17,13 @@ LOGITS_PER_CHUNK = 2**25  # 128 MB of float32 logits at a time, whatever the voc
 def token_logprobs(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor, temperature: float
 ) -> Tensor:
-    """log softmax((hidden W^T + b) / temperature)[token], for one token at each position, differentiable in hidden, W and b.
+    """log softmax((hidden W^T + b) / temperature)[token], one token at each position; differentiable in hidden, W, b.
 
     Naive: torch.log_softmax((hidden @ weight.T + bias).float() / temperature, -1).gather(-1, token_ids[:, None])[:, 0].
-    Here the logits exist for a chunk of positions at a time, in forward and (recomputed) in backward; the log-softmax is float32. (torch's
-    linear_cross_entropy makes gradients in its forward pass, for a weighting of the tokens that is known before: here it comes afterwards.)
+
+    Here the logits exist for a chunk of positions at a time, in forward and (recomputed) in backward. The log-softmax
+    is float32. torch's linear_cross_entropy is not used: it makes gradients in its forward pass, where it must know how
+    the tokens are weighted. Here the weights come afterwards.
 
     Args: hidden (.., H); weight (V, H); bias (V) or None; token_ids (..). Returns (..), float32.
     """
@@ -36,7 +38,8 @@ def policy_gradient_loss(logprobs: Tensor, advantages: Tensor, mask: Tensor, num
     """REINFORCE with given advantages: sum over counted tokens of -advantage * log-prob, / num_tokens.
 
     Args:
-        logprobs (..., G), log pi(token) at the sampling temperature; advantages (...), one for each rollout; mask (...), True = counts.
+        logprobs (..., G): log pi(token) at the sampling temperature.
+        advantages (...), one for each rollout; mask (...), True = the rollout counts.
         num_tokens: counted tokens of the whole global batch.
     """
     # both factors are masked: 0 * NaN in the backward pass would be NaN
@@ -46,15 +49,17 @@ def policy_gradient_loss(logprobs: Tensor, advantages: Tensor, mask: Tensor, num
 def completion_token_weights(
     mask: Tensor, loss_type: str, num_completions: Tensor | float, num_tokens: Tensor | float, max_length: int
 ) -> Tensor:
-    """How much each token of a completion counts in the policy-gradient loss: sum over tokens of weight * loss is the loss of the whole global batch.
+    """The weight of each completion token in the policy-gradient loss.
 
-        bnpo     1 / num_tokens                                          every token of the batch counts the same
-        grpo     1 / (tokens of the completion) / num_completions        every completion counts the same
-        dr_grpo  1 / (num_completions * max_length)                      as bnpo, without the normaliser that depends on the sampled lengths
+    The sum over tokens of weight * loss is the loss of the whole global batch.
+        bnpo     1 / num_tokens                                    every token of the batch counts the same
+        grpo     1 / (tokens of the completion) / num_completions  every completion counts the same
+        dr_grpo  1 / (num_completions * max_length)                as bnpo, but not normalised by the sampled lengths
 
     Args:
-        mask (..., G), True = a token that the policy wrote and that counts; max_length: most tokens of a completion.
-        num_completions, num_tokens: completions with at least one counted token, and counted tokens, of the whole global batch.
+        mask (..., G): True = a token that the policy wrote and that counts. max_length: most tokens of a completion.
+        num_completions: completions with at least one counted token; num_tokens: counted tokens; both of the whole
+            global batch.
     Returns (..., G), float32, 0 where the mask is False.
     """
     if loss_type == "grpo":
@@ -67,11 +72,12 @@ def completion_token_weights(
 
 
 def importance_weights(logprobs: Tensor, behaviour_logprobs: Tensor, mask: Tensor, cap: float | None) -> Tensor:
-    """min(pi(token) / mu(token), cap) for tokens that mu sampled and pi is to be trained on: truncated importance sampling. cap None: 1.
+    """Truncated importance sampling: min(pi(token) / mu(token), cap) for tokens that mu sampled and pi trains on.
 
-    mu is the rollout server, whose kernels, precision or (one update older) weights are not the trainer's.
+    mu is the rollout server: its kernels, precision or (one update older) weights differ from the trainer's.
 
-    Args: logprobs, behaviour_logprobs (...), of pi and of mu; mask (...), True = counts. Returns (...), without gradient, 1 where the mask is False.
+    Args: logprobs, behaviour_logprobs (...), of pi and of mu; mask (...), True = counts; cap: None for weights of 1.
+    Returns (...), without gradient, 1 where the mask is False.
     """
     if cap is None:
         return torch.ones_like(behaviour_logprobs)
@@ -81,13 +87,15 @@ def importance_weights(logprobs: Tensor, behaviour_logprobs: Tensor, mask: Tenso
 def clipped_policy_loss(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, weights: Tensor, epsilon: float
 ) -> Tensor:
-    """Sum over tokens of -weight * min(ratio * A, clip(ratio, 1 - epsilon, 1 + epsilon) * A), ratio = exp(logprob - old logprob).
+    """Sum over tokens of -weight * min(ratio * A, clip(ratio, 1 - epsilon, 1 + epsilon) * A).
 
-    Where the policy is still the old one the ratio is 1, and this is the plain policy gradient.
+    ratio = exp(logprob - old logprob), A = advantage.
+    As long as the policy is the old one, the ratio is 1, and this is the plain policy gradient.
 
     Args:
-        logprobs, old_logprobs (..., G), of the policy being trained and of the one before the batch's first update.
-        advantages (...), one for each completion; weights (..., G), 0 = does not count (completion_token_weights, times importance_weights).
+        logprobs, old_logprobs (..., G): of the policy being trained, and of the policy before the batch's first update.
+        advantages (...): one for each completion.
+        weights (..., G): completion_token_weights times importance_weights; 0 = does not count.
     """
     counts = weights != 0
     ratio = torch.where(counts, logprobs - old_logprobs, 0.0).exp()  # masked before exp: 0 * inf would be NaN
@@ -105,12 +113,15 @@ def cross_entropy_loss(logprobs: Tensor, mask: Tensor, num_tokens: Tensor | floa
 
 
 def rows_per_chunk(vocab_size: int) -> int:
-    """How many positions' logits are held at a time."""
+    """Number of positions whose logits are held at a time."""
     return max(16, LOGITS_PER_CHUNK // vocab_size)
 
 
 class _ChunkedTokenLogprobs(torch.autograd.Function):
-    """The backward of log-softmax needs only the log-sum-exp of each row: logits are recomputed chunk by chunk from (hidden, W)."""
+    """Log-probs whose backward recomputes the logits chunk by chunk from (hidden, W).
+
+    The backward of log-softmax needs nothing else but the log-sum-exp of each row.
+    """
 
     @staticmethod
     def _logits(hidden, weight, bias, scale):

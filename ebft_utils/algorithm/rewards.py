@@ -4,8 +4,8 @@ Axis legend
     ...  any leading axes: groups that share one context (here: batch rows, anchors)
     N    rollouts of a group            D    feature width
 
-Everything here is a pure tensor function. Rewards need nothing but inner products, so all of it is computed from each group's N x N Gram
-matrix, in float64: one batched `eigh` of (..., N, N) replaces an SVD of an N x D matrix for every group.
+Everything here is a pure tensor function. Rewards need only inner products, so all of them are computed from each
+group's N x N Gram matrix, in float64: one batched `eigh` of (..., N, N) replaces an SVD of an N x D matrix per group.
 """
 
 from dataclasses import dataclass
@@ -20,10 +20,11 @@ WHITENINGS = (None, "feature", "sample")
 class FeatureRewards:
     """What `feature_matching_rewards` returns; float32.
 
-    alignment (..., N): 2 * cosine of each rollout's features with the truth's (times 1, not `alignment_coef`)
-    diversity (..., N): 2/(N-1) * sum over the siblings of their inner product with this rollout (the penalty, times 1)
+    alignment (..., N): 2 * cosine of each rollout's features with the truth's; not yet times alignment_coef
+    diversity (..., N): 2/(N-1) * sum over siblings of their inner product with this rollout, the penalty; not yet times
+                        diversity_coef
     reward    (..., N): alignment_coef * alignment - diversity_coef * diversity (eq 7, 9)
-    cfm       (...):    || mean of the rollouts' features - truth's features ||^2 (eq 2), in the whitened space where there is one
+    cfm       (...):    || mean of the rollouts' features - truth's features ||^2 (eq 2), in the whitened space if any
     """
 
     alignment: Tensor
@@ -33,9 +34,10 @@ class FeatureRewards:
 
 
 def share_equal_rollouts(features: Tensor, rollouts: Tensor) -> Tensor:
-    """Gives rollouts of a group that consist of the same tokens the very same feature row: that of the first of them.
+    """Gives rollouts of a group with the same tokens the very same feature row: that of the first of them.
 
-    Without it, whitening turns the rounding noise between two equal rollouts into two orthogonal samples, and their penalty vanishes.
+    Otherwise whitening turns the rounding noise between two equal rollouts into two orthogonal samples, and their
+    penalty vanishes.
 
     Args: features (..., N, D); rollouts (..., N, G) token ids. Returns (..., N, D).
     """
@@ -44,7 +46,10 @@ def share_equal_rollouts(features: Tensor, rollouts: Tensor) -> Tensor:
 
 
 def first_equal_rollout(rollouts: Tensor) -> Tensor:
-    """(..., N, G) token ids -> (..., N): the index of the first rollout of the group with exactly these tokens (its own, if it is the first)."""
+    """For each rollout, the index of the first rollout of its group with exactly the same tokens (possibly its own).
+
+    (..., N, G) token ids -> (..., N).
+    """
     equal = (rollouts.unsqueeze(-2) == rollouts.unsqueeze(-3)).all(-1)
     return equal.int().argmax(-1)
 
@@ -63,14 +68,14 @@ def feature_matching_rewards(
     Naive, for one group with rows F (N, D) and truth y (D), `feature` whitening with W = pinv(F^T F)^(1/2):
         f_j = W F_j,  t = W y
         alignment_j = 2 cos(f_j, t);  diversity_j = 2/(N-1) * sum_{k != j} f_j . f_k;  cfm = || mean_j f_j - t ||^2
-    `sample` is the reading of the paper's released code: the operator pinv(F F^T)^(1/2) mixes the samples, and the truth stays raw.
-    None leaves the features as they are.
+    `sample` is the reading of the paper's released code: the operator pinv(F F^T)^(1/2) mixes the samples, and the
+    truth stays raw. None leaves the features as they are.
 
     Args:
         rollout_features: (..., N, D). Rollouts with equal tokens must have equal rows: see `share_equal_rollouts`.
         truth_features: (..., D).
         whiten_tol: singular values below this share of the largest count as zero.
-    Raises: ValueError for another whitening, or fewer than 2 rollouts.
+    Raises: ValueError for an unknown whitening, or fewer than 2 rollouts.
     """
     if whitening not in WHITENINGS:
         raise ValueError(f"whitening is {whitening!r}; allowed: {', '.join(map(repr, WHITENINGS))}")
@@ -86,9 +91,8 @@ def feature_matching_rewards(
             cosine = _cosine(cross, gram, truth_square)
             overlap, mean_dot_truth = gram, cross.mean(-1)
         else:
-            eigenvalues, vectors = torch.linalg.eigh(
-                gram.nan_to_num(0.0)
-            )  # NaN features give NaN rewards below, not an error here
+            # NaN features give NaN rewards below, not an error here
+            eigenvalues, vectors = torch.linalg.eigh(gram.nan_to_num(0.0))
             kept = eigenvalues > whiten_tol**2 * eigenvalues[..., -1:].clamp_min(0)
             overlap = (vectors * kept.unsqueeze(-2)) @ vectors.mT  # the projection P = G^0
             if whitening == "feature":
@@ -109,10 +113,11 @@ def feature_matching_rewards(
 
 
 def unbiased_cfm(rollout_features: Tensor, truth_features: Tensor) -> Tensor:
-    """An unbiased estimate of || E[features of a rollout] - truth's features ||^2, in the raw (not whitened) feature space.
+    """An unbiased estimate of || E[features of a rollout] - truth's features ||^2, in the raw feature space.
 
-    The plain estimate of eq 2 with N samples is too large by Var/N. Here || mean ||^2 is replaced by the mean inner product of two different
-    rollouts, so that runs with different N and temperature can be compared. Single values can be negative.
+    The plain estimate of eq 2 with N samples is too large by Var/N. Here || mean ||^2 is replaced by the mean inner
+    product of two different rollouts, so that runs with different N and temperature can be compared. Single values can
+    be negative.
 
     Args: rollout_features (..., N, D); truth_features (..., D). Returns (...), float32.
     """
@@ -121,20 +126,18 @@ def unbiased_cfm(rollout_features: Tensor, truth_features: Tensor) -> Tensor:
         num_samples = features.shape[-2]
         total = features.sum(-2)
         pairs = total.square().sum(-1) - features.square().sum((-2, -1))
-        cfm = (
-            pairs / (num_samples * (num_samples - 1))
-            - 2 * (total * truth).sum(-1) / num_samples
-            + truth.square().sum(-1)
-        )
+        mean_square = pairs / (num_samples * (num_samples - 1))
+        cfm = mean_square - 2 * (total * truth).sum(-1) / num_samples + truth.square().sum(-1)
     return cfm.float()
 
 
 def rloo_advantages(alignment: Tensor, diversity: Tensor, alignment_coef: float, diversity_coef: float) -> Tensor:
     """Reward minus the corrected leave-one-out baseline, eq 94.
 
-    A sibling's reward contains this rollout through its diversity term, so the plain mean of the siblings' rewards is a biased baseline.
-    With a, d as in `FeatureRewards`:
-        baseline_j = alignment_coef * (sum a - a_j)/(N-1) - diversity_coef * (sum d - 2 d_j)/(N-2)      (diversity part 0 when N = 2)
+    A sibling's reward contains this rollout through its diversity term, so the plain mean of the siblings' rewards is a
+    biased baseline. With a, d as alignment and diversity in `FeatureRewards`:
+        baseline_j = alignment_coef * (sum a - a_j)/(N-1) - diversity_coef * (sum d - 2 d_j)/(N-2)
+    The diversity part is 0 when N = 2.
 
     Args: alignment, diversity (..., N). Returns (..., N). Raises ValueError when N < 2.
     """
@@ -148,12 +151,14 @@ def rloo_advantages(alignment: Tensor, diversity: Tensor, alignment_coef: float,
 
 
 def group_norm_advantages(reward: Tensor, eps: float = 1e-4) -> Tensor:
-    """(r - mean of the group) / (standard deviation of the group + eps), the GRPO estimator; 0 where all rewards are equal up to rounding. (..., N) -> (..., N)."""
+    """The GRPO estimator: (r - mean of the group) / (standard deviation of the group + eps).
+
+    0 where all rewards are equal up to rounding. (..., N) -> (..., N).
+    """
     centred = reward - reward.mean(-1, keepdim=True)
-    equal = reward.amax(-1, keepdim=True) - reward.amin(-1, keepdim=True) <= 1e-6 * reward.abs().amax(
-        -1, keepdim=True
-    ).clamp_min(1.0)
-    centred = torch.where(equal, 0.0, centred)  # else it is the rounding that is scaled up and trained on
+    spread = reward.amax(-1, keepdim=True) - reward.amin(-1, keepdim=True)
+    equal = spread <= 1e-6 * reward.abs().amax(-1, keepdim=True).clamp_min(1.0)
+    centred = torch.where(equal, 0.0, centred)  # otherwise rounding would be scaled up and trained on
     return centred / (centred.square().mean(-1, keepdim=True).sqrt() + eps)
 
 
@@ -164,6 +169,6 @@ def _apply_power(eigenvalues: Tensor, vectors: Tensor, kept: Tensor, power: floa
 
 
 def _cosine(dots: Tensor, overlap: Tensor, truth_square: Tensor) -> Tensor:
-    """dots_j / (sqrt(overlap_jj) * |truth|), and 0 where one of the two is the zero vector."""
+    """dots_j / (sqrt(overlap_jj) * |truth|); 0 where rollout or truth is the zero vector."""
     norms = (overlap.diagonal(dim1=-2, dim2=-1) * truth_square.unsqueeze(-1)).clamp_min(0).sqrt()
     return torch.where(norms > 1e-30, dots / norms.clamp_min(1e-30), 0.0)

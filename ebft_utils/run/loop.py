@@ -1,11 +1,15 @@
-"""The loop around an algorithm's steps: learning rate, updates, logging, evaluation, checkpoints. Whatever ends it, what was trained is saved."""
+"""The loop around an algorithm's steps: learning rate, updates, logging, evaluation, checkpoints.
+
+Whatever ends a run, the steps that were trained are saved.
+"""
 
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
@@ -13,34 +17,93 @@ from tqdm import tqdm
 
 from ..config.modes import Config
 from ..config.settings import UserError
+from ..data.rows import rows_of_step
 from .checkpoint import RunState, save_checkpoint
-from .distributed import AgreedError, Stopped, StopSignals, clip_gradients
+from .distributed import AgreedError, Stopped, StopSignals, clip_gradients, micro_batches_per_step, together
 from .metrics import MetricLogger, evaluation_metrics, summary_of
 
 Update = Callable[[float], None]
 
 
 def learning_rate(config: Config, step: int) -> float:
-    """Learning rate of a step (counted from 0): linear warm-up to the peak, then constant, cosine or linear decay to 0."""
+    """Learning rate of a step (counted from 0): linear warm-up to the peak, then constant, or cosine or linear to 0."""
     train = config.train
     warmup_steps = round(train.warmup_ratio * train.max_steps)
     if step < warmup_steps:
         return train.learning_rate * (step + 1) / (warmup_steps + 1)
     done = (step - warmup_steps) / max(1, train.max_steps - warmup_steps)
-    return (
-        train.learning_rate
-        * {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[train.lr_scheduler]
+    decay = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
+    return train.learning_rate * decay[train.lr_scheduler]
+
+
+def make_optimizer(config: Config, policy: torch.nn.Module) -> torch.optim.AdamW:
+    """AdamW over the weights that are trained."""
+    train = config.train
+    return torch.optim.AdamW(
+        [parameter for parameter in policy.parameters() if parameter.requires_grad],
+        lr=train.learning_rate,
+        betas=(train.adam_beta1, train.adam_beta2),
+        weight_decay=train.weight_decay,
     )
+
+
+def micro_batches(config: Config, accelerator: Accelerator, rows, step: int, make: Callable) -> list:
+    """This process's micro-batches of an optimizer step (counted from 0).
+
+    make(row_ids, keys) -> batch. A row's key seeds its rollouts: the same row has another key in each epoch.
+    """
+    size, rows_per_step = config.train.per_device_batch_size, config.train.batch_size
+    num_batches, row_ids = micro_batches_per_step(config, accelerator), rows_of_step(rows, step, rows_per_step)
+
+    def read() -> list:
+        batches = []
+        for index in range(num_batches):
+            start = (index * accelerator.num_processes + accelerator.process_index) * size
+            first_key = step * rows_per_step + start
+            batches.append(make(row_ids[start : start + size], list(range(first_key, first_key + size))))
+        return batches
+
+    return together(accelerator, read) if config.data.streaming else read()  # one process's stream alone can break off
+
+
+def evaluate_rows(
+    config: Config,
+    accelerator: Accelerator,
+    num_rows: int,
+    names: Sequence[str],
+    measure: Callable,
+    signals: StopSignals,
+) -> dict[str, Tensor] | None:
+    """Metrics of each held-out row: name -> (2, num_rows), totals and their weights. None: the run was asked to stop.
+
+    measure(row_ids) -> for each name a pair (values, mask), both (rows, ..): what counts for a row is summed.
+    """
+    size, device = config.eval.per_device_batch_size, accelerator.device
+    table = torch.zeros(len(names), 2, num_rows, dtype=torch.float64, device=device)
+    starts = range(0, num_rows, size * accelerator.num_processes)
+    for start in tqdm(starts, desc="evaluating", disable=not accelerator.is_main_process, leave=False):
+        if signals.agreed(accelerator):
+            return None
+        start += accelerator.process_index * size
+        row_ids = list(range(start, min(start + size, num_rows)))
+        # FSDP2 needs every process in every forward: a process without rows runs the first one and does not count it
+        measured = measure(row_ids or [0])
+        for index, (values, mask) in enumerate(measured if row_ids else ()):
+            table[index, 0, row_ids] = torch.where(mask, values, 0.0).double().sum(1)
+            table[index, 1, row_ids] = mask.double().sum(1)
+    return dict(zip(names, accelerator.reduce(table, reduction="sum").cpu(), strict=True))
 
 
 class TrainingLoop:
     """One run of training.
 
     Args:
-        run: where it starts; results: evaluation metrics by step, added to here; logger: None but on the main process.
-        take_step(step, update) -> (metrics, table): an algorithm's step, counted from 0. It leaves gradients and calls update(loss), once for each update that it
-            makes; "tokens" among its metrics becomes tokens per second; table() gives sample rollouts as text, or table is None.
-        evaluate() -> name -> (2, documents), totals and weights; None when the run was asked to stop in the middle. None: there is no evaluation.
+        run: where it starts. results: evaluation metrics by step, extended here. logger: on the main process only.
+        take_step(step, update) -> (metrics, table): one step of the algorithm, counted from 0. It leaves gradients and
+            calls update(loss) once for each update that it makes. The metric "tokens" becomes tokens per second.
+            table() gives sample rollouts as text; table may be None.
+        evaluate() -> name -> (2, documents), totals and weights; None when the run was asked to stop meanwhile.
+            evaluate None: no evaluation.
         shown: label -> metric, for the console.
     """
 
@@ -64,12 +127,14 @@ class TrainingLoop:
         self.saved, self.updating, self.grad_norm, self.loss = run.step, False, 0.0, 0.0
 
     def train(self, signals: StopSignals) -> None:
-        """Runs to train.max_steps. Raises Stopped when the run was asked to stop, UserError when the loss is not finite or a step cannot be done."""
+        """Runs to train.max_steps.
+
+        Raises Stopped when the run was asked to stop, UserError when the loss is not finite or a step cannot be done.
+        """
         config, accelerator, run, train = self.config, self.accelerator, self.run, self.config.train
         finished = False
-        self.progress = tqdm(
-            total=train.max_steps, initial=run.step, desc="training", disable=not accelerator.is_main_process
-        )
+        hidden = not accelerator.is_main_process
+        self.progress = tqdm(total=train.max_steps, initial=run.step, desc="training", disable=hidden)
         self.policy.train()
         try:
             if run.step == 0 and config.eval.at_start:
@@ -87,23 +152,13 @@ class TrainingLoop:
         except AgreedError as error:
             if run.step > self.saved and not self.updating:
                 self._save()
-            kept = (
-                f"step {self.saved} is saved: train.resume=latest goes on from it"
-                if self.saved
-                else "nothing was trained yet"
-            )
             finished = True
-            raise UserError(f"{error} ({kept})") from None
+            continuing = f"step {self.saved} is saved: train.resume=latest goes on from it"
+            raise UserError(f"{error} ({continuing if self.saved else 'nothing was trained yet'})") from None
         finally:
-            if run.step > self.saved and not (
-                finished or self.updating or signals.at_once
-            ):  # an error, perhaps on this process alone
-                if isinstance(self.policy, FSDPModule) and accelerator.num_processes > 1:
-                    accelerator.print(
-                        f"step {run.step} cannot be saved without all processes, which hold a part of the weights each; the last checkpoint is of step {self.saved}"
-                    )
-                elif accelerator.is_main_process:
-                    self._save(alone=True)
+            # an error, perhaps on this process alone
+            if run.step > self.saved and not (finished or self.updating or signals.at_once):
+                self._save_alone()
             self.progress.close()
         if number := signals.agreed(accelerator):
             raise Stopped(number)
@@ -120,33 +175,25 @@ class TrainingLoop:
         if self.logger is not None and (run.step % train.logging_steps == 0 or run.step == train.max_steps):
             self.logger.log(run.step, metrics)
             line = ", ".join(f"{label} {metrics[name]:.4g}" for label, name in self.shown.items() if name in metrics)
-            self.progress.set_postfix_str(line)
-            self.progress.write(f"step {run.step}: {line}")
+            self._print(f"step {run.step}: {line}")
         self.progress.update()
-        if (
-            self.logger is not None
-            and table is not None
-            and train.rollout_table_steps
-            and (run.step % train.rollout_table_steps == 0 or run.step == 1)
-        ):
-            self.logger.text(run.step, "rollouts", table())
+        table_steps = train.rollout_table_steps
+        if self.logger is not None and table is not None and table_steps:
+            if run.step == 1 or run.step % table_steps == 0:
+                self.logger.text(run.step, "rollouts", table())
 
     def _update(self, loss: float) -> None:
         self.loss, self.grad_norm = loss, clip_gradients(self.accelerator, self.policy, self.config.train.max_grad_norm)
-        step = self.run.step
         if not (math.isfinite(self.loss) and math.isfinite(self.grad_norm)):  # the same numbers on every process
             if not self.updating:
                 self._save(keep_all=True)  # these weights may already be bad
-            kept = (
-                f"the weights after step {self.saved} are saved as checkpoint-{self.saved}, beside earlier ones"
-                if self.saved
-                else "nothing was trained yet"
-            )
+            kept = f"the weights after step {self.saved} are saved as checkpoint-{self.saved}, beside earlier ones"
             raise UserError(
-                f"step {step + 1}: loss {self.loss}, gradient norm {self.grad_norm}: not finite, stopped before the update; {kept}. Going on would end here again: "
-                "start a new run with a lower train.learning_rate"
+                f"step {self.run.step + 1}: loss {self.loss}, gradient norm {self.grad_norm}: not finite, stopped "
+                f"before the update; {kept if self.saved else 'nothing was trained yet'}. Going on would end here "
+                "again: start a new run with a lower train.learning_rate"
             )
-        self.updating = True  # until the step is counted, the weights are of no step
+        self.updating = True  # until the step is counted, the weights belong to no step
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -154,23 +201,42 @@ class TrainingLoop:
         if self.evaluate is None or self.run.step in self.results:
             return
         table: dict[str, Tensor] | None = self.evaluate()
+        self.progress.unpause()  # its seconds per step leave the evaluation out
         if table is None:
             return
         results = self.results[self.run.step] = evaluation_metrics(table, self.run.before)
         self.run.before = table if self.run.step == 0 else self.run.before
         if self.logger is not None:
             self.logger.log(self.run.step, results)
-            self.progress.write(_evaluation_text(self.run.step, table, results))
+            self._print(_evaluation_text(self.run.step, table, results))
 
     def _save(self, **how) -> None:
         if self.run.step > self.saved:
             self.saved = self.run.step  # one attempt: a full disk stays full
             target = save_checkpoint(self.config, self.accelerator, self.policy, self.optimizer, self.run, **how)
-            self.accelerator.print(f"saved {target}")
+            self._print(f"saved {target}")
+
+    def _save_alone(self) -> None:
+        """Saves on the main process without the others, where that is possible."""
+        if isinstance(self.policy, FSDPModule) and self.accelerator.num_processes > 1:
+            self._print(
+                f"step {self.run.step} cannot be saved without all processes, which hold a part of the weights each; "
+                f"the last checkpoint is of step {self.saved}"
+            )
+        elif self.accelerator.is_main_process:
+            self._save(alone=True)
+
+    def _print(self, text: str) -> None:
+        """Prints above the progress bar, on the main process."""
+        if self.accelerator.is_main_process:
+            self.progress.write(text)
 
 
 def evaluate_only(accelerator: Accelerator, output_dir: Path, step: int, evaluate, signals: StopSignals) -> None:
-    """eval.only: evaluates once, prints the results and writes them to eval.json. Raises Stopped when the run was asked to stop."""
+    """eval.only: evaluates once, prints the results and writes them to eval.json.
+
+    Raises Stopped when the run was asked to stop.
+    """
     if evaluate is None:
         raise UserError(
             "eval.only: true without held-out documents leaves nothing to do; set eval.num_documents above 0"

@@ -1,4 +1,4 @@
-"""Metrics: sums that add up over micro-batches and processes, and where they go: console, TensorBoard, metrics.jsonl."""
+"""Metrics: sums over micro-batches and processes, and where they go: console, TensorBoard, metrics.jsonl."""
 
 import json
 import math
@@ -13,28 +13,31 @@ from torch.utils.tensorboard import SummaryWriter
 
 
 class MetricSums:
-    """Weighted means that are exact over any split of the work: keeps (sum, weight) for each name."""
+    """Weighted means that are exact however the work is split. Keeps (sum, weight) for each name."""
 
     def __init__(self):
         self.sums: dict[str, Tensor] = {}
         self.maxima: dict[str, Tensor] = {}
 
     def add_max(self, name: str, values: Tensor, mask: Tensor) -> None:
-        """Keeps the largest of the values where mask (same shape) is True. (The least: of the negative values, under a name of its own.)"""
+        """Keeps the largest of the values where mask (same shape) is True.
+
+        For a minimum, add the negative values under another name.
+        """
         largest = torch.where(mask, values.detach().double(), -torch.inf).max()
         self.maxima[name] = torch.maximum(self.maxima[name], largest) if name in self.maxima else largest
 
     def add(self, name: str, values: Tensor, mask: Tensor) -> None:
-        """Counts the values where mask (same shape) is True."""
+        """Adds the values where mask (same shape) is True."""
         self.add_sum(name, torch.where(mask, values, 0.0).sum(), mask.sum())
 
     def add_sum(self, name: str, total: Tensor, weight: Tensor | float) -> None:
-        """Counts a total that stands for `weight` values."""
+        """Adds a total of `weight` values."""
         pair = torch.stack([total.detach().double(), torch.as_tensor(weight, dtype=torch.float64, device=total.device)])
         self.sums[name] = self.sums.get(name, 0) + pair
 
     def means(self, accelerator: Accelerator) -> dict[str, float]:
-        """The means (and maxima) over all processes; names without any weight are left out."""
+        """The means and maxima over all processes. Names of weight 0 are left out."""
         if not self.sums:
             return {}
         stacked = accelerator.reduce(torch.stack(list(self.sums.values())), reduction="sum").tolist()
@@ -46,7 +49,7 @@ class MetricSums:
 
 
 def step_metrics(accelerator: Accelerator, sums: MetricSums, num_micro_batches: int) -> dict[str, float]:
-    """Means of a step over all processes, the spread of the advantages, and the number of its tokens."""
+    """Means of a step over all processes, the standard deviation of the advantages, and the number of tokens."""
     metrics = sums.means(accelerator)
     metrics["tokens"] *= num_micro_batches * accelerator.num_processes
     if "advantage" in metrics:
@@ -56,10 +59,12 @@ def step_metrics(accelerator: Accelerator, sums: MetricSums, num_micro_batches: 
 
 
 class MetricLogger:
-    """Writes numbers to TensorBoard and, one JSON object a logged step, to <output_dir>/metrics.jsonl (on disk when the call returns).
+    """Writes numbers to TensorBoard and to <output_dir>/metrics.jsonl, one JSON object for each logged step.
 
-    first_step: the step that a resumed run starts after; later entries of an interrupted run are dropped, because they will be written again.
-    None for a new run: whatever an earlier start left here is dropped.
+    The object is on disk when the call returns.
+
+    first_step: the step after which a resumed run starts. Later entries of the interrupted run are dropped, because
+    they will be written again. None for a new run, which drops all entries of earlier starts.
     """
 
     def __init__(self, output_dir: Path, first_step: int | None = None):
@@ -78,7 +83,7 @@ class MetricLogger:
             self.last_start = self.file.tell() - len(json.dumps(kept[-1])) - 1
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """The numbers of a step; a second call for the same step (an evaluation after it) adds to its object."""
+        """Logs the numbers of a step. A second call for the same step (an evaluation) adds to its object."""
         for name, value in metrics.items():
             self.writer.add_scalar(name, value, step)
         finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}  # NaN is not JSON
@@ -92,17 +97,17 @@ class MetricLogger:
         os.fsync(self.file.fileno())
 
     def text(self, step: int, name: str, markdown: str) -> None:
-        """A text (for example a table) in TensorBoard."""
+        """Writes a text, for example a table, to TensorBoard."""
         self.writer.add_text(name, markdown, step)
 
     def close(self) -> None:
-        """Flushes everything."""
+        """Writes everything to disk and closes the files."""
         self.writer.close()
         self.file.close()
 
 
 def logged_entries(output_dir: Path, last_step: int) -> list[dict]:
-    """What metrics.jsonl holds up to a step. A crash can have left half a line at its end: that one does not count."""
+    """The entries of metrics.jsonl up to a step. A crash can leave half a line at its end, which is ignored."""
     path = output_dir / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     entries = [json.loads(line) for line in lines if line.endswith("\n")]
@@ -110,24 +115,23 @@ def logged_entries(output_dir: Path, last_step: int) -> list[dict]:
 
 
 def logged_evaluations(output_dir: Path, last_step: int) -> dict[int, dict[str, float]]:
-    """The evaluations among them, by step."""
+    """The evaluations among the logged entries, by step."""
     found = {}
     for entry in logged_entries(output_dir, last_step):
-        metrics = {
-            name: math.nan if value is None else value for name, value in entry.items() if name.startswith("eval/")
-        }
+        metrics = {name: value for name, value in entry.items() if name.startswith("eval/")}
         if metrics:
-            found[entry["step"]] = metrics
+            found[entry["step"]] = {name: math.nan if value is None else value for name, value in metrics.items()}
     return found
 
 
 def mean_with_error(totals: Tensor, weights: Tensor) -> tuple[float, float]:
     """A mean over documents of different weight, and its standard error.
 
-    mean m = sum t / sum w (t: a document's total, w: its number of tokens or groups). The documents are the independent units (groups of one
-    document share its text), so the error is that of a ratio estimate: sqrt(R/(R-1) * sum (t - m w)^2) / sum w.
+    mean m = sum t / sum w (t: a document's total, w: its number of tokens or groups). The documents are the independent
+    units, because groups of one document share its text. So the error is that of a ratio estimate:
+    sqrt(R/(R-1) * sum (t - m w)^2) / sum w.
 
-    Args: totals, weights (R), one entry a document. With one document the error is NaN.
+    Args: totals, weights: (R), one entry for each document. With one document the error is NaN.
     """
     totals, weights = totals.double(), weights.double()
     mean = totals.sum() / weights.sum()
@@ -138,10 +142,11 @@ def mean_with_error(totals: Tensor, weights: Tensor) -> tuple[float, float]:
 
 
 def evaluation_metrics(table: dict[str, Tensor], before: dict[str, Tensor] | None) -> dict[str, float]:
-    """Means over documents with their standard errors (name + "_se"); with the evaluation before training, also the change since then.
+    """Means over documents with their standard errors (name + "_se"). before: the evaluation before training.
 
-    The same documents and random numbers are used each time, so the error of a change is that of the paired differences: much smaller than that
-    of the level, which is mostly the difference between documents.
+    With it, also the change since then. Each evaluation uses the same documents and random numbers, so the error of a
+    change is that of the paired differences. It is much smaller than that of the mean itself, which comes mostly from
+    the differences between documents.
     """
     metrics = {}
     for name, (totals, weights) in table.items():
@@ -150,14 +155,13 @@ def evaluation_metrics(table: dict[str, Tensor], before: dict[str, Tensor] | Non
     metrics |= {"eval/perplexity": perplexity, "eval/perplexity_se": perplexity * metrics["eval/cross_entropy_se"]}
     if before is not None:
         for name, (totals, weights) in table.items():
-            metrics[f"eval/{name}_change"], metrics[f"eval/{name}_change_se"] = mean_with_error(
-                totals - before[name][0], weights
-            )
+            change, error = mean_with_error(totals - before[name][0], weights)
+            metrics |= {f"eval/{name}_change": change, f"eval/{name}_change_se": error}
     return metrics
 
 
 def summary_of(metrics: dict[str, float]) -> str:
-    """Evaluation results as a table: metric, mean ± standard error, and the change since the start where it is known."""
+    """Evaluation results as a table: metric, mean ± standard error, and the change since the start if known."""
     lines = []
     for name in (name for name in metrics if not name.endswith(("_se", "_change"))):
         line = f"  {name.removeprefix('eval/'):18}{metrics[name]:9.4f} ± {metrics[name + '_se']:.4f}"
@@ -173,16 +177,9 @@ def rollout_table(rows: list[dict[str, str | float]]) -> str:
     def cell(value: str | float) -> str:
         if isinstance(value, float):
             return f"{value:.3f}"
-        return (
-            "`"
-            + value.replace("|", "¦")
-            .replace("`", "'")
-            .replace("\r\n", "\n")
-            .replace("\r", "\n")
-            .replace("\n", "⏎")
-            .strip()
-            + "`"
-        )
+        text = value.replace("|", "¦").replace("`", "'")
+        text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\n", "⏎")
+        return f"`{text.strip()}`"
 
     names = ["prefix", "rollout", "ground truth", "reward"]
     lines = ["| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]

@@ -1,10 +1,10 @@
-"""What a run would do, before it does it (--dry-run): data, anchors, steps, estimated memory, and three examples with their anchors marked.
+"""The dry run (--dry-run): data, anchors, steps, estimated memory, and three examples with their anchors marked.
 
-No weights are read: the memory estimate needs the model's config alone.
+No weights are read, because the memory estimate needs the model's config alone.
 """
 
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, pairwise
 
 import torch
 from accelerate import Accelerator, DistributedType
@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from ..config.data import MIX_BLOCK
 from ..config.modes import Config
 from ..data.documents import Document, first_anchor
-from ..data.rows import MixedRows, Rows, StreamedRows, load_rows, rows_of_step
+from ..data.rows import MixedRows, Rows, load_rows, rows_of_step
+from ..data.streams import StreamedRows
 from ..models import load_tokenizer
 from .distributed import main_process_first
 from .memory import GB, IN_TURN, in_words, memory_estimate, shape_of, ways_to_save
@@ -23,49 +24,45 @@ ANCHOR, START, END = "▸", "⟦", "⟧"
 
 
 def preview(config: Config, accelerator: Accelerator) -> str:
-    """The whole text."""
+    """What a run would do, in words."""
     tokenizer = load_tokenizer(config.model)
     rows, held_out = main_process_first(accelerator, lambda: load_rows(config, tokenizer))
     shown, found = rows_of_step(rows, 0, NUM_EXAMPLES), count(config, rows)
-    largest = (
-        (config.longest_sequence[0], 1)
-        if config.mode == "structured"
-        else (max(counts.longest for counts in found), max(counts.most for counts in found))
-    )
-    parts = [
+    largest = max(counts.longest for counts in found), max(counts.most for counts in found)
+    if config.mode == "structured":
+        largest = config.longest_sequence[0], 1
+    lines = [
         f"dry run: {config.mode} mode, {config.model.name_or_path}",
         *count_lines(config, rows, found, held_out),
         *_memory_lines(config, accelerator, largest),
-        *(
-            f"example {number + 1} ({ANCHOR} an anchor, {START} {END} what is learnt):\n{marked(config, tokenizer, rows[row])}"
-            for number, row in enumerate(shown)
-        ),
     ]
-    return "\n".join(parts)
+    for number, row in enumerate(shown, start=1):
+        lines.append(f"example {number} ({ANCHOR} an anchor, {START} {END} what is learnt):")
+        lines.append(marked(config, tokenizer, rows[row]))
+    return "\n".join(lines)
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Counts
 
 
 def anchors_in(config: Config, spans: list[tuple[int, int]]) -> list[range]:
-    """Where rollouts start in each span of a document: tokens before each of them."""
+    """Where rollouts start in each span of a document: the number of tokens before each."""
     if config.mode == "structured":
         return [range(spans[0][0], spans[0][0] + 1)]
     ebft = config.ebft
-    return [
-        range(
-            first_anchor(span, ebft.context_length, ebft.min_completion_prefix),
-            span[1] - ebft.generate_max_len + 1,
-            ebft.stride,
-        )
-        for span in spans
-    ]
+    first = [first_anchor(span, ebft.context_length, ebft.min_completion_prefix) for span in spans]
+    ends = [end - ebft.generate_max_len + 1 for _, end in spans]
+    return [range(*bounds, ebft.stride) for bounds in zip(first, ends, strict=True)]
 
 
 @dataclass
 class Counts:
-    """Of some rows. learnt: tokens in the cross-entropy (all but a raw text's first); longest, most: tokens and anchors of the largest row."""
+    """Counts of some rows.
+
+    learnt: tokens in the cross-entropy (not the first of a raw text); longest, most: tokens and anchors of the largest
+    row.
+    """
 
     rows: int = 0
     documents: int = 0
@@ -77,32 +74,25 @@ class Counts:
 
 
 def count(config: Config, rows) -> list[Counts]:
-    """Counts all rows of each source that are there; of a stream those that have been read."""
+    """Counts the rows of each source. Of a stream it counts those that have been read."""
     found = []
     for source in rows.sources if isinstance(rows, MixedRows) else [rows]:
         counts = Counts()
         if isinstance(source, StreamedRows):
-            sizes = (
-                [(len(document.tokens), document.spans) for document in row] for block in source.blocks for row in block
-            )
+            stream_rows = chain.from_iterable(source.blocks)
+            sizes = ([(len(document.tokens), document.spans) for document in row] for row in stream_rows)
         else:
             columns = source.documents.select_columns(["num_tokens", "spans"])[:]
-            documents = [
-                (length, list(zip(spans[::2], spans[1::2], strict=True)))
-                for length, spans in zip(columns["num_tokens"], columns["spans"], strict=True)
-            ]
+            all_spans = [list(zip(spans[::2], spans[1::2], strict=True)) for spans in columns["spans"]]
+            documents = list(zip(columns["num_tokens"], all_spans, strict=True))
             sizes = ([documents[member] for member in members] for members in source.members)
         for row in sizes:
-            tokens, anchors = (
-                sum(length for length, _ in row),
-                sum(len(places) for _, spans in row for places in anchors_in(config, spans)),
-            )
-            counts.rows, counts.documents, counts.tokens, counts.anchors = (
-                counts.rows + 1,
-                counts.documents + len(row),
-                counts.tokens + tokens,
-                counts.anchors + anchors,
-            )
+            tokens = sum(length for length, _ in row)
+            anchors = sum(len(places) for _, spans in row for places in anchors_in(config, spans))
+            counts.rows += 1
+            counts.documents += len(row)
+            counts.tokens += tokens
+            counts.anchors += anchors
             counts.learnt += sum(end - max(start, 1) for _, spans in row for start, end in spans)
             counts.longest, counts.most = max(counts.longest, tokens), max(counts.most, anchors)
         found.append(counts)
@@ -112,40 +102,40 @@ def count(config: Config, rows) -> list[Counts]:
 def count_lines(config: Config, rows, found: list[Counts], held_out: Rows | None) -> list[str]:
     """The counts in words."""
     train, ebft = config.train, config.ebft
-    samples, length = (
-        (ebft.n_samples_per_prompt, ebft.generate_max_len)
-        if config.mode == "strided"
-        else (ebft.num_generations, ebft.max_completion_length)
-    )
-    mixed, up_to = isinstance(rows, MixedRows), "" if config.mode == "strided" else "up to "
+    if config.mode == "strided":
+        samples, length, up_to = ebft.n_samples_per_prompt, ebft.generate_max_len, ""
+    else:
+        samples, length, up_to = ebft.num_generations, ebft.max_completion_length, "up to "
+    mixed = isinstance(rows, MixedRows)
     shares = [number / MIX_BLOCK for number in rows.counts] if mixed else [1.0]
-    per_row, tokens_per_row = (
-        sum(share * getattr(counts, name) / counts.rows for share, counts in zip(shares, found, strict=True))
-        for name in ("anchors", "tokens")
-    )
+    of_sources = list(zip(shares, found, strict=True))
+    anchors_per_row = sum(share * counts.anchors / counts.rows for share, counts in of_sources)
+    groups = anchors_per_row * train.batch_size
+    document_tokens = sum(share * counts.tokens / counts.rows for share, counts in of_sources) * train.batch_size
     documents, num_rows, tokens, learnt, anchors = (
         sum(getattr(counts, name) for counts in found) for name in ("documents", "rows", "tokens", "learnt", "anchors")
     )
     what = "read so far (a stream is not counted)" if config.data.streaming else "to train on"
+    num_held_out = 0 if held_out is None else len(held_out)
     epochs = "" if config.data.streaming or mixed else f"; {train.max_steps * train.batch_size / num_rows:.2f} epochs"
     lines = [
-        f"{documents:,} documents in {num_rows:,} rows {what}: {tokens:,} tokens, {learnt:,} of them learnt; {0 if held_out is None else len(held_out):,} held out",
-        f"{anchors:,} anchors (groups), {per_row:.1f} a row; {samples} rollouts of {up_to}{length} tokens at each",
-        f"{train.max_steps:,} steps of {train.batch_size} rows: {per_row * train.batch_size:.0f} groups, {up_to}{per_row * train.batch_size * samples * length:,.0f} rollout tokens and "
-        f"{tokens_per_row * train.batch_size:,.0f} document tokens a step{epochs}",
+        f"{documents:,} documents in {num_rows:,} rows {what}: {tokens:,} tokens, "
+        f"{learnt:,} of them learnt; {num_held_out:,} held out",
+        f"{anchors:,} anchors (groups), {anchors_per_row:.1f} a row; "
+        f"{samples} rollouts of {up_to}{length} tokens at each",
+        f"{train.max_steps:,} steps of {train.batch_size} rows: {groups:.0f} groups, "
+        f"{up_to}{groups * samples * length:,.0f} rollout tokens and {document_tokens:,.0f} document tokens a step"
+        f"{epochs}",
     ]
     if mixed:
-        lines.append(
-            "rows by weight: "
-            + ", ".join(
-                f"{source.dataset} {100 * share:g} %" for source, share in zip(config.data.mix, shares, strict=True)
-            )
-        )
+        names = [source.dataset for source in config.data.mix]
+        by_weight = [f"{name} {100 * share:g} %" for name, share in zip(names, shares, strict=True)]
+        lines.append(f"rows by weight: {', '.join(by_weight)}")
     return lines
 
 
 def marked(config: Config, tokenizer: PreTrainedTokenizerBase, documents: list[Document]) -> str:
-    """The first document of a row as text, with its anchors and what is learnt marked."""
+    """The first document of a row as text. Marked are its anchors and what is learnt."""
     document = documents[0]
     marks = {}
     for start, end in document.spans:
@@ -155,14 +145,12 @@ def marked(config: Config, tokenizer: PreTrainedTokenizerBase, documents: list[D
     begin = 0 if document.spans[0][0] < SHOWN_TOKENS // 2 else document.spans[0][0] - SHOWN_TOKENS // 2
     stop = min(len(document.tokens), begin + SHOWN_TOKENS)
     cuts = sorted({begin, stop, *(place for place in marks if begin <= place <= stop)})
-    text = "".join(
-        marks.get(first, "") + tokenizer.decode(document.tokens[first:last])
-        for first, last in zip(cuts, cuts[1:], strict=False)
-    )
+    pieces = [marks.get(first, "") + tokenizer.decode(document.tokens[first:last]) for first, last in pairwise(cuts)]
+    text = "".join(pieces)
     return f"{'..' if begin else ''}{text}{marks.get(stop, '')}{'..' if stop < len(document.tokens) else ''}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Memory
 
 
@@ -171,14 +159,15 @@ def _memory_lines(config: Config, accelerator: Accelerator, largest: tuple[int, 
     where = *largest, accelerator.num_processes, accelerator.distributed_type == DistributedType.FSDP, device
     found = memory_estimate(config, shape, *where)
     parts = ", ".join(f"{name} {size / GB:.1f}" for name, size in found.items() if name != "peak" and size > 0)
+    num_turns = sum(found[name] > 0 for name in IN_TURN)
+    turns = {2: " (the last two in turn)", 3: " (the last three in turn)"}.get(num_turns, "")
     has = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
-    turns = {2: " (the last two in turn)", 3: " (the last three in turn)"}.get(
-        sum(found[name] > 0 for name in IN_TURN), ""
-    )
+    limit = "" if has is None else f"; {device} has {has / GB:.0f} GB"
     lines = [
-        f"{shape.parameters:,} weights, {shape.trained:,} trained; largest row: {largest[0]:,} tokens, {largest[1]:,} anchors",
-        f"estimated memory of a process, GB (to a third, without the libraries' own 1): peak {found['peak'] / GB:.1f} = {parts}"
-        f"{turns}{'' if has is None else f'; {device} has {has / GB:.0f} GB'}",
+        f"{shape.parameters:,} weights, {shape.trained:,} trained; "
+        f"largest row: {largest[0]:,} tokens, {largest[1]:,} anchors",
+        "estimated memory of a process, GB (to a third, without the libraries' own 1): "
+        f"peak {found['peak'] / GB:.1f} = {parts}{turns}{limit}",
     ]
     if has is not None and found["peak"] > has:
         lines.append(f"this does not fit; {in_words(found['peak'], ways_to_save(config, shape, *where))}")

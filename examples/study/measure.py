@@ -22,9 +22,10 @@ from ebft_utils.algorithm.features import strided_features
 from ebft_utils.algorithm.rewards import feature_matching_rewards, share_equal_rollouts, unbiased_cfm
 from ebft_utils.config.modes import StridedConfig, StructuredConfig
 from ebft_utils.config.settings import UserError
-from ebft_utils.data.documents import documents_from
+from ebft_utils.data.batches import rollout_uniforms
 from ebft_utils.data.prompts import conversation_of
-from ebft_utils.data.rows import Rows, load_rows, rollout_uniforms
+from ebft_utils.data.rows import Rows, load_rows
+from ebft_utils.data.tables import documents_from
 from ebft_utils.models import (
     StridedPolicy,
     load_feature_network,
@@ -110,18 +111,21 @@ class Trained:
         self.grad_norm = clip_gradients(self.accelerator, self.policy, self.config.train.max_grad_norm)
         if not (math.isfinite(loss) and math.isfinite(self.grad_norm)):
             raise UserError(
-                f"loss {loss}, gradient norm {self.grad_norm}: not finite at train.learning_rate {self.config.train.learning_rate}; take the rate out of RATES"
+                f"loss {loss}, gradient norm {self.grad_norm}: not finite at train.learning_rate"
+                f" {self.config.train.learning_rate}; take the rate out of RATES"
             )
         self.optimizer.step()
         self.optimizer.zero_grad()
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # What is measured
 
 
 def held_out(trained: Trained, run: Run, rows: Rows | None = None) -> dict[str, list]:
-    """Cross-entropy, CFM (whitened, and unbiased in the raw space), reward: the scripts' own evaluation, with the settings of the base file: one ruler for all runs."""
+    """Cross-entropy, CFM (whitened, and unbiased in the raw space), reward: the scripts' own evaluation, with the
+    settings of the base file: one ruler for all runs.
+    """
     rows = trained.test if rows is None else rows
     with StopSignals() as signals:
         if trained.config.mode == "structured":
@@ -144,7 +148,10 @@ def held_out(trained: Trained, run: Run, rows: Rows | None = None) -> dict[str, 
 
 
 def copied_share(rows: Rows, held_out: Rows, width: int = 16) -> list:
-    """Of each held-out document, the share of its windows of 16 tokens that stand in a training document too. (Whole copies are not trained on anyway.)"""
+    """Of each held-out document, the share of its windows of 16 tokens that stand in a training document too.
+
+    (Whole copies are not trained on anyway.)
+    """
 
     def windows(source: Rows) -> list[list[tuple]]:
         documents = documents_from(source.documents[[number for members in source.members for number in members]])
@@ -175,7 +182,9 @@ def without_lengths(trained: Trained, run: Run) -> dict[str, list]:
 
 @torch.no_grad()
 def cfm_by_length(trained: Trained, run: Run) -> dict[str, list]:
-    """CFM of the first 8, 16, 32 and 64 tokens of the same rollouts: at the same places, so that the lengths can be compared."""
+    """CFM of the first 8, 16, 32 and 64 tokens of the same rollouts: at the same places, so that the lengths can be
+    compared.
+    """
     config = run.config("ebft.context_length=32", "ebft.stride=32", f"ebft.generate_max_len={max(LENGTHS)}")
     accelerator, ebft, found = trained.accelerator, config.ebft, {}
     policy = accelerator.unwrap_model(trained.policy).eval()
@@ -318,10 +327,11 @@ def pass_at_k(
 
 
 def gradients(trained: Trained, run: Run, num_documents: int = 48) -> dict[str, list]:
-    """Inner products of the gradients of single documents, with each other (own), with those of the cross-entropy on the same documents (with_sft), and of those (sft).
+    """Inner products of the gradients of single documents, with each other (own), with those of the cross-entropy on
+    the same documents (with_sft), and of those (sft).
 
-    From them follow the size of the signal (mean over pairs of different documents) and of the noise (report.py). Kept of each matrix (documents, documents):
-    sums of rows, sums of columns, diagonal.
+    From them follow the size of the signal (mean over pairs of different documents) and of the noise (report.py). Kept
+    of each matrix (documents, documents): sums of rows, sums of columns, diagonal.
     """
     own = _gradients_of(trained, trained.config, num_documents)
     supervised = _gradients_of(trained, run.config(*METHODS["sft"], *ONE_DOCUMENT), num_documents)

@@ -1,14 +1,18 @@
-"""Does EBFT learn what the paper says? EBFT against supervised fine-tuning, from the same start, on the same documents, with seeds and error bars.
+"""Does EBFT learn what the paper says?
+
+EBFT against supervised fine-tuning, from the same start, on the same documents, with seeds and error bars.
 
     python examples/study/study.py                     all runs that have no result yet, then the report
     python examples/study/study.py sweep main          some parts of it; see PARTS in grid.py
     python examples/study/study.py --list              what would be run
 
-Each run is a configuration (strided.yaml or structured.yaml, and what grid.py adds), a seed and a learning rate; it is trained with
-`train_step` of the training scripts, without their checkpoints and logs, and measured in the same process. Its result is one small file in results/: the
-settings that differ from its base file, the log, and each held-out document's numbers. A run that has one is not run again, so the study can be stopped and continued.
+Each run is a configuration (strided.yaml or structured.yaml, and what grid.py adds), a seed and a learning rate; it is
+trained with `train_step` of the training scripts, without their checkpoints and logs, and measured in the same process.
+Its result is one small file in results/: the settings that differ from its base file, the log, and each held-out
+document's numbers. A run that has one is not run again, so the study can be stopped and continued.
 
-Order: the learning rates are chosen first (part `sweep`, on the validation half of the held-out documents); everything else is measured on the other half.
+Order: the learning rates are chosen first (part `sweep`, on the validation half of the held-out documents); everything
+else is measured on the other half.
 """
 
 import argparse
@@ -63,7 +67,8 @@ def is_done(run: grid.Run) -> bool:
     done = json.loads(run.file.read_text())
     if (done["base"], tuple(done["overrides"])) != (run.base, run.overrides):
         raise UserError(
-            f"{run.file}: holds the result of {' '.join(done['overrides'])}, and {run.name} is now {' '.join(run.overrides)}; move the file away"
+            f"{run.file}: holds the result of {' '.join(done['overrides'])}, and {run.name} is now"
+            f" {' '.join(run.overrides)}; move the file away"
         )
     return True
 
@@ -92,7 +97,8 @@ def main(argv: list[str]) -> None:
             parser.error(f"{part!r} is no part; allowed: {', '.join(grid.PARTS)}")
         if part == "pass_at_k" and not (arguments.execute or arguments.list):
             parser.error(
-                "pass_at_k runs code that a language model wrote, with your rights: add --execute where that is acceptable"
+                "pass_at_k runs code that a language model wrote, with your rights: add --execute where that is"
+                " acceptable"
             )
     for part in arguments.parts or [part for part in grid.PARTS if part != "pass_at_k" or arguments.execute]:
         missing = [run for run in grid.PARTS[part]() if arguments.only in run.name and not is_done(run)]

@@ -4,9 +4,9 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from conftest import tiny_model
 from ebft_utils.algorithm.features import EMBED_METHODS, FeatureNetwork, completion_features, read_steps
 from ebft_utils.models import base_causal_lm
+from helpers import tiny_model
 
 LAYERS = [1, 2, 3]
 PROMPTS, TRUTHS = [[5, 6, 7], [8, 9, 10, 11, 12]], [[20, 21, 22, 23, 24], [25]]
@@ -56,7 +56,7 @@ def naive(model, prompt: list[int], completion: list[int], embed_method: str) ->
 
 @pytest.mark.parametrize("embed_method", EMBED_METHODS)
 def test_features_equal_each_completion_alone(embed_method):
-    """Guards against positions of a neighbour, against padding that is read or averaged, and against a prompt of another row."""
+    """Guards against a neighbour's positions, padding that is read or averaged, and another row's prompt."""
     model = strided_model()
     features, truth = found(FeatureNetwork(model.get_decoder(), LAYERS), embed_method)
     for row, prompt in enumerate(PROMPTS):
@@ -71,18 +71,14 @@ def test_padding_and_neighbours_change_nothing(embed_method):
     """Guards against features that depend on the rest of the batch."""
     network = FeatureNetwork(strided_model().get_decoder(), LAYERS)
     features, truth = found(network, embed_method)
-    for one, other in (
-        found(network, embed_method, pad=77),
-        [
-            torch.cat(pair)
-            for pair in zip(*(found(network, embed_method, rows=slice(row, row + 1)) for row in (0, 1)), strict=True)
-        ],
-    ):
+    alone = [found(network, embed_method, rows=slice(row, row + 1)) for row in (0, 1)]
+    alone = [torch.cat(pair) for pair in zip(*alone, strict=True)]
+    for one, other in (found(network, embed_method, pad=77), alone):
         assert torch.allclose(features, one, atol=1e-6) and torch.allclose(truth, other, atol=1e-6)
 
 
 def test_with_an_adapter_they_are_the_base_models():
-    """The feature network of a LoRA policy is the policy without its adapter, and the adapter is on again afterwards."""
+    """The feature network of a LoRA policy is the policy without its adapter, which is on again afterwards."""
     expected, _ = found(FeatureNetwork(strided_model().get_decoder(), LAYERS), "completion_mean")
     policy = get_peft_model(
         strided_model(), LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
@@ -90,10 +86,8 @@ def test_with_an_adapter_they_are_the_base_models():
     ids = torch.arange(3, 12)[None]
     with torch.no_grad():
         before = policy(ids).logits
-        features, _ = found(
-            FeatureNetwork(base_causal_lm(policy).get_decoder(), LAYERS, frozen=policy.disable_adapter),
-            "completion_mean",
-        )
+        network = FeatureNetwork(base_causal_lm(policy).get_decoder(), LAYERS, frozen=policy.disable_adapter)
+        features, _ = found(network, "completion_mean")
         assert torch.equal(policy(ids).logits, before)
     assert torch.equal(features, expected)
 

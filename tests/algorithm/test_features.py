@@ -1,4 +1,4 @@
-"""The feature network against golden hidden states, against transformers' own hidden states, and with LoRA against the pure base model."""
+"""The feature network against golden hidden states, transformers' own, and, with LoRA, the pure base model."""
 
 from collections import Counter
 
@@ -8,7 +8,6 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from conftest import GOLDEN, tiny_model
 from ebft_utils.algorithm.features import (
     EMBED_METHODS,
     FeatureNetwork,
@@ -21,6 +20,7 @@ from ebft_utils.algorithm.features import (
 from ebft_utils.algorithm.strided import attention_arguments, pack_layout, strided_logprobs
 from ebft_utils.config.modes import load_config
 from ebft_utils.models import base_causal_lm, load_feature_network, load_policy
+from helpers import GOLDEN, tiny_model
 
 NUM_LAYERS = 4  # of the tiny models
 
@@ -32,7 +32,10 @@ def strided_model(model_type: str = "llama", **changes):
 
 
 def example(num_generated: int = 4) -> tuple[torch.Tensor, ...]:
-    """document_ids, segment_ids, rollouts, anchors, valid of two rows: two packed documents; one document, padding and an invalid anchor."""
+    """document_ids, segment_ids, rollouts, anchors, valid of two rows.
+
+    Row 0: two packed documents. Row 1: one document, padding and an invalid anchor.
+    """
     generator = torch.Generator().manual_seed(1)
     segments = torch.tensor([[0] * 10 + [1] * 8, [0] * 13 + [-1] * 5])
     anchors, valid = torch.tensor([[2, 6, 13], [3, 9, 1]]), torch.tensor([[True, True, True], [True, True, False]])
@@ -55,7 +58,7 @@ def lone_states(model, tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tuple(states[0] for states in output.hidden_states)
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Hidden states
 
 
@@ -66,19 +69,13 @@ def golden():
 
 @pytest.mark.parametrize("implementation", ["strided_sdpa", "sdpa", "eager"])
 def test_hidden_states_equal_the_released_code(golden, implementation):
-    """Guards which state is layer k (0 = embeddings), the final norm, and where a rollout's tokens stand in the packed sequence."""
+    """Guards which state is layer k (0 = embeddings), the final norm, and a rollout's place in the packed sequence."""
     model = AutoModelForCausalLM.from_pretrained(GOLDEN / "tiny-llama", dtype=torch.float32)
     model.set_attn_implementation(implementation)
     rollouts = golden["rollouts"].transpose(1, 2)  # (2, n, NB, G) -> (B, A, N, G)
     network = FeatureNetwork(model.get_decoder(), [2, 4, 6])
-    states = packed_states(
-        network,
-        golden["doc"],
-        torch.zeros_like(golden["doc"]),
-        rollouts,
-        golden["anchors"].expand(2, -1),
-        torch.ones(2, 4, dtype=torch.bool),
-    )
+    document, anchors, valid = golden["doc"], golden["anchors"].expand(2, -1), torch.ones(2, 4, dtype=torch.bool)
+    states = packed_states(network, document, torch.zeros_like(document), rollouts, anchors, valid)
     for layer, state in zip((2, 4, 6), states, strict=True):
         torch.testing.assert_close(state[:, :40], golden[f"hidden{layer}.doc"], atol=1e-4, rtol=0)
         expected = golden[f"hidden{layer}.rollout"].transpose(1, 2)
@@ -88,16 +85,15 @@ def test_hidden_states_equal_the_released_code(golden, implementation):
 @pytest.mark.parametrize("layers", [[0], [1, 3], [0, 2, 4], [4], [3, 1, 3]])
 @pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma3_text", "gpt_neox", "phi"])
 def test_cut_network_equals_the_whole_model(model_type, layers):
-    """Layers 0 (embeddings, for Gemma after their scaling) to num_layers (after the final norm); the deepest one must not get the final norm."""
-    model, tokens = (
-        strided_model(model_type),
-        torch.randint(2, 300, (1, 12), generator=torch.Generator().manual_seed(2)),
-    )
+    """Layer 0 is the embeddings (for Gemma after their scaling), layer num_layers is after the final norm.
+
+    The deepest layer of a cut network must not get the final norm.
+    """
+    model = strided_model(model_type)
+    tokens = torch.randint(2, 300, (1, 12), generator=torch.Generator().manual_seed(2))
     network = FeatureNetwork(model.get_decoder(), layers)
-    anchors, valid = torch.tensor([[4]]), torch.tensor([[True]])
-    states = packed_states(
-        network, tokens, torch.zeros_like(tokens), torch.empty(1, 1, 1, 0, dtype=torch.long), anchors, valid
-    )
+    anchors, valid, no_rollouts = torch.tensor([[4]]), torch.tensor([[True]]), torch.empty(1, 1, 1, 0, dtype=torch.long)
+    states = packed_states(network, tokens, torch.zeros_like(tokens), no_rollouts, anchors, valid)
     everything = lone_states(model, tokens[0])
     assert len(everything) == NUM_LAYERS + 1 and len(states) == len(layers)
     for layer, state in zip(layers, states, strict=True):
@@ -142,7 +138,7 @@ def test_cut_decoder_leaves_the_model_whole():
     assert all(torch.equal(one, other) for one, other in zip(before, lone_states(model, tokens), strict=True))
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Features
 
 
@@ -163,9 +159,8 @@ def test_features_equal_one_sequence_at_a_time(method, model_type):
     """Rollouts and truth, packed documents, padding and different anchors: each as if it were the only sequence."""
     model, layers = strided_model(model_type), [1, 2, 3]
     document, segments, rollouts, anchors, valid = example()
-    features, truth = strided_features(
-        FeatureNetwork(model.get_decoder(), layers), document, segments, rollouts, anchors, valid, method
-    )
+    network = FeatureNetwork(model.get_decoder(), layers)
+    features, truth = strided_features(network, document, segments, rollouts, anchors, valid, method)
     width = 3 * 32 * (3 if method == "concat" else 1)
     assert features.shape == (2, 3, 2, width) and truth.shape == (2, 3, width)
     assert features.isfinite().all() and not features.requires_grad and not truth.requires_grad
@@ -176,9 +171,8 @@ def test_features_equal_one_sequence_at_a_time(method, model_type):
         torch.testing.assert_close(truth[row, slot], expected, atol=1e-5, rtol=0)
         for sample in range(2):
             sequence = torch.cat([document[row, start:anchor], rollouts[row, slot, sample]])
-            torch.testing.assert_close(
-                features[row, slot, sample], naive_features(model, sequence, 4, layers, method), atol=1e-5, rtol=0
-            )
+            expected = naive_features(model, sequence, 4, layers, method)
+            torch.testing.assert_close(features[row, slot, sample], expected, atol=1e-5, rtol=0)
     assert (features[0, 0, 0] - features[0, 0, 1]).abs().max() > 0.05
 
 
@@ -186,12 +180,10 @@ def test_features_equal_one_sequence_at_a_time(method, model_type):
 def test_rollouts_that_repeat_the_truth_have_its_features(method):
     """Otherwise the reward would not be highest for the ground truth."""
     document, segments, rollouts, anchors, valid = example()
-    rollouts = (
-        document.gather(1, (anchors[..., None] + torch.arange(4)).flatten(1)).view(2, 3, 1, 4).expand(-1, -1, 2, -1)
-    )
-    features, truth = strided_features(
-        FeatureNetwork(strided_model().get_decoder(), [1, 2, 3]), document, segments, rollouts, anchors, valid, method
-    )
+    windows = document.gather(1, (anchors[..., None] + torch.arange(4)).flatten(1))
+    rollouts = windows.view(2, 3, 1, 4).expand(-1, -1, 2, -1)
+    network = FeatureNetwork(strided_model().get_decoder(), [1, 2, 3])
+    features, truth = strided_features(network, document, segments, rollouts, anchors, valid, method)
     torch.testing.assert_close(features[valid], truth[valid].unsqueeze(1).expand(-1, 2, -1), atol=1e-5, rtol=0)
 
 
@@ -205,12 +197,15 @@ def test_pooling_by_hand():
         pooled_steps("cls", 8)
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Frozen: LoRA and full fine-tuning
 
 
 def lora_policy(model):
-    """A peft model with an adapter that does something, in train mode with gradient checkpointing, as train_strided.py has it."""
+    """A peft model with an adapter that does something.
+
+    In train mode with gradient checkpointing, as train_strided.py has it.
+    """
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     policy = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
     policy.enable_input_require_grads()
@@ -236,9 +231,8 @@ def test_lora_features_are_the_base_models_bit_for_bit():
     pure = strided_features(FeatureNetwork(strided_model().get_decoder(), [1, 2, 3]), *example(), "last_token")
     policy = lora_policy(strided_model())
     decoder = base_causal_lm(policy).get_decoder()
-    frozen = strided_features(
-        FeatureNetwork(decoder, [1, 2, 3], frozen=policy.disable_adapter), *example(), "last_token"
-    )
+    network = FeatureNetwork(decoder, [1, 2, 3], frozen=policy.disable_adapter)
+    frozen = strided_features(network, *example(), "last_token")
     moved = strided_features(FeatureNetwork(decoder, [1, 2, 3]), *example(), "last_token")
     for one, other, with_adapter in zip(pure, frozen, moved, strict=True):
         assert torch.equal(one, other)
@@ -247,8 +241,11 @@ def test_lora_features_are_the_base_models_bit_for_bit():
 
 @pytest.mark.parametrize("training", [True, False])
 def test_feature_forward_changes_nothing_in_the_policy(training):
-    """Train or eval mode of every module, requires_grad, hooks, and the adapter is on again. The network is made in eval mode, before
-    policy.train(), as in train_strided.py: a mode remembered from then would leave the policy's layers in eval, and checkpointing off."""
+    """Train or eval mode of every module, requires_grad, hooks, and the adapter is on again.
+
+    The network is made in eval mode, before policy.train(), as in train_strided.py: a mode remembered from then would
+    leave the policy's layers in eval, and checkpointing off.
+    """
     policy = lora_policy(strided_model()).eval()
     network = FeatureNetwork(base_causal_lm(policy).get_decoder(), [1, 2, 3], frozen=policy.disable_adapter)
     policy.train(training)
@@ -262,7 +259,10 @@ def test_feature_forward_changes_nothing_in_the_policy(training):
 
 
 def policy_gradients(policy, network=None):
-    """Gradients of the rollouts' log-probs, after a feature forward if a network is given; and how often each layer ran."""
+    """Gradients of the rollouts' log-probs, and how often each layer ran.
+
+    A feature forward comes before, if a network is given.
+    """
     calls, handles = Counter(), []
     if network is not None:
         strided_features(network, *example(), "last_token")
@@ -297,23 +297,23 @@ def test_backward_after_the_feature_forward():
 
 
 def test_full_fine_tuning_has_a_frozen_copy(write_config):
-    """An update of the policy must not move phi; the copy has no gradient, the dtype of model.dtype and only the layers it needs."""
+    """An update of the policy must not move phi.
+
+    The copy has no gradient, the dtype of model.dtype and only the layers it needs.
+    """
     config = load_config(str(write_config(model__dtype="bfloat16", model__gradient_checkpointing=True)))
     policy = load_policy(config)
     network = load_feature_network(policy, config, torch.device("cpu"))
     parameters = list(network.decoder.parameters())
     assert network.layers == [1, 2, 3] and len(network.decoder.layers) == 3 and len(policy.model.layers) == NUM_LAYERS
-    assert {parameter.dtype for parameter in parameters} == {torch.bfloat16} and not any(
-        parameter.requires_grad for parameter in parameters
-    )
+    assert {parameter.dtype for parameter in parameters} == {torch.bfloat16}
+    assert not any(parameter.requires_grad for parameter in parameters)
     before = strided_features(network, *example(), "last_token")
     with torch.no_grad():
         for parameter in policy.parameters():
             parameter.mul_(1.5)
-    assert all(
-        torch.equal(one, other)
-        for one, other in zip(before, strided_features(network, *example(), "last_token"), strict=True)
-    )
+    after = strided_features(network, *example(), "last_token")
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
     assert before[0].dtype == torch.float32
 
 

@@ -67,21 +67,15 @@ def test_one_chunk_equals_many(monkeypatch):
 def test_backward_by_finite_differences(small_chunks):
     """Independent of autograd: a step along a random direction changes the sum as the gradient says."""
     hidden, weight, bias, token_ids, coefficients = inputs()
-    _, (grad_hidden, grad_weight, grad_bias) = differentiated(
-        token_logprobs, hidden, weight, bias, token_ids, coefficients, 0.6
-    )
+    _, gradients = differentiated(token_logprobs, hidden, weight, bias, token_ids, coefficients, 0.6)
     generator = torch.Generator().manual_seed(1)
     directions = [torch.randn(leaf.shape, generator=generator) for leaf in (hidden, weight, bias)]
-    predicted = sum(
-        (gradient * direction).sum()
-        for gradient, direction in zip((grad_hidden, grad_weight, grad_bias), directions, strict=True)
-    )
+    products = [gradient * direction for gradient, direction in zip(gradients, directions, strict=True)]
+    predicted = sum(product.sum() for product in products)
 
     def total(step):
-        moved = [
-            leaf.detach().double() + step * direction.double()
-            for leaf, direction in zip((hidden, weight, bias), directions, strict=True)
-        ]
+        pairs = zip((hidden, weight, bias), directions, strict=True)
+        moved = [leaf.detach().double() + step * direction.double() for leaf, direction in pairs]
         logits = (moved[0] @ moved[1].T + moved[2]) / 0.6
         return (torch.log_softmax(logits, -1)[torch.arange(NUM_POSITIONS), token_ids] * coefficients).sum()
 
@@ -96,9 +90,8 @@ def test_frozen_weight_gets_no_gradient(small_chunks):
     bias.requires_grad_(False)
     (token_logprobs(hidden, weight, bias, token_ids, 0.6) * coefficients).sum().backward()
     assert weight.grad is None and bias.grad is None
-    (naive_gradient,) = torch.autograd.grad(
-        (naive_logprobs(hidden, weight, bias, token_ids, 0.6) * coefficients).sum(), hidden
-    )
+    naive_sum = (naive_logprobs(hidden, weight, bias, token_ids, 0.6) * coefficients).sum()
+    (naive_gradient,) = torch.autograd.grad(naive_sum, hidden)
     torch.testing.assert_close(hidden.grad, naive_gradient, atol=2e-5, rtol=1e-5)
 
 
@@ -106,9 +99,8 @@ def test_frozen_hidden_states_get_no_gradient(small_chunks):
     hidden, weight, bias, token_ids, coefficients = inputs()
     hidden.requires_grad_(False)
     (token_logprobs(hidden, weight, bias, token_ids, 1.0) * coefficients).sum().backward()
-    naive = torch.autograd.grad(
-        (naive_logprobs(hidden, weight, bias, token_ids, 1.0) * coefficients).sum(), (weight, bias)
-    )
+    naive_sum = (naive_logprobs(hidden, weight, bias, token_ids, 1.0) * coefficients).sum()
+    naive = torch.autograd.grad(naive_sum, (weight, bias))
     assert hidden.grad is None
     torch.testing.assert_close(weight.grad, naive[0], atol=2e-5, rtol=1e-5)
     torch.testing.assert_close(bias.grad, naive[1], atol=2e-5, rtol=1e-5)
@@ -123,14 +115,10 @@ def test_bfloat16_hidden_states(small_chunks, autocast):
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         values = token_logprobs(given, weight, bias, token_ids, 0.6)
     gradients = torch.autograd.grad((values * coefficients).sum(), (given, weight, bias))
-    assert (
-        values.dtype == torch.float32
-        and gradients[0].dtype == given.dtype
-        and gradients[1].dtype == gradients[2].dtype == torch.float32
-    )
-    assert (
-        1e-4 < (values - reference).abs().max() < 0.2
-    )  # truly computed in bf16, and no worse than its rounding of logits up to 15
+    assert values.dtype == torch.float32
+    assert [gradient.dtype for gradient in gradients] == [given.dtype, torch.float32, torch.float32]
+    # truly computed in bf16, and no worse than its rounding of logits up to 15
+    assert 1e-4 < (values - reference).abs().max() < 0.2
     assert (gradients[1] - reference_gradients[1]).norm() < 0.02 * reference_gradients[1].norm()
 
 
@@ -179,7 +167,7 @@ def test_at_most_one_chunk_of_logits_exists_at_a_time(small_chunks, monkeypatch)
     assert rows == [16, 16, 5] * 2
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Losses
 
 
@@ -231,19 +219,12 @@ def test_micro_batches_add_up_to_the_whole_batch():
     whole = policy_gradient_loss(logprobs, advantages, mask, count)
     parts = [policy_gradient_loss(logprobs[row], advantages[row], mask[row], count) for row in range(4)]
     torch.testing.assert_close(sum(parts), whole, atol=1e-6, rtol=0)
-    naive = (
-        sum(
-            -advantages[row, k] * logprobs[row, k, t]
-            for row in range(4)
-            for k in range(3)
-            for t in range(5)
-            if mask[row, k]
-        )
-        / count
-    )
+    places = [(row, k, t) for row in range(4) for k in range(3) for t in range(5) if mask[row, k]]
+    naive = sum(-advantages[row, k] * logprobs[row, k, t] for row, k, t in places) / count
     torch.testing.assert_close(whole, naive, atol=1e-6, rtol=0)
     targets = torch.rand(4, 9, generator=generator) < 0.6
     document = torch.randn(4, 9, generator=generator)
     whole = cross_entropy_loss(document, targets, targets.sum())
-    assert abs(sum(cross_entropy_loss(document[row], targets[row], targets.sum()) for row in range(4)) - whole) < 1e-6
+    parts = [cross_entropy_loss(document[row], targets[row], targets.sum()) for row in range(4)]
+    assert abs(sum(parts) - whole) < 1e-6
     torch.testing.assert_close(whole, -document[targets].mean(), atol=1e-6, rtol=0)

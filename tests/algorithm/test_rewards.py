@@ -1,4 +1,4 @@
-"""Rewards and advantages against the released code's numbers, against the paper's equations written out slowly, and by hand."""
+"""Rewards and advantages against the released code's numbers, the paper's equations written out, and by hand."""
 
 import itertools
 
@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import GOLDEN
 from ebft_utils.algorithm.rewards import (
     feature_matching_rewards,
     first_equal_rollout,
@@ -15,6 +14,7 @@ from ebft_utils.algorithm.rewards import (
     share_equal_rollouts,
     unbiased_cfm,
 )
+from helpers import GOLDEN
 
 WHITENING_NAMES = {"none": None, "feature": "feature", "sample": "sample"}
 WHITENINGS = list(WHITENING_NAMES.values())
@@ -27,7 +27,10 @@ def rewards_of(features, truth, whitening, alignment_coef=1.0, diversity_coef=1.
 
 
 def naive_group(features, truth, whitening, tol=1e-5):
-    """Alignment (N), diversity (N), CFM of ONE group, from whitened vectors in float64: eq 7, 8, 9 and 2, one rollout at a time."""
+    """Alignment (N), diversity (N) and CFM of ONE group: eq 7, 8, 9 and 2, one rollout at a time.
+
+    From whitened vectors in float64.
+    """
     features, truth = features.double(), truth.double()
     num = len(features)
     left, singular, right = torch.linalg.svd(features, full_matrices=False)
@@ -36,9 +39,8 @@ def naive_group(features, truth, whitening, tol=1e-5):
         operator = right.T @ torch.diag(inverse) @ right
         rows, target = [operator @ row for row in features], operator @ truth
         targets = [target] * num
-    elif (
-        whitening == "sample"
-    ):  # pinv(F F^T)^(1/2), an N x N matrix that mixes the rollouts; N copies of the truth go through it too
+    elif whitening == "sample":
+        # pinv(F F^T)^(1/2), an N x N matrix that mixes the rollouts; N copies of the truth go through it too
         operator = left @ torch.diag(inverse) @ left.T
         rows, target = list(operator @ features), truth
         targets = list(operator @ truth.expand(num, -1))
@@ -53,7 +55,7 @@ def naive_group(features, truth, whitening, tol=1e-5):
     return torch.stack(alignment), torch.stack(diversity), cfm
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # The released code's numbers
 
 
@@ -83,19 +85,18 @@ def test_cfm_equals_the_released_code(golden, name):
     assert rewards.cfm.std() > 0.01
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # The equations, slowly
+
+
+# kind -> number of rollouts and of features
+GROUPS = {"full rank": (4, 20), "duplicates": (6, 20), "more rollouts than features": (7, 3), "two rollouts": (2, 5)}
 
 
 def random_groups(kind: str) -> tuple[torch.Tensor, torch.Tensor]:
     """(2, 3) groups of rollout features and truths."""
     generator = torch.Generator().manual_seed(5)
-    num, width = {
-        "full rank": (4, 20),
-        "duplicates": (6, 20),
-        "more rollouts than features": (7, 3),
-        "two rollouts": (2, 5),
-    }[kind]
+    num, width = GROUPS[kind]
     features = torch.randn(2, 3, num, width, generator=generator)
     if kind == "duplicates":
         features[..., 4, :] = features[..., 1, :]
@@ -104,19 +105,21 @@ def random_groups(kind: str) -> tuple[torch.Tensor, torch.Tensor]:
     return features, torch.randn(2, 3, width, generator=generator)
 
 
-@pytest.mark.parametrize("kind", ["full rank", "duplicates", "more rollouts than features", "two rollouts"])
+@pytest.mark.parametrize("kind", GROUPS)
 @pytest.mark.parametrize("whitening", WHITENINGS)
 def test_rewards_equal_the_equations_group_by_group(whitening, kind):
-    """Guards the Gram-matrix shortcut (eigenvalue powers, the projection, the tolerance) and that groups do not mix in the batched eigh."""
+    """Guards the Gram-matrix shortcut: powers of eigenvalues, the projection, the tolerance.
+
+    Groups must not mix in the batched eigh.
+    """
     features, truth = random_groups(kind)
     rewards = rewards_of(features, truth, whitening, 0.7, 1.3)
     for place in itertools.product(range(2), range(3)):
         alignment, diversity, cfm = naive_group(features[place], truth[place], whitening)
         torch.testing.assert_close(rewards.alignment[place].double(), alignment, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(rewards.diversity[place].double(), diversity, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(
-            rewards.reward[place].double(), 0.7 * alignment - 1.3 * diversity, atol=1e-5, rtol=1e-5
-        )
+        reward = 0.7 * alignment - 1.3 * diversity
+        torch.testing.assert_close(rewards.reward[place].double(), reward, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(rewards.cfm[place].double(), cfm, atol=1e-5, rtol=1e-5)
     assert rewards.reward.dtype == rewards.cfm.dtype == torch.float32
 
@@ -132,20 +135,25 @@ def test_literal_group():
 
 @pytest.mark.parametrize("whitening", ["feature", "sample"])
 def test_identical_rollouts(whitening):
-    """n equal rollouts are one direction: each is its unit vector / sqrt(n), so the penalty is 2/n, not the 0 of n orthogonal samples."""
+    """n equal rollouts are one direction: each is its unit vector / sqrt(n).
+
+    So the penalty is 2/n, not the 0 of n orthogonal samples.
+    """
     row, truth = torch.tensor([0.0, 2.0, 0.0]), torch.tensor([1.0, -1.0, 0.0])
     rewards = rewards_of(row.repeat(4, 1), truth, whitening)
     cosine = -1.0 if whitening == "feature" else -(0.5**0.5)  # eq 8 also projects the truth onto the rollouts' span
     torch.testing.assert_close(rewards.alignment, torch.full((4,), 2 * cosine))
     torch.testing.assert_close(rewards.diversity, torch.full((4,), 0.5))
-    torch.testing.assert_close(
-        rloo_advantages(rewards.alignment, rewards.diversity, 1.0, 1.0), torch.zeros(4), atol=1e-6, rtol=0
-    )
+    advantages = rloo_advantages(rewards.alignment, rewards.diversity, 1.0, 1.0)
+    torch.testing.assert_close(advantages, torch.zeros(4), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("whitening", WHITENINGS)
 def test_zero_features(whitening):
-    """All-zero features have no direction: reward exactly 0 and nothing NaN, also when only one rollout or the truth is zero."""
+    """All-zero features have no direction: the reward is exactly 0, and nothing is NaN.
+
+    Also when only one rollout or the truth is zero.
+    """
     generator = torch.Generator().manual_seed(1)
     truth = torch.randn(6, generator=generator)
     everything = rewards_of(torch.zeros(4, 6), truth, whitening)
@@ -188,22 +196,23 @@ def test_refusals():
         rloo_advantages(torch.ones(5, 1), torch.ones(5, 1), 1.0, 1.0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Advantages
 
 
 def test_rloo_by_hand():
     """[1,0,0,0] gives [1,-1/3,-1/3,-1/3]; then the diversity part alone: d = [4,1,1], baseline -(6-2d)/1."""
-    zeros = torch.zeros(4)
-    torch.testing.assert_close(
-        rloo_advantages(torch.tensor([1.0, 0, 0, 0]), zeros, 1.0, 1.0), torch.tensor([1, -1 / 3, -1 / 3, -1 / 3])
-    )
+    advantages = rloo_advantages(torch.tensor([1.0, 0, 0, 0]), torch.zeros(4), 1.0, 1.0)
+    torch.testing.assert_close(advantages, torch.tensor([1, -1 / 3, -1 / 3, -1 / 3]))
     advantages = rloo_advantages(torch.zeros(3), torch.tensor([4.0, 1.0, 1.0]), 1.0, 0.5)
     torch.testing.assert_close(advantages, torch.tensor([-0.5 * (4 - (-2)), -0.5 * (1 - 4), -0.5 * (1 - 4)]))
 
 
 def test_rloo_of_two_rollouts():
-    """n = 2: the only sibling's diversity term contains this rollout, so its diversity is no baseline at all (and 1/(n-2) no infinity)."""
+    """n = 2: the diversity of the only sibling contains this rollout, so it is no baseline at all.
+
+    And 1/(n-2) is no infinity.
+    """
     advantages = rloo_advantages(torch.tensor([[3.0, 1.0]]), torch.tensor([[0.5, 0.5]]), 2.0, 10.0)
     torch.testing.assert_close(advantages, torch.tensor([[2 * 3 - 10 * 0.5 - 2 * 1, 2 * 1 - 10 * 0.5 - 2 * 3]]))
 
@@ -236,7 +245,10 @@ def test_baseline_ignores_its_own_rollout():
 
 
 def test_rloo_gradient_is_unbiased():
-    """All 3^3 outcomes of 3 rollouts over 3 possible texts: E[sum_j A_j grad log pi_j] = E[sum_j r_j grad log pi_j]; the plain mean is biased."""
+    """All 3^3 outcomes of 3 rollouts over 3 possible texts.
+
+    E[sum_j A_j grad log pi_j] = E[sum_j r_j grad log pi_j]; the plain mean is biased.
+    """
     generator = torch.Generator().manual_seed(3)
     texts, truth = torch.randn(3, 4, generator=generator), torch.randn(4, generator=generator)
     probabilities = torch.tensor([0.5, 0.3, 0.2])
@@ -249,31 +261,26 @@ def test_rloo_gradient_is_unbiased():
         return torch.einsum("o,on,onk->k", weights, signal, scores)
 
     wanted = expected_gradient(rewards.reward)
-    torch.testing.assert_close(
-        expected_gradient(rloo_advantages(rewards.alignment, rewards.diversity, 1.0, 1.0)), wanted, atol=1e-5, rtol=0
-    )
+    advantages = rloo_advantages(rewards.alignment, rewards.diversity, 1.0, 1.0)
+    torch.testing.assert_close(expected_gradient(advantages), wanted, atol=1e-5, rtol=0)
     plain = rewards.reward - (rewards.reward.sum(-1, keepdim=True) - rewards.reward) / 2
     assert (expected_gradient(plain) - wanted).abs().max() > 0.05
 
 
 def test_group_norm_by_hand():
     """[1,3]: mean 2, standard deviation (of the population) 1."""
-    torch.testing.assert_close(
-        group_norm_advantages(torch.tensor([[1.0, 3.0]])), torch.tensor([[-1.0, 1.0]]) / (1 + 1e-4)
-    )
-    spread = torch.tensor([[2.0, 2.0, 2.0, 10.0]])
-    torch.testing.assert_close(
-        group_norm_advantages(spread, eps=0.0), torch.tensor([[-2.0, -2.0, -2.0, 6.0]]) / 12**0.5
-    )
+    advantages = group_norm_advantages(torch.tensor([[1.0, 3.0]]))
+    torch.testing.assert_close(advantages, torch.tensor([[-1.0, 1.0]]) / (1 + 1e-4))
+    advantages = group_norm_advantages(torch.tensor([[2.0, 2.0, 2.0, 10.0]]), eps=0.0)
+    torch.testing.assert_close(advantages, torch.tensor([[-2.0, -2.0, -2.0, 6.0]]) / 12**0.5)
     assert group_norm_advantages(torch.zeros(2, 4)).tolist() == [[0.0] * 4] * 2
     rounding = torch.tensor([[50.0, 50.000004, 50.0, 50.0], [0.0, 0.0, 1e-7, 0.0]])
-    assert (
-        group_norm_advantages(rounding).tolist() == [[0.0] * 4] * 2
-    )  # without the guard 1.7 and 0.001: noise, trained on
+    # without the guard 1.7 and 0.001: noise, trained on
+    assert group_norm_advantages(rounding).tolist() == [[0.0] * 4] * 2
     assert group_norm_advantages(torch.tensor([[0.5, 0.501]])).abs().min() > 0.8
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # The unbiased CFM
 
 
@@ -289,7 +296,10 @@ def test_unbiased_cfm_equals_the_double_loop(num_samples):
 
 
 def test_unbiased_cfm_does_not_depend_on_the_number_of_samples():
-    """Exact expectations over all outcomes of n draws from 3 texts: the unbiased one hits the truth, the plain one is too large by Var/n."""
+    """Exact expectations over all outcomes of n draws from 3 texts.
+
+    The unbiased CFM hits the truth, the plain one is too large by Var/n.
+    """
     texts = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.5]])
     probabilities, truth = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.4, 0.1])
     mean = probabilities @ texts
@@ -306,7 +316,10 @@ def test_unbiased_cfm_does_not_depend_on_the_number_of_samples():
 
 
 def test_unbiased_cfm_over_random_samples():
-    """The same with 20,000 random groups of 2: within 4 standard errors of the truth, where the plain estimate is far outside."""
+    """The same with 20,000 random groups of 2: within 4 standard errors of the truth.
+
+    The plain estimate is far outside.
+    """
     generator = torch.Generator().manual_seed(6)
     mean, truth = torch.tensor([0.3, -0.2, 0.5]), torch.tensor([0.1, 0.2, 0.3])
     features = mean + torch.randn(20_000, 2, 3, generator=generator)
@@ -317,7 +330,7 @@ def test_unbiased_cfm_over_random_samples():
     assert rewards_of(features, truths, None).cfm.mean() - exact > 20 * standard_error
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Equal rollouts
 
 
@@ -328,7 +341,10 @@ def test_first_equal_rollout():
 
 
 def test_equal_rollouts_share_one_row_of_features():
-    """Rounding noise between two equal rollouts is, whitened, a whole new direction: the penalty between them vanishes."""
+    """Rounding noise between two equal rollouts is, whitened, a whole new direction.
+
+    The penalty between them would vanish.
+    """
     generator = torch.Generator().manual_seed(7)
     rollouts = torch.tensor([[[5, 6], [5, 6], [7, 8]]])
     exact = torch.nn.functional.normalize(torch.randn(1, 3, 16, generator=generator), dim=-1)
@@ -337,11 +353,10 @@ def test_equal_rollouts_share_one_row_of_features():
     noisy = exact + 1e-3 * torch.randn(1, 3, 16, generator=generator)
     shared = share_equal_rollouts(noisy, rollouts)
     assert torch.equal(shared[:, 1], noisy[:, 0]) and torch.equal(shared[:, [0, 2]], noisy[:, [0, 2]])
-    torch.testing.assert_close(
-        rewards_of(shared, truth, "feature").diversity, torch.tensor([[0.5, 0.5, 0.0]]), atol=1e-5, rtol=0
-    )
-    assert rewards_of(noisy, truth, "feature").diversity.abs().max() < 1e-4
-    assert (rewards_of(shared, truth, "feature").reward - rewards_of(noisy, truth, "feature").reward).abs().max() > 0.3
+    of_shared, of_noisy = rewards_of(shared, truth, "feature"), rewards_of(noisy, truth, "feature")
+    torch.testing.assert_close(of_shared.diversity, torch.tensor([[0.5, 0.5, 0.0]]), atol=1e-5, rtol=0)
+    assert of_noisy.diversity.abs().max() < 1e-4
+    assert (of_shared.reward - of_noisy.reward).abs().max() > 0.3
 
 
 def test_different_rollouts_keep_their_features():

@@ -1,4 +1,4 @@
-"""What need not be run, and what is run in parts: neither may change a number, only how many tokens are in a forward."""
+"""What need not be run, and what is run in parts: neither may change a number, only the tokens of a forward."""
 
 from collections import defaultdict
 from types import SimpleNamespace
@@ -9,7 +9,10 @@ from safetensors.torch import load_file
 from transformers.models.llama.modeling_llama import LlamaModel
 
 import train_strided
-from conftest import (
+from ebft_utils import models
+from ebft_utils.algorithm.losses import policy_gradient_loss
+from ebft_utils.algorithm.strided import in_parts, number_of_parts, rollouts_to_train, strided_logprobs
+from helpers import (
     assert_close_runs,
     assert_equal_weights,
     assert_holds,
@@ -18,40 +21,27 @@ from conftest import (
     tiny_model,
     training,
 )
-from ebft_utils import models
-from ebft_utils.algorithm.losses import policy_gradient_loss
-from ebft_utils.algorithm.strided import in_parts, number_of_parts, rollouts_to_train, strided_logprobs
 
 T, F, NAN = True, False, float("nan")
 
 
-@pytest.fixture
-def plain_descent(monkeypatch):
-    """SGD in AdamW's place: updates are then proportional to the gradients, and a gradient that is wrong by a factor shows in the weights."""
-    monkeypatch.setattr(
-        torch.optim, "AdamW", lambda parameters, lr, betas, weight_decay: torch.optim.SGD(parameters, lr=lr)
-    )
-
-
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Rollouts that need no training
 
 
 def test_rollouts_to_train_by_hand():
-    """Row 0 has two groups, row 1 one and an invalid anchor.
+    """Row 0 has two groups, row 1 one group and an invalid anchor.
 
-    Row 0, anchor 3: [7 8] three times, +0.5 -0.25 +0.125 = 0.375, goes to the first; [7 9] alone. Anchor 6: the same tokens [7 8] are another rollout there;
-    [5 5] twice, +0.75 -0.75, is left out. Row 1, anchor 2: 1e-7 is left out, 1e-5 is not (but is when that is rounding); the invalid anchor's advantages count nothing.
+    Row 0, anchor 3: [7 8] is there three times; 0.5 - 0.25 + 0.125 = 0.375 goes to the first. [7 9] is alone. Anchor 6:
+    the same tokens [7 8] are another rollout there; [5 5] is there twice, 0.75 - 0.75, and is left out.
+    Row 1, anchor 2: 1e-7 is left out, 1e-5 is not (but is where that is rounding). The invalid anchor counts nothing.
     """
-    rollouts = torch.tensor(
-        [
-            [[[7, 8], [7, 9], [7, 8], [7, 8]], [[5, 5], [7, 8], [5, 5], [8, 7]]],
-            [[[1, 2], [3, 4], [5, 6], [5, 6]], [[9, 9], [9, 8], [9, 7], [9, 6]]],
-        ]
-    )
-    advantages = torch.tensor(
-        [[[0.5, -2.0, -0.25, 0.125], [0.75, 1.5, -0.75, -3.0]], [[1e-7, 1e-5, 0.5, 0.25], [4.0, 4.0, 4.0, 4.0]]]
-    )
+    first = [[[7, 8], [7, 9], [7, 8], [7, 8]], [[5, 5], [7, 8], [5, 5], [8, 7]]]
+    second = [[[1, 2], [3, 4], [5, 6], [5, 6]], [[9, 9], [9, 8], [9, 7], [9, 6]]]
+    rollouts = torch.tensor([first, second])
+    first = [[0.5, -2.0, -0.25, 0.125], [0.75, 1.5, -0.75, -3.0]]
+    second = [[1e-7, 1e-5, 0.5, 0.25], [4.0, 4.0, 4.0, 4.0]]
+    advantages = torch.tensor([first, second])
     inputs = rollouts, advantages, torch.tensor([[3, 6], [2, 9]]), torch.tensor([[T, T], [T, F]])
     tokens, anchors, valid, summed = rollouts_to_train(*inputs)
     assert tokens.shape == (2, 4, 1, 2) and tokens[0, :, 0].tolist() == [[7, 8], [7, 9], [7, 8], [8, 7]]
@@ -59,40 +49,36 @@ def test_rollouts_to_train_by_hand():
     assert anchors.tolist() == [[3, 3, 6, 6], [2, 2, 1, 1]]
     assert valid.tolist() == [[T, T, T, T], [T, T, F, F]]
     assert summed.shape == (2, 4, 1)
-    torch.testing.assert_close(
-        summed[..., 0], torch.tensor([[0.375, -2.0, 1.5, -3.0], [1e-5, 0.75, 0.0, 0.0]]), atol=0, rtol=1e-6
-    )
+    expected = torch.tensor([[0.375, -2.0, 1.5, -3.0], [1e-5, 0.75, 0.0, 0.0]])
+    torch.testing.assert_close(summed[..., 0], expected, atol=0, rtol=1e-6)
     assert rollouts_to_train(*inputs, scale=5.0)[2].tolist() == [[T, T, T, T], [T, F, F, F]]
 
 
 def test_nothing_to_train():
-    """A batch without a need of training still has a forward (others wait for it), with one slot that does not count."""
+    """A batch that needs no training still has a forward (others wait for it): one slot that does not count."""
     rollouts, zero = torch.tensor([[[[7, 8], [7, 8]]]]), torch.tensor([[[0.5, -0.5]]])
     for advantages, anchor_valid in ((zero, T), (torch.ones(1, 1, 2), F)):
-        tokens, anchors, valid, summed = rollouts_to_train(
-            rollouts, advantages, torch.tensor([[5]]), torch.tensor([[anchor_valid]])
-        )
-        assert (
-            tokens.shape == (1, 1, 1, 2)
-            and anchors.tolist() == [[1]]
-            and valid.tolist() == [[F]]
-            and summed.tolist() == [[[0.0]]]
-        )
+        place = torch.tensor([[5]]), torch.tensor([[anchor_valid]])
+        tokens, anchors, valid, summed = rollouts_to_train(rollouts, advantages, *place)
+        assert tokens.shape == (1, 1, 1, 2)
+        assert (anchors.tolist(), valid.tolist(), summed.tolist()) == ([[1]], [[F]], [[[0.0]]])
 
 
 def test_a_nan_is_not_saved():
     """It must reach the loss, where the run stops; also when it is that of a duplicate."""
     rollouts = torch.tensor([[[[7, 8], [7, 9], [7, 8], [7, 6]]]])
-    tokens, _, valid, summed = rollouts_to_train(
-        rollouts, torch.tensor([[[0.5, 0.25, NAN, 0.0]]]), torch.tensor([[5]]), torch.tensor([[T]])
-    )
+    advantages = torch.tensor([[[0.5, 0.25, NAN, 0.0]]])
+    tokens, _, valid, summed = rollouts_to_train(rollouts, advantages, torch.tensor([[5]]), torch.tensor([[T]]))
     assert tokens[0, :, 0].tolist() == [[7, 8], [7, 9]] and valid.tolist() == [[T, T]]
     assert summed.isnan().flatten().tolist() == [T, F] and summed[0, 1, 0] == 0.25
 
 
 @pytest.mark.parametrize("num_generated", [1, 4])
 def test_savings_change_no_gradient(num_generated):
-    """Duplicates, zero advantages, packed documents, padding, invalid anchors: the loss and every parameter's gradient, with 8 of 20 rollouts."""
+    """The loss and every parameter's gradient, with 8 of 20 rollouts.
+
+    Duplicates, zero advantages, packed documents, padding, invalid anchors.
+    """
     generator = torch.Generator().manual_seed(1)
     segments = torch.tensor([[0] * 9 + [1] * 8 + [-1] * 3, [0] * 14 + [-1] * 6])
     anchors, valid = torch.tensor([[3, 6, 12], [3, 11, 1]]), torch.tensor([[T, T, T], [T, T, F]])
@@ -116,13 +102,8 @@ def test_savings_change_no_gradient(num_generated):
         logps, _ = strided_logprobs(model, documents, segments, *trained[:3], 0.6, None)
         loss = policy_gradient_loss(logps, trained[3], trained[2].unsqueeze(-1), 80.0)
         loss.backward()
-        found.append(
-            (
-                loss.item(),
-                {name: parameter.grad for name, parameter in model.named_parameters()},
-                int(trained[2].sum()) * trained[0].shape[2],
-            )
-        )
+        gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+        found.append((loss.item(), gradients, int(trained[2].sum()) * trained[0].shape[2]))
     (loss, gradients, number), (saved_loss, saved_gradients, saved_number) = found
     assert saved_loss == pytest.approx(loss, abs=1e-5) and abs(loss) > 1e-2
     assert (number, saved_number) == (20, 8)
@@ -132,15 +113,17 @@ def test_savings_change_no_gradient(num_generated):
 
 
 def counted_savings(seen) -> list[float]:
-    """For each step of one micro-batch, the share of rollouts that need no forward, counted group by group. What counts is far above the rounding."""
+    """The share of rollouts that need no forward, for each step of one micro-batch, counted group by group.
+
+    What counts is far above the rounding.
+    """
     shares = []
     for config, batch, groups in seen:
         advantages, needed, total = train_strided.advantages_of(config, groups.rewards), 0, 0
         for row, slot in batch.valid.nonzero().tolist():
             worth = defaultdict(float)
-            for rollout, advantage in zip(
-                groups.rollouts[row, slot].tolist(), advantages[row, slot].tolist(), strict=True
-            ):
+            group = zip(groups.rollouts[row, slot].tolist(), advantages[row, slot].tolist(), strict=True)
+            for rollout, advantage in group:
                 worth[tuple(rollout)] += advantage
             needed += sum(abs(value) > 1e-5 * max(1.0, config.ebft.alignment_coef) for value in worth.values())
             total += groups.rollouts.shape[2]
@@ -148,27 +131,21 @@ def counted_savings(seen) -> list[float]:
     return shares
 
 
-@pytest.mark.parametrize(
-    "changes, low, high",
-    [
-        ({"ebft__generate_max_len": 1, "ebft__temperature": 0.3}, 0.2, 0.9),
-        ({"ebft__generate_max_len": 4, "ebft__temperature": 1.5}, 0.0, 0.0),
-        ({"ebft__temperature": 1e-4}, 1.0, 1.0),
-        (
-            {
-                "ebft__temperature": 1e-4,
-                "ebft__alignment_coef": 1000.0,
-                "ebft__use_whitening": False,
-                "ebft__n_samples_per_prompt": 5,
-            },
-            1.0,
-            1.0,
-        ),
-    ],
-    ids=["some", "none", "all", "all, of large rewards"],
-)
+LARGE_REWARDS = {"ebft__alignment_coef": 1000.0, "ebft__use_whitening": False, "ebft__n_samples_per_prompt": 5}
+SAVINGS = {
+    "some": ({"ebft__generate_max_len": 1, "ebft__temperature": 0.3}, 0.2, 0.9),
+    "none": ({"ebft__generate_max_len": 4, "ebft__temperature": 1.5}, 0.0, 0.0),
+    "all": ({"ebft__temperature": 1e-4}, 1.0, 1.0),
+    "all, of large rewards": ({"ebft__temperature": 1e-4, **LARGE_REWARDS}, 1.0, 1.0),
+}
+
+
+@pytest.mark.parametrize("changes, low, high", SAVINGS.values(), ids=SAVINGS)
 def test_logged_savings_are_those_of_the_rollouts(train, monkeypatch, changes, low, high):
-    """Guards against a metric that counts invalid anchors, or something else than what is saved; with nothing left to train (all), the run goes on."""
+    """Guards against a metric that counts invalid anchors, or something else than what is saved.
+
+    With nothing left to train (all) the run goes on.
+    """
     seen, score = [], train_strided.sample_and_score
 
     def keep(config, accelerator, policy, network, batch, seed):
@@ -176,15 +153,14 @@ def test_logged_savings_are_those_of_the_rollouts(train, monkeypatch, changes, l
         return seen[-1][-1]
 
     monkeypatch.setattr(train_strided, "sample_and_score", keep)
-    logged = [
-        entry["ebft/tokens_saved"] for entry in training(train("run", train__max_steps=2, ebft__ce_coef=0.1, **changes))
-    ]
+    entries = training(train("run", train__max_steps=2, ebft__ce_coef=0.1, **changes))
+    logged = [entry["ebft/tokens_saved"] for entry in entries]
     assert any(not batch.valid.all() for _, batch, _ in seen)
     assert logged == pytest.approx(counted_savings(seen), abs=1e-6) and len(logged) == 2
     assert all(low <= share <= high for share in logged)
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # In parts
 
 
@@ -208,11 +184,8 @@ def test_number_of_parts_by_hand(slots, tokens_per_slot, document, limit, expect
 
 def test_parts_by_hand():
     """Five slots in two parts: three and two, and one that does not count; in four: two, two, one, and none."""
-    anchors, valid, values = (
-        torch.tensor([[3, 5, 7, 9, 11]]),
-        torch.tensor([[T, T, F, T, T]]),
-        torch.arange(10).view(1, 5, 2),
-    )
+    anchors, valid = torch.tensor([[3, 5, 7, 9, 11]]), torch.tensor([[T, T, F, T, T]])
+    values = torch.arange(10).view(1, 5, 2)
     first, second = in_parts(2, anchors, valid, values)
     assert [tensor.tolist() for tensor in first] == [[[3, 5, 7]], [[T, T, F]], [[[0, 1], [2, 3], [4, 5]]]]
     assert [tensor.tolist() for tensor in second] == [[[9, 11, 1]], [[T, T, F]], [[[6, 7], [8, 9], [0, 0]]]]
@@ -221,9 +194,8 @@ def test_parts_by_hand():
     assert [part[1].tolist() for part in parts] == [[[T, T]], [[F, T]], [[T, F]], [[F, F]]]
     (whole,) = in_parts(1, anchors, valid, values)
     assert [torch.equal(one, other) for one, other in zip(whole, (anchors, valid, values), strict=True)] == [True] * 3
-    for anchors_of_part, valid_of_part in in_parts(
-        3, torch.zeros(2, 0, dtype=torch.long), torch.zeros(2, 0, dtype=torch.bool)
-    ):
+    nothing = torch.zeros(2, 0, dtype=torch.long), torch.zeros(2, 0, dtype=torch.bool)
+    for anchors_of_part, valid_of_part in in_parts(3, *nothing):
         assert anchors_of_part.tolist() == [[1], [1]] and valid_of_part.tolist() == [[F], [F]]
 
 
@@ -259,36 +231,25 @@ def scored(monkeypatch):
 @pytest.mark.parametrize("ce_coef", [0.0, 0.3])
 @pytest.mark.parametrize("mode", [{}, {"lora": {"r": 4, "alpha": 8.0}}], ids=["full", "LoRA"])
 def test_parts_change_nothing(train, plain_descent, forwards, scored, model_folder, mode, ce_coef):
-    """Guards against rollouts that are drawn with another part's numbers, a document's loss that counts once for each part, slots that only fill up, and a part too long."""
-    changes = dict(
-        **mode,
-        ebft__ce_coef=ce_coef,
-        train__max_steps=2,
-        train__learning_rate=0.1,
-        train__batch_size=4,
-        train__per_device_batch_size=2,
-        eval__num_documents=3,
-        eval__per_device_batch_size=2,
-        train__seed=4,
-        eval__seed=3,
-    )
+    """Guards against rollouts that are drawn with another part's numbers, and a part that is too long.
+
+    A document's loss must count once and not for each part; slots that only fill up must count nothing.
+    """
+    changes = dict(**mode, ebft__ce_coef=ce_coef, eval__num_documents=3, eval__per_device_batch_size=2, eval__seed=3)
+    changes |= dict(train__max_steps=2, train__learning_rate=0.1, train__seed=4)
+    changes |= dict(train__batch_size=4, train__per_device_batch_size=2)
     whole = train("whole", **changes)
-    number, longest, documents = (
-        len(forwards),
-        max(tokens for *_, tokens in forwards),
-        [kind for kind in scored if kind[0]],
-    )
+    number, longest = len(forwards), max(tokens for *_, tokens in forwards)
+    documents = [kind for kind in scored if kind[0]]
     assert sum(trained for _, trained, *_ in forwards) == 4 and longest > 150
     assert sum(gradient for _, gradient in documents) == 4 * (ce_coef > 0)
     forwards.clear(), scored.clear()
-    parts = train(
-        "parts", "ebft.max_packed_tokens=84", **changes
-    )  # three anchors at a time beside 48 tokens, and nine rollouts in training
+    # three anchors at a time beside 48 tokens, and nine rollouts in training
+    parts = train("parts", "ebft.max_packed_tokens=84", **changes)
     assert max(tokens for *_, tokens in forwards) <= 84
     assert 8 <= sum(trained for _, trained, *_ in forwards) <= 16 and 2 * number <= len(forwards) <= 4 * number
-    assert {kind for kind, *_ in forwards} == {"step", "prefill", "packed"} and max(
-        rows for *_, rows, _ in forwards
-    ) == 2
+    assert {kind for kind, *_ in forwards} == {"step", "prefill", "packed"}
+    assert max(rows for *_, rows, _ in forwards) == 2
     assert [kind for kind in scored if kind[0]] == documents and len(scored) > len(documents)  # once for each batch
     assert_close_runs(whole, parts)
     assert training(whole)[0]["train/grad_norm"] > 0.1 and len(evaluations(whole)) == 2
@@ -297,7 +258,10 @@ def test_parts_change_nothing(train, plain_descent, forwards, scored, model_fold
 
 
 def test_parts_that_all_processes_agree_on():
-    """A process with fewer slots runs as many forwards as the one with most: FSDP2 would wait for them for ever. Without a limit nobody is asked."""
+    """A process with fewer slots runs as many forwards as the one with most: FSDP2 would wait for ever.
+
+    Without a limit nobody is asked.
+    """
     asked = []
 
     def gather(number):
@@ -326,15 +290,8 @@ def test_fine_tuning_alone_has_no_parts(train, forwards):
 def test_a_limit_without_room_is_refused(refused, command, write_config):
     """Guards against a division by zero. One anchor's rollouts have to fit beside the longest document: 48 + 3 * 4."""
     message = refused("--cfg", write_config(ebft__max_packed_tokens=59))
-    assert_holds(
-        message,
-        "ebft.max_packed_tokens",
-        "59",
-        "data.sequence_length 48",
-        "ebft.n_samples_per_prompt 3",
-        "ebft.generate_max_len 4",
-        "= 60",
-    )
+    sizes = ("data.sequence_length 48", "ebft.n_samples_per_prompt 3", "ebft.generate_max_len 4")
+    assert_holds(message, "ebft.max_packed_tokens", "59", *sizes, "= 60")
     assert command("--cfg", write_config(ebft__max_packed_tokens=60, train__max_steps=1, eval__num_documents=0))[0] == 0
 
 
@@ -342,8 +299,7 @@ def test_a_resumed_run_may_change_the_limit(train, capsys):
     """Out of memory is when one wants to; the rest of the run is the same."""
     whole = train("whole", train__max_steps=2, train__learning_rate=1e-5)
     train("run", train__max_steps=1, train__learning_rate=1e-5)
-    again = train(
-        "run", "train.resume=latest", "ebft.max_packed_tokens=72", train__max_steps=2, train__learning_rate=1e-5
-    )
+    overrides = ("train.resume=latest", "ebft.max_packed_tokens=72")
+    again = train("run", *overrides, train__max_steps=2, train__learning_rate=1e-5)
     assert_holds(capsys.readouterr().out, "going on from", "ebft.max_packed_tokens")
     assert_close_runs(whole, again, tolerance=1e-6, share=1e-2)

@@ -1,103 +1,65 @@
-"""The strided layout, its masks, log-probs and generation, against golden numbers and against one sequence at a time."""
+"""The strided layout, its masks, anchors and log-probs, against golden numbers and one sequence at a time."""
 
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-from conftest import GOLDEN, tiny_model
-from ebft_utils.algorithm import flex, strided
+from ebft_utils.algorithm import strided
 from ebft_utils.algorithm.losses import policy_gradient_loss
 from ebft_utils.algorithm.strided import (
     dense_mask,
     find_anchors,
-    generate_rollouts,
     pack_layout,
     rollout_logprobs,
-    sample_tokens,
     segment_positions,
     strided_blocks,
     strided_logprobs,
     truth_windows,
 )
-
-IMPLEMENTATIONS = ("strided_sdpa", "sdpa", "eager")
-ARCHITECTURES = {  # settings: sliding layers (where there are any) with a window that no document reaches
-    "llama": {},
-    "qwen2": {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 2},
-    "qwen3": {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 2},
-    "mistral": {"sliding_window": 64},
-    "gemma": {},
-    "gemma3_text": {"sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"] * 2},
-}
-LAYOUT_CASES = (
-    "S64_ctx8_G8_stride8",
-    "S50_ctx4_G4_stride2",
-    "S96_ctx16_G8_stride16",
-    "S73_ctx9_G4_stride4",
-    "S64_ctx8_G8_stride8_docs",
+from helpers import GOLDEN, tiny_model
+from strided_cases import (
+    ANCHORS,
+    ARCHITECTURES,
+    IMPLEMENTATIONS,
+    NUM_GENERATED,
+    NUM_SAMPLES,
+    SEGMENTS,
+    VALID,
+    document_start,
+    next_token_logits,
+    padded_inputs,
+    random_tokens,
+    with_attention,
 )
-# two rows: two packed documents and padding; one document and padding. Row 0 has three anchors, row 1 two and an invalid slot.
-SEGMENTS = torch.tensor([[0] * 9 + [1] * 8 + [-1] * 3, [0] * 14 + [-1] * 6])
-ANCHORS = torch.tensor([[3, 6, 12], [3, 11, 1]])
-VALID = torch.tensor([[True, True, True], [True, True, False]])
-NUM_SAMPLES, NUM_GENERATED = 2, 3
+
+LAYOUT_CASES = ("S64_ctx8_G8_stride8", "S50_ctx4_G4_stride2", "S96_ctx16_G8_stride16", "S73_ctx9_G4_stride4")
+LAYOUT_CASES += ("S64_ctx8_G8_stride8_docs",)  # the only one with packed documents
 
 
-def with_attention(model, implementation: str):
-    model.set_attn_implementation(implementation)
-    return model
-
-
-def random_tokens(*shape: int, seed: int = 1, vocabulary: int = 300) -> torch.Tensor:
-    return torch.randint(2, vocabulary, shape, generator=torch.Generator().manual_seed(seed))
-
-
-@torch.no_grad()
-def next_token_logits(model, tokens: torch.Tensor) -> torch.Tensor:
-    """(T) tokens -> (T, V) logits, an ordinary forward of one sequence, with transformers' own mask and positions."""
-    return model(tokens[None], attention_mask=torch.ones(1, len(tokens), dtype=torch.long)).logits[0]
-
-
-def lone_rollout_logprobs(model, prefix: torch.Tensor, rollout: torch.Tensor, temperature: float) -> torch.Tensor:
-    """log softmax(logits / temperature) of one rollout's tokens after one prefix."""
-    logits = next_token_logits(model, torch.cat([prefix, rollout])) / temperature
-    return torch.stack([logits[len(prefix) + t - 1].log_softmax(-1)[token] for t, token in enumerate(rollout)])
-
-
-def document_start(segments: torch.Tensor, anchor: int) -> int:
-    """Index of the first token of the document that holds token anchor - 1 of a row."""
-    return int((segments == segments[anchor - 1]).nonzero()[0])
-
-
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Layout
 
 
 def golden_layout(case: str):
     """(golden arrays, our step-major layout of the same anchors, anchors, which windows lie in one document)."""
-    arrays = {
-        name: torch.from_numpy(array)
-        for name, array in np.load(GOLDEN / "layout.npz").items()
-        if name.startswith(f"{case}.")
-    }
-    arrays = {name.removeprefix(f"{case}."): array for name, array in arrays.items()}
+    arrays = {name: array for name, array in np.load(GOLDEN / "layout.npz").items() if name.startswith(f"{case}.")}
+    arrays = {name.removeprefix(f"{case}."): torch.from_numpy(array) for name, array in arrays.items()}
     length, context, num_generated, stride, num_anchors = arrays["meta"].tolist()
     anchors = (torch.arange(num_anchors) * stride + context).clamp_max(length - num_generated)
-    inside = [
-        arrays["doc_ids"][anchor - 1] == arrays["doc_ids"][anchor + num_generated - 1] for anchor in anchors.tolist()
-    ]
+    inside = arrays["doc_ids"][anchors - 1] == arrays["doc_ids"][anchors + num_generated - 1]
     segments = arrays["doc_ids"][None] if case.endswith("_docs") else torch.zeros(1, length, dtype=torch.long)
-    layout = pack_layout(
-        segments, anchors[None], torch.ones(1, num_anchors, dtype=torch.bool), 1, num_generated, step_major=True
-    )
-    return arrays, layout, anchors, torch.tensor(inside), num_generated
+    valid = torch.ones(1, num_anchors, dtype=torch.bool)
+    layout = pack_layout(segments, anchors[None], valid, 1, num_generated, step_major=True)
+    return arrays, layout, anchors, inside, num_generated
 
 
 @pytest.mark.parametrize("case", LAYOUT_CASES)
 def test_layout_equals_the_released_code(case):
-    """Mask and position ids, cell by cell; of packed documents only rollouts that stay in one (the others are no groups here)."""
+    """Mask and position ids, cell by cell.
+
+    Of packed documents only rollouts that stay in one document: the others are no groups here.
+    """
     arrays, layout, anchors, inside, num_generated = golden_layout(case)
     length = int(arrays["meta"][0])
     mask = dense_mask(layout)[0, 0]
@@ -106,9 +68,8 @@ def test_layout_equals_the_released_code(case):
     assert torch.equal(mask[rows], arrays["mask"][rows])
     assert torch.equal(layout.position_ids[0, rows], arrays["position_ids"][rows])
     assert inside.sum() >= 3 and (inside.all() != case.endswith("_docs"))
-    for index, anchor in enumerate(
-        anchors.tolist()
-    ):  # the first rollout token of an anchor sees no document token from the anchor on
+    # the first rollout token of an anchor sees no document token from the anchor on
+    for index, anchor in enumerate(anchors.tolist()):
         assert not mask[length + index, anchor:length].any()
 
 
@@ -123,9 +84,8 @@ def token_ranks(num_anchors: int, num_samples: int, num_generated: int) -> torch
 
 def test_anchor_major_is_a_permutation_of_step_major():
     """One predicate for both orders: training and decoding must not disagree on a single cell."""
-    layouts = [
-        pack_layout(SEGMENTS, ANCHORS, VALID, NUM_SAMPLES, NUM_GENERATED, step_major=order) for order in (False, True)
-    ]
+    inputs = (SEGMENTS, ANCHORS, VALID, NUM_SAMPLES, NUM_GENERATED)
+    layouts = [pack_layout(*inputs, step_major=step_major) for step_major in (False, True)]
     length = SEGMENTS.shape[1]
     order = torch.cat([torch.arange(length), length + token_ranks(3, NUM_SAMPLES, NUM_GENERATED)])
     anchor_major, step_major = (dense_mask(layout)[:, 0] for layout in layouts)
@@ -145,10 +105,8 @@ def described_tokens(row: int) -> list[dict]:
         anchor, valid = int(ANCHORS[row, slot]), bool(VALID[row, slot])
         for sample in range(NUM_SAMPLES):
             for step in range(NUM_GENERATED):
-                segment = segments[anchor - 1] if valid else None
-                tokens.append(
-                    {"kind": "rollout", "rollout": (slot, sample), "step": step, "anchor": anchor, "segment": segment}
-                )
+                token = {"kind": "rollout", "rollout": (slot, sample), "step": step, "anchor": anchor}
+                tokens.append({**token, "segment": segments[anchor - 1] if valid else None})
     return tokens
 
 
@@ -165,7 +123,10 @@ def sees(query: dict, key: dict) -> bool:
 
 
 def test_mask_equals_the_words():
-    """Packed documents, padding, an invalid anchor, two rows with different anchors, two samples: a loop over all pairs of tokens."""
+    """A loop over all pairs of tokens.
+
+    Packed documents, padding, an invalid anchor, two rows with different anchors, two samples.
+    """
     mask = dense_mask(pack_layout(SEGMENTS, ANCHORS, VALID, NUM_SAMPLES, NUM_GENERATED))
     expected = []
     for row in range(2):
@@ -176,7 +137,7 @@ def test_mask_equals_the_words():
 
 
 def test_positions_continue_the_document():
-    """Rollout token t after an anchor at position p of its document has position p + t, also in a later packed document."""
+    """Rollout token t has position p + t, where its anchor is token p of its document, packed or not."""
     layout = pack_layout(SEGMENTS, ANCHORS, VALID, NUM_SAMPLES, NUM_GENERATED)
     assert layout.position_ids[0, :20].tolist() == [*range(9), *range(8), *range(3)]
     assert layout.position_ids[0, 20:].tolist() == [3, 4, 5] * 2 + [6, 7, 8] * 2 + [3, 4, 5] * 2
@@ -184,12 +145,15 @@ def test_positions_continue_the_document():
     assert segment_positions(torch.tensor([[4, 4, 7, 7, 7, 4]])).tolist() == [[0, 1, 0, 1, 2, 0]]
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Blocks
 
 
 def reassembled(blocks, batch: int, num_steps: int) -> torch.Tensor:
-    """The mask (B, Q, L) that the blocks stand for: queries are the document (if it is there) and then the newest rollout tokens."""
+    """The mask (B, Q, L) that the blocks stand for.
+
+    Queries are the document (if it is there) and then the newest rollout tokens.
+    """
     num_newest = blocks.blocks[-1].end if blocks.blocks else 0
     length, offset = blocks.num_document, blocks.num_document if blocks.document_queries else 0
     mask = torch.zeros(batch, offset + num_newest, length + num_steps * num_newest, dtype=torch.bool)
@@ -211,7 +175,10 @@ SINGLE = (torch.zeros(1, 20, dtype=torch.long), torch.tensor([[3, 6, 12, 15]]), 
 @pytest.mark.parametrize("case", [(SEGMENTS, ANCHORS, VALID), SINGLE], ids=["packed", "single"])
 @pytest.mark.parametrize("queries_per_block", [1, 12, 256])
 def test_training_blocks_equal_the_dense_mask(monkeypatch, case, queries_per_block):
-    """A cell that a block leaves out must be empty, and a cell it has must be the mask's; anchors are spread over 1 to 4 blocks."""
+    """A cell that a block leaves out must be empty, and a cell that it has must be the mask's.
+
+    The anchors are spread over 1 to 4 blocks.
+    """
     monkeypatch.setattr(strided, "QUERIES_PER_BLOCK", queries_per_block)
     layout = pack_layout(*case, NUM_SAMPLES, NUM_GENERATED)
     blocks = strided_blocks(layout, document_queries=True)
@@ -220,9 +187,9 @@ def test_training_blocks_equal_the_dense_mask(monkeypatch, case, queries_per_blo
     assert len(blocks.blocks) == {1: num_anchors * NUM_SAMPLES, 12: -(-num_anchors // 2), 256: 1}[queries_per_block]
     assert (blocks.document_mask is None) == (case is SINGLE)
     if queries_per_block == 1:  # what a block leaves out is the speed: no document token behind its longest prefix
-        assert [block.prefix for block in blocks.blocks] == [
-            prefix for prefix in ([3, 6, 12, 15] if case is SINGLE else [3, 11, 12]) for _ in range(NUM_SAMPLES)
-        ]
+        prefixes = [3, 6, 12, 15] if case is SINGLE else [3, 11, 12]
+        expected = [prefix for prefix in prefixes for _ in range(NUM_SAMPLES)]
+        assert [block.prefix for block in blocks.blocks] == expected
 
 
 @pytest.mark.parametrize("case", [(SEGMENTS, ANCHORS, VALID), SINGLE], ids=["packed", "single"])
@@ -245,23 +212,25 @@ def test_blocks_of_a_document_alone():
     assert blocks.blocks == () and torch.equal(reassembled(blocks, 2, 1), dense_mask(layout)[:, 0])
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Anchors
 
 
 def test_anchors_by_hand():
-    """Windows of 3 in documents of 9 and 8: anchors 2, 4, 6 (window 6..8) and 2, 4 (6 would need token 8); rows of different number."""
-    anchors, valid = find_anchors(
-        SEGMENTS, SEGMENTS, context_length=2, min_completion_prefix=0, stride=2, num_generated=3
-    )
+    """Windows of 3 in documents of 9 and 8, by hand; rows have different numbers of anchors.
+
+    Document of 9: anchors 2, 4, 6 (its window is 6..8). Document of 8: 2, 4 (6 would need token 8).
+    """
+
+    def found(context_length: int, min_completion_prefix: int, stride: int):
+        places = dict(context_length=context_length, min_completion_prefix=min_completion_prefix, stride=stride)
+        return find_anchors(SEGMENTS, SEGMENTS, **places, num_generated=3)
+
+    anchors, valid = found(2, 0, 2)
     assert anchors.tolist() == [[2, 4, 6, 11, 13], [2, 4, 6, 8, 10]] and valid.all()
-    anchors, valid = find_anchors(
-        SEGMENTS, SEGMENTS, context_length=5, min_completion_prefix=0, stride=4, num_generated=3
-    )
+    anchors, valid = found(5, 0, 4)
     assert anchors.tolist() == [[5, 14], [5, 9]] and valid.all()
-    anchors, valid = find_anchors(
-        SEGMENTS, SEGMENTS, context_length=3, min_completion_prefix=6, stride=1, num_generated=3
-    )
+    anchors, valid = found(3, 6, 1)
     assert anchors.tolist() == [[6, 1, 1, 1, 1, 1], [6, 7, 8, 9, 10, 11]]
     assert valid.tolist() == [[True] + [False] * 5, [True] * 6]
 
@@ -279,15 +248,14 @@ def test_packing_changes_no_window():
         assert valid.all() and (anchors + 3 <= length).all()
         expected += [start + anchor for anchor in anchors[0].tolist()]
         start += length
-    assert (
-        packed_anchors[0].tolist() == expected and len(expected) == 4 + 1 + 3 + 1
-    )  # no room in those of 5 and 3 tokens
+    assert packed_anchors[0].tolist() == expected
+    assert len(expected) == 4 + 1 + 3 + 1  # no room in those of 5 and 3 tokens
     windows = truth_windows(index, packed_anchors, 3)
     assert windows[0, 0].tolist() == [8, 9, 10]
     assert (packed[0][windows] == packed[0][packed_anchors - 1].unsqueeze(-1)).all()
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Log-probs
 
 
@@ -305,43 +273,44 @@ def golden_forward():
     return arrays
 
 
+def lone_rollout_logprobs(model, prefix: torch.Tensor, rollout: torch.Tensor, temperature: float) -> torch.Tensor:
+    """log softmax(logits / temperature) of one rollout's tokens after one prefix."""
+    logits = next_token_logits(model, torch.cat([prefix, rollout])) / temperature
+    return torch.stack([logits[len(prefix) + t - 1].log_softmax(-1)[token] for t, token in enumerate(rollout)])
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_logprobs_equal_the_released_code(golden_model, golden_forward, implementation):
-    """Guards the predictor positions (a peer read its left neighbour's state: -12.1 instead of -1.05), the temperature and every mask rendering."""
+    """Guards the positions of the predictors, the temperature and every rendering of the mask.
+
+    A peer read its left neighbour's state: -12.1 instead of -1.05.
+    """
     golden, model = golden_forward, with_attention(golden_model, implementation)
+    tokens, rollouts, anchors = golden["doc"], golden["rollouts"], golden["anchors"]
+    segments, valid = torch.zeros_like(tokens), torch.ones(2, 4, dtype=torch.bool)
     temperature = golden["temperature"].item()
     with torch.no_grad():
-        ours = rollout_logprobs(model, golden["doc"], golden["rollouts"], golden["anchors"], temperature)
-        _, document = strided_logprobs(
-            model,
-            golden["doc"],
-            torch.zeros_like(golden["doc"]),
-            golden["rollouts"],
-            golden["anchors"],
-            torch.ones(2, 4, dtype=torch.bool),
-            temperature,
-            False,
-        )
+        ours = rollout_logprobs(model, tokens, rollouts, anchors, temperature)
+        _, document = strided_logprobs(model, tokens, segments, rollouts, anchors, valid, temperature, False)
     torch.testing.assert_close(ours, golden["rollout_logprobs"], atol=1e-4, rtol=0)
     torch.testing.assert_close(-document, golden["doc_nll"], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_logprobs_equal_one_sequence_at_a_time(architecture):
-    """Every supported architecture honours mask and positions; anchors differ by row, and reach both ends of the document."""
+    """Every supported architecture honours mask and positions.
+
+    Anchors differ by row, and reach both ends of the document.
+    """
     model = with_attention(tiny_model(architecture, **ARCHITECTURES[architecture]), "strided_sdpa")
-    document, rollouts, anchors = (
-        random_tokens(2, 12),
-        random_tokens(2, 3, 2, 4, seed=2),
-        torch.tensor([[1, 5, 12], [2, 6, 8]]),
-    )
+    document, rollouts = random_tokens(2, 12), random_tokens(2, 3, 2, 4, seed=2)
+    anchors = torch.tensor([[1, 5, 12], [2, 6, 8]])
     with torch.no_grad():
         packed = rollout_logprobs(model, document, rollouts, anchors, 0.6)
     expected = torch.empty_like(packed)
     for row, slot, sample in np.ndindex(2, 3, 2):
-        expected[row, slot, sample] = lone_rollout_logprobs(
-            model, document[row, : anchors[row, slot]], rollouts[row, slot, sample], 0.6
-        )
+        prefix = document[row, : anchors[row, slot]]
+        expected[row, slot, sample] = lone_rollout_logprobs(model, prefix, rollouts[row, slot, sample], 0.6)
     torch.testing.assert_close(packed, expected, atol=1e-4, rtol=0)
     assert packed.std() > 0.3
 
@@ -350,11 +319,8 @@ def test_logprobs_equal_one_sequence_at_a_time(architecture):
 def test_logprobs_of_very_short_rollouts(num_generated):
     """ebft.generate_max_len: 1 is allowed: then no rollout token is fed at all."""
     model = with_attention(tiny_model(), "strided_sdpa")
-    document, rollouts, anchors = (
-        random_tokens(1, 10),
-        random_tokens(1, 2, 2, num_generated, seed=2),
-        torch.tensor([[3, 7]]),
-    )
+    document, rollouts = random_tokens(1, 10), random_tokens(1, 2, 2, num_generated, seed=2)
+    anchors = torch.tensor([[3, 7]])
     with torch.no_grad():
         packed = rollout_logprobs(model, document, rollouts, anchors, 0.6)
     for slot, sample in np.ndindex(2, 2):
@@ -362,14 +328,12 @@ def test_logprobs_of_very_short_rollouts(num_generated):
         torch.testing.assert_close(packed[0, slot, sample], expected, atol=1e-4, rtol=0)
 
 
-def padded_inputs():
-    """Tokens, segments, rollouts, anchors, validity of SEGMENTS' two rows."""
-    return random_tokens(2, 20), SEGMENTS, random_tokens(2, 3, NUM_SAMPLES, NUM_GENERATED, seed=2), ANCHORS, VALID
-
-
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_padding_and_packing_change_no_logprob(implementation):
-    """Two rows that are padded differently, one with two documents: each rollout, and each document token, as if it were alone."""
+    """Each rollout, and each document token, as if it were alone.
+
+    The two rows are padded differently, and one has two documents.
+    """
     model = with_attention(tiny_model(), implementation)
     tokens, segments, rollouts, anchors, valid = padded_inputs()
     with torch.no_grad():
@@ -389,23 +353,20 @@ def test_padding_and_packing_change_no_logprob(implementation):
 
 @pytest.mark.parametrize("implementation", ["strided_sdpa", "sdpa"])
 def test_invalid_anchors_and_padding_leave_the_gradient_alone(implementation):
-    """A fully masked row would be NaN, and NaN * 0 is NaN in every weight; a finite leak would show in the comparison with the row alone."""
+    """A fully masked row would be NaN, and NaN * 0 is NaN in every weight.
+
+    A finite leak would show in the comparison with the row alone.
+    """
     model = with_attention(tiny_model(), implementation)
     tokens, segments, rollouts, anchors, valid = padded_inputs()
 
     def gradients(rows, slots, length):
-        inputs = (
-            tokens[rows, :length],
-            segments[rows, :length],
-            rollouts[rows, :slots],
-            anchors[rows, :slots],
-            valid[rows, :slots],
-        )
-        logps, _ = strided_logprobs(model, *inputs, 0.6, False)
-        counted = inputs[-1].unsqueeze(-1).expand(-1, -1, NUM_SAMPLES)
-        return torch.autograd.grad(
-            policy_gradient_loss(logps, torch.ones(counted.shape), counted, 1), list(model.parameters())
-        )
+        documents = tokens[rows, :length], segments[rows, :length]
+        groups = rollouts[rows, :slots], anchors[rows, :slots], valid[rows, :slots]
+        logps, _ = strided_logprobs(model, *documents, *groups, 0.6, False)
+        counted = groups[-1].unsqueeze(-1).expand(-1, -1, NUM_SAMPLES)
+        loss = policy_gradient_loss(logps, torch.ones(counted.shape), counted, 1)
+        return torch.autograd.grad(loss, list(model.parameters()))
 
     together = gradients(slice(0, 2), 3, 20)
     alone = [gradients(slice(0, 1), 3, 17), gradients(slice(1, 2), 2, 14)]  # nothing padded, nothing invalid
@@ -413,12 +374,15 @@ def test_invalid_anchors_and_padding_leave_the_gradient_alone(implementation):
         torch.testing.assert_close(whole, first + second, atol=2e-4, rtol=1e-4)
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Gradients
 
 
 def copied_document_loss(model, document, rollouts, anchors, advantages, temperature):
-    """The released code's layout, plainly: the document once for each sample, [document | step 0 of all anchors | step 1 ..], full logits."""
+    """The released code's layout, plainly, with full logits.
+
+    One copy of the document for each sample: [document | step 0 of all anchors | step 1 ..].
+    """
     batch, num_anchors, num_samples, num_generated = rollouts.shape
     length, total = document.shape[1], document.shape[1] + num_generated * num_anchors
     loss, where = 0.0, [(step, slot) for step in range(num_generated) for slot in range(num_anchors)]
@@ -431,20 +395,15 @@ def copied_document_loss(model, document, rollouts, anchors, advantages, tempera
             mask[query, : anchors[row, slot]] = True
             mask[query, [length + earlier * num_anchors + slot for earlier in range(step + 1)]] = True
             positions.append(int(anchors[row, slot]) + step)
-        ids = torch.stack(
-            [torch.cat([document[row], rollouts[row, :, sample].T.flatten()]) for sample in range(num_samples)]
-        )
-        position_ids = torch.tensor(positions).expand(num_samples, -1)
-        logits = model(
-            ids, attention_mask=mask.expand(num_samples, 1, -1, -1), position_ids=position_ids, use_cache=False
-        ).logits
+        copies = [torch.cat([document[row], rollouts[row, :, sample].T.flatten()]) for sample in range(num_samples)]
+        mask, position_ids = mask.expand(num_samples, 1, -1, -1), torch.tensor(positions).expand(num_samples, -1)
+        logits = model(torch.stack(copies), attention_mask=mask, position_ids=position_ids, use_cache=False).logits
         logps = (logits / temperature).log_softmax(-1)
         for step, slot in where:
             predictor = int(anchors[row, slot]) - 1 if step == 0 else length + (step - 1) * num_anchors + slot
             for sample in range(num_samples):
-                loss = (
-                    loss - advantages[row, slot, sample] * logps[sample, predictor, rollouts[row, slot, sample, step]]
-                )
+                token = rollouts[row, slot, sample, step]
+                loss = loss - advantages[row, slot, sample] * logps[sample, predictor, token]
     return loss / rollouts.numel()
 
 
@@ -452,27 +411,22 @@ def copied_document_loss(model, document, rollouts, anchors, advantages, tempera
 def gradient_case():
     """Inputs, and the copied-document layout's loss and gradients."""
     document, rollouts = random_tokens(2, 14), random_tokens(2, 3, 2, 4, seed=2)
-    anchors, advantages = (
-        torch.tensor([[2, 6, 10], [3, 5, 9]]),
-        torch.randn(2, 3, 2, generator=torch.Generator().manual_seed(3)),
-    )
+    anchors = torch.tensor([[2, 6, 10], [3, 5, 9]])
+    advantages = torch.randn(2, 3, 2, generator=torch.Generator().manual_seed(3))
     model = with_attention(tiny_model(), "sdpa")
     loss = copied_document_loss(model, document, rollouts, anchors, advantages, 0.6)
     loss.backward()
-    return (
-        document,
-        rollouts,
-        anchors,
-        advantages,
-        loss.item(),
-        {name: parameter.grad for name, parameter in model.named_parameters()},
-    )
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    return document, rollouts, anchors, advantages, loss.item(), gradients
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_gradients_equal_the_copied_document_layout(monkeypatch, gradient_case, implementation, checkpointing):
-    """One shared document must give the policy gradient of n copies of it, in every parameter; also when layers are recomputed."""
+    """One shared document must give the policy gradient of n copies of it, in every parameter.
+
+    Also when layers are recomputed.
+    """
     monkeypatch.setattr(strided, "QUERIES_PER_BLOCK", 6)
     document, rollouts, anchors, advantages, expected_loss, expected = gradient_case
     model = with_attention(tiny_model(), implementation).train()
@@ -483,9 +437,8 @@ def test_gradients_equal_the_copied_document_layout(monkeypatch, gradient_case, 
     loss.backward()
     assert abs(loss.item() - expected_loss) < 1e-5
     for name, parameter in model.named_parameters():
-        torch.testing.assert_close(
-            parameter.grad, expected[name], atol=1e-5, rtol=0, msg=lambda text, name=name: f"{name}: {text}"
-        )
+        found, wanted = {name: parameter.grad}, {name: expected[name]}  # the name is then in the message
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
         assert expected[name].abs().max() > 1e-4, name
 
 
@@ -500,216 +453,8 @@ def test_document_logprobs_carry_a_gradient_only_when_asked():
     assert nothing is None and document.requires_grad
 
 
-class Waits(TorchDispatchMode):
-    """Counts where a number is read out of a tensor (int(), bool(), item()): on a GPU the program waits there until all that was begun is done."""
-
-    def __init__(self):
-        super().__init__()
-        self.number = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.number += function is torch.ops.aten._local_scalar_dense.default
-        return function(*args, **kwargs or {})
-
-
-def test_decoding_never_waits_for_the_device(monkeypatch):
-    """With FlexAttention (its kernel replaced by the dense mask of the same predicate: a dispatch mode and a compiled kernel exclude each other)."""
-
-    def dense_attention(query, key, value, *, block_mask, scale, enable_gqa):
-        row, index, keys = (torch.arange(size) for size in (query.shape[0], query.shape[2], key.shape[2]))
-        mask = block_mask.mask_mod(row[:, None, None], 0, index[:, None], keys[None])
-        return torch.nn.functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask[:, None], scale=scale, enable_gqa=enable_gqa
-        )
-
-    monkeypatch.setattr(flex, "_compiled_flex_attention", dense_attention)
-    document, uniforms = (
-        random_tokens(2, 20),
-        torch.rand(2, 3, NUM_SAMPLES, 4, generator=torch.Generator().manual_seed(2)),
-    )
-    rollouts, waits = {}, {}
-    for implementation in ("strided_flex", "strided_sdpa"):
-        with Waits() as counted:
-            rollouts[implementation] = generate_rollouts(
-                with_attention(tiny_model(), implementation), document, SEGMENTS, ANCHORS, VALID, 0.6, uniforms
-            )
-        waits[implementation] = counted.number
-    assert torch.equal(rollouts["strided_flex"][VALID], rollouts["strided_sdpa"][VALID])
-    assert waits["strided_flex"] == 0 and waits["strided_sdpa"] > 3  # it cuts its blocks by the anchors
-
-
 def test_unknown_attention_is_refused():
     model = tiny_model()
     model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match="flash_attention_2.*strided_sdpa, strided_flex, sdpa, eager"):
         rollout_logprobs(model, random_tokens(1, 8), random_tokens(1, 1, 2, 3), torch.tensor([[4]]), 1.0)
-
-
-# ---------------------------------------------------------------------------------------------------------------------------------------
-# Generation
-
-UNIFORMS = torch.rand(2, 3, NUM_SAMPLES, NUM_GENERATED, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
-
-
-def naive_rollout(model, prefix: torch.Tensor, uniforms, temperature: float) -> list[int]:
-    """Token after token, each from a fresh forward over everything: the first token whose cumulative probability exceeds the uniform number."""
-    tokens = prefix
-    for uniform in uniforms:
-        cumulative = (next_token_logits(model, tokens)[-1] / temperature).softmax(-1).double().cumsum(-1)
-        drawn = next(token for token, mass in enumerate((cumulative / cumulative[-1]).tolist()) if mass > uniform)
-        tokens = torch.cat([tokens, torch.tensor([drawn])])
-    return tokens[len(prefix) :].tolist()
-
-
-@pytest.fixture(scope="module")
-def naive_rollouts():
-    """All rollouts at valid anchors of SEGMENTS' rows, one by one, without a cache."""
-    model, (tokens, segments, _, anchors, valid) = with_attention(tiny_model(), "sdpa"), padded_inputs()
-    rollouts = {}
-    for row, slot, sample in np.ndindex(2, 3, NUM_SAMPLES):
-        if valid[row, slot]:
-            anchor = int(anchors[row, slot])
-            prefix = tokens[row, document_start(segments[row], anchor) : anchor]
-            rollouts[row, slot, sample] = naive_rollout(model, prefix, UNIFORMS[row, slot, sample].tolist(), 0.6)
-    return rollouts
-
-
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_rollouts_equal_a_loop_without_cache(monkeypatch, naive_rollouts, implementation, training):
-    """Packed documents, padding, two rows. In train mode checkpointing empties the cache and rollouts are garbage."""
-    monkeypatch.setattr(strided, "QUERIES_PER_BLOCK", 4)
-    model = with_attention(tiny_model(), implementation).train(training)
-    if training:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    tokens, segments, _, anchors, valid = padded_inputs()
-    rollouts = generate_rollouts(model, tokens, segments, anchors, valid, 0.6, UNIFORMS)
-    assert rollouts.shape == UNIFORMS.shape and ((rollouts >= 0) & (rollouts < 300)).all()
-    assert {place: rollouts[place].tolist() for place in naive_rollouts} == naive_rollouts
-    assert len({tuple(rollout) for rollout in naive_rollouts.values()}) > 5
-    assert all(module.training == training for module in model.modules())
-
-
-@pytest.mark.parametrize("architecture", ["qwen3", "mistral", "gemma3_text"])
-def test_cached_rollouts_of_other_architectures(architecture):
-    """A sliding layer's own cache drops keys by count: here 18 are cached, the window is 12, and no rollout has more than 10 tokens before it."""
-    model = with_attention(
-        tiny_model(architecture, **{**ARCHITECTURES[architecture], "sliding_window": 12}), "strided_sdpa"
-    )
-    document, anchors, uniforms = random_tokens(1, 10), torch.tensor([[2, 7]]), UNIFORMS[:1, :2]
-    rollouts = generate_rollouts(
-        model, document, torch.zeros_like(document), anchors, torch.ones(1, 2, dtype=torch.bool), 0.6, uniforms
-    )
-    for slot, sample in np.ndindex(2, NUM_SAMPLES):
-        expected = naive_rollout(model, document[0, : anchors[0, slot]], uniforms[0, slot, sample].tolist(), 0.6)
-        assert rollouts[0, slot, sample].tolist() == expected
-
-
-def test_single_token_rollouts():
-    model, document, anchors = (
-        with_attention(tiny_model(), "strided_sdpa"),
-        random_tokens(1, 10),
-        torch.tensor([[2, 7]]),
-    )
-    uniforms = UNIFORMS[:1, :2, :, :1]
-    rollouts = generate_rollouts(
-        model, document, torch.zeros_like(document), anchors, torch.ones(1, 2, dtype=torch.bool), 0.6, uniforms
-    )
-    expected = [
-        [naive_rollout(model, document[0, :anchor], uniforms[0, slot, sample].tolist(), 0.6) for sample in range(2)]
-        for slot, anchor in enumerate((2, 7))
-    ]
-    assert rollouts[0].tolist() == expected
-
-
-def test_low_temperature_is_greedy():
-    """Whatever the uniform numbers: softmax(logits / temperature) becomes the argmax."""
-    model, document, anchors = (
-        with_attention(tiny_model(), "strided_sdpa"),
-        random_tokens(1, 10),
-        torch.tensor([[2, 7]]),
-    )
-    rollouts = generate_rollouts(
-        model, document, torch.zeros_like(document), anchors, torch.ones(1, 2, dtype=torch.bool), 1e-4, UNIFORMS[:1, :2]
-    )
-    for slot, anchor in enumerate((2, 7)):
-        tokens = document[0, :anchor]
-        for _ in range(NUM_GENERATED):
-            tokens = torch.cat([tokens, next_token_logits(model, tokens)[-1].argmax()[None]])
-        assert rollouts[0, slot].tolist() == [tokens[anchor:].tolist()] * NUM_SAMPLES
-
-
-def test_mode_is_restored_after_an_error(monkeypatch):
-    """A run that catches the error and goes on must not train in eval mode."""
-    model, document = with_attention(tiny_model(), "strided_sdpa").train(), random_tokens(1, 10)
-    monkeypatch.setattr(strided, "sample_tokens", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        generate_rollouts(
-            model,
-            document,
-            torch.zeros_like(document),
-            torch.tensor([[4]]),
-            torch.tensor([[True]]),
-            1.0,
-            UNIFORMS[:1, :1],
-        )
-    assert all(module.training for module in model.modules())
-
-
-def test_sampled_frequencies_are_the_softmax():
-    """10,000 evenly spread numbers through the inverse distribution function: each token's share is its probability, to 1/10,000."""
-    generator = torch.Generator().manual_seed(5)
-    hidden, weight, bias = (torch.randn(*shape, generator=generator) for shape in ((2, 6), (12, 6), (12,)))
-    weight = 0.3 * weight
-    uniforms = ((torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000).expand(2, -1)
-    drawn = sample_tokens(hidden, weight, bias, 0.7, uniforms)
-    shares = torch.stack([row.bincount(minlength=12) for row in drawn]) / 10_000
-    torch.testing.assert_close(shares, ((hidden @ weight.T + bias) / 0.7).softmax(-1), atol=1.1e-4, rtol=0)
-    assert shares.max() < 0.9
-
-
-def test_impossible_tokens_are_never_drawn():
-    """Probability 0 at both ends of the vocabulary and in the middle, at the smallest and the largest uniform number."""
-    bias = torch.tensor([-1e4, 0.0, -1e4, 0.0, -1e4])
-    uniforms = torch.tensor([[0.0, 0.4999, 0.5, 1 - 2**-40]], dtype=torch.float64)
-    assert sample_tokens(torch.zeros(1, 2), torch.zeros(5, 2), bias, 1.0, uniforms).tolist() == [[1, 1, 3, 3]]
-
-
-def test_many_rows_are_sampled_in_chunks(monkeypatch):
-    monkeypatch.setattr("ebft_utils.algorithm.losses.LOGITS_PER_CHUNK", 1)
-    generator = torch.Generator().manual_seed(6)
-    hidden, weight, uniforms = (
-        torch.randn(37, 6, generator=generator),
-        torch.randn(12, 6, generator=generator),
-        torch.rand(37, 3, generator=generator),
-    )
-    chunked = sample_tokens(hidden, weight, None, 0.7, uniforms)
-    rows = [sample_tokens(hidden[row, None], weight, None, 0.7, uniforms[row, None]) for row in range(37)]
-    assert torch.equal(chunked, torch.cat(rows)) and len(chunked.unique()) > 6
-
-
-def test_the_scored_policy_is_the_sampling_policy(monkeypatch):
-    """The ratio of an unchanged policy is 1: log-probs that the sampler drew from equal those the loss scores."""
-    model, document, anchors = (
-        with_attention(tiny_model(), "strided_sdpa"),
-        random_tokens(2, 16),
-        torch.tensor([[2, 7, 12], [3, 6, 9]]),
-    )
-    drawn_logps, sample = [], strided.sample_tokens
-
-    def spy(hidden, weight, bias, temperature, uniforms):
-        tokens = sample(hidden, weight, bias, temperature, uniforms)
-        drawn_logps.append(
-            ((hidden @ weight.T) / temperature).log_softmax(-1).gather(-1, tokens).view(2, 3, NUM_SAMPLES)
-        )
-        return tokens
-
-    monkeypatch.setattr(strided, "sample_tokens", spy)
-    rollouts = generate_rollouts(
-        model, document, torch.zeros_like(document), anchors, torch.ones(2, 3, dtype=torch.bool), 0.6, UNIFORMS
-    )
-    with torch.no_grad():
-        scored = rollout_logprobs(model, document, rollouts, anchors, 0.6)
-        other = rollout_logprobs(model, document, rollouts, anchors, 1.0)
-    torch.testing.assert_close(scored, torch.stack(drawn_logps, dim=-1), atol=1e-4, rtol=0)
-    assert (scored - other).abs().mean() > 0.05

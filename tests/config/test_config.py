@@ -44,7 +44,7 @@ def refusal(file, *overrides) -> str:
     return str(caught.value)
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Reading
 
 
@@ -185,7 +185,7 @@ def test_every_option_is_described():
     assert len(sections) == 6 and undescribed == []
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Refusals: (override, words that the message must hold). Each is tried in the file and on the command line.
 
 REFUSALS = {
@@ -249,7 +249,9 @@ REFUSALS = {
 
 @pytest.mark.parametrize("override, words", REFUSALS.values(), ids=REFUSALS)
 def test_refusal_names_where_key_value_and_what_is_allowed(minimal, tmp_path, override, words):
-    """Guards against a wrong value that is accepted, changed in silence, or refused without saying where, what and what else."""
+    """Guards against a wrong value that is accepted, changed in silence, or refused without saying where, what and what
+    else.
+    """
     message = refusal(minimal, override)
     assert message.startswith("command line: ")
     assert [word for word in words if word not in message] == []
@@ -306,7 +308,9 @@ def test_refusal_of_two_values_points_to_the_overridden_one(minimal, override, c
     ids=["list", "text", "empty", "unclosed", "tab", "impossible date", "section given twice"],
 )
 def test_unusable_yaml(tmp_path, content, words):
-    """Guards against a traceback of the YAML parser; and against a second `train:` that silently throws the first one away."""
+    """Guards against a traceback of the YAML parser; and against a second `train:` that silently throws the first one
+    away.
+    """
     file = tmp_path / "broken.yaml"
     file.write_text(content)
     message = refusal(file)

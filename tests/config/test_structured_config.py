@@ -8,9 +8,10 @@ import pytest
 import yaml
 
 import serve_vllm
-from conftest import ROOT, assert_holds
-from ebft_utils.config.modes import StridedConfig, StructuredConfig, StructuredEBFTConfig, VLLMConfig, load_config
+from ebft_utils.config.modes import StridedConfig, StructuredConfig, load_config
+from ebft_utils.config.sections import StructuredEBFTConfig, VLLMConfig
 from ebft_utils.config.settings import UserError
+from helpers import ROOT, assert_holds
 
 TREE = {"model": {"name_or_path": "some/model"}, "data": {"dataset": "rows.jsonl"}, "train": {"output_dir": "runs/x"}}
 
@@ -150,7 +151,9 @@ def test_without_vllm(file):
     ],
 )
 def test_what_it_prints_and_becomes(file, monkeypatch, capsys, host, key, warned):
-    """The exact command; a warning on an address that others reach; the key in the environment, where the process list does not show it."""
+    """The exact command; a warning on an address that others reach; the key in the environment, where the process list
+    does not show it.
+    """
     became = []
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
     monkeypatch.setattr(serve_vllm.importlib.util, "find_spec", lambda name: name)

@@ -12,11 +12,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from ebft_utils.config.data import ColumnsConfig, EvalConfig, TextDataConfig
-from ebft_utils.config.modes import ModelConfig, StridedConfig, StridedEBFTConfig, TrainConfig
+from ebft_utils.config.modes import StridedConfig
+from ebft_utils.config.sections import ModelConfig, StridedEBFTConfig, TrainConfig
 from ebft_utils.config.settings import UserError
-from ebft_utils.data.documents import Document, load_documents, table_of
-from ebft_utils.data.rows import Rows, load_rows, make_batch, pack_documents, rollout_uniforms, rows_of_step
+from ebft_utils.data.batches import make_batch, rollout_uniforms
+from ebft_utils.data.documents import Document
+from ebft_utils.data.rows import Rows, load_rows, pack_documents, rows_of_step
 from ebft_utils.data.sources import load_table, training_sources
+from ebft_utils.data.tables import load_documents, table_of
 
 EOS, PAD = 0, 1
 
@@ -67,7 +70,7 @@ def contents(rows: Rows) -> list:
     return [[document.tokens for document in rows[row]] for row in range(len(rows))]
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Sources
 
 
@@ -109,7 +112,9 @@ def test_splits_of_files_and_of_folders(tmp_path, split, expected):
 
 
 def test_folder_of_source_files(tmp_path):
-    """Guards against an unsorted walk (another order on another machine), files of other kinds, and empty files as documents."""
+    """Guards against an unsorted walk (another order on another machine), files of other kinds, and empty files as
+    documents.
+    """
     (tmp_path / "b").mkdir()
     for name, text in {
         "z.py": "zz\n",
@@ -131,7 +136,9 @@ def test_folder_of_row_files(tmp_path):
 
 
 def test_standard_library():
-    """Guards against tests or installed packages being taken for the standard library, and against an order that varies."""
+    """Guards against tests or installed packages being taken for the standard library, and against an order that
+    varies.
+    """
     first = texts_of("python_stdlib", "train[:5]")
     assert len(first) == 5 and first == texts_of("python_stdlib", "train")[:5]
     whole = texts_of("python_stdlib")
@@ -145,7 +152,9 @@ def test_standard_library():
     ["zero.jsonl", "zero.txt", "zero.csv", "zero.parquet", "header.csv", "blank.jsonl", "empty_folder", "no_rows"],
 )
 def test_empty_dataset_is_called_empty(tmp_path, name):
-    """Guards against an empty file that ends in a traceback (StopIteration), or in 'An error occurred while generating the dataset'."""
+    """Guards against an empty file that ends in a traceback (StopIteration), or in 'An error occurred while generating
+    the dataset'.
+    """
     path = tmp_path / name
     split = "train"
     if name == "empty_folder":
@@ -178,12 +187,15 @@ def test_unreadable_file_says_why(tmp_path, name, content, words):
 
 
 def test_missing_things_are_named(tmp_path):
-    """Guards against a missing file being looked for on the hub, and against messages that name neither source nor remedy."""
+    """Guards against a missing file being looked for on the hub, and against messages that name neither source nor
+    remedy.
+    """
     path = write_jsonl(tmp_path / "texts.jsonl", ["a"], column="body")
     (tmp_path / "notes.md").write_text("text")
     assert (
         refusal(texts_of, path)
-        == f"data: {str(path)!r} has no column 'text'; it has body: set data.columns.text, or another data.transform than text"
+        == f"data: {str(path)!r} has no column 'text'; it has body: set data.columns.text, or another data.transform"
+        " than text"
     )
     assert "does not exist" in refusal(texts_of, tmp_path / "none.jsonl")
     message = refusal(texts_of, tmp_path / "notes.md")
@@ -206,7 +218,7 @@ def test_source_file_that_is_not_text(tmp_path):
     assert str(tmp_path / "bad.py") in message and "UTF-8" in message and "data.file_pattern" in message
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Documents
 
 
@@ -216,7 +228,9 @@ def documents_of(path, tokenizer, text_column="text", **data) -> list[list[int]]
 
 
 def test_truncation_and_end_of_document_token(tmp_path, tokenizer):
-    """Guards against an EOS in the middle of a cut document, a row of sequence_length + 1 tokens, and a whole document without EOS."""
+    """Guards against an EOS in the middle of a cut document, a row of sequence_length + 1 tokens, and a whole document
+    without EOS.
+    """
     path = write_jsonl(tmp_path / "texts.jsonl", [words(*range(10, 10 + length)) for length in (7, 8, 9, 20, 4)])
     assert documents_of(path, tokenizer) == [
         [*range(10, 17), EOS],
@@ -294,7 +308,7 @@ def test_no_row_long_enough(tmp_path, tokenizer):
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Batches
 
 
@@ -335,7 +349,9 @@ def test_make_batch_by_hand():
 
 
 def test_make_batch_of_packed_rows_by_hand():
-    """Guards against windows over a document's end, and anchors that count from the row's start instead of the document's."""
+    """Guards against windows over a document's end, and anchors that count from the row's start instead of the
+    document's.
+    """
     rows = rows_from([[10, 11, 12, 13, 14], [20, 21, 22, 23, 24, 25]], [[30, 31, 32, 33]])
     batch = make_batch(rows, [0, 1], [0, 1], PAD, context_length=3, min_completion_prefix=0, stride=1, num_generated=2)
     assert batch.document_ids.tolist() == [[10, 11, 12, 13, 14, 20, 21, 22, 23, 24, 25], [30, 31, 32, 33] + [PAD] * 7]
@@ -395,7 +411,7 @@ def test_pack_documents():
     assert pack_documents(lengths, 10, seed=1) != together.members
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Order
 
 
@@ -432,12 +448,14 @@ def test_order_changes_with_the_seed_only():
     assert step_of(50, 0, 50, seed=1) != list(range(50))
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Random numbers of the rollouts
 
 
 def test_uniforms_belong_to_the_row():
-    """Guards against rollouts that depend on the other rows of the batch, their order, or how many anchors the longest of them has."""
+    """Guards against rollouts that depend on the other rows of the batch, their order, or how many anchors the longest
+    of them has.
+    """
     together = rollout_uniforms(0, [7, 2, 9], 5, 4, 6)
     assert together.shape == (3, 5, 4, 6)
     assert torch.equal(together[1], rollout_uniforms(0, [2], 5, 4, 6)[0])
@@ -446,7 +464,9 @@ def test_uniforms_belong_to_the_row():
 
 
 def test_uniforms_are_uniform_and_differ():
-    """Guards against siblings, anchors, rows, steps or seeds that share their numbers: they would all draw the same rollout."""
+    """Guards against siblings, anchors, rows, steps or seeds that share their numbers: they would all draw the same
+    rollout.
+    """
     shape = (10, 8, 25)
     draws = [rollout_uniforms(seed, [key], *shape) for seed, key in [(0, 0), (1, 0), (0, 1), (1, 1), (2, 2)]]
     numbers = torch.cat(draws).flatten()
@@ -455,7 +475,7 @@ def test_uniforms_are_uniform_and_differ():
     assert abs(numbers.mean().item() - 0.5) < 0.015 and abs(numbers.std().item() - 12**-0.5) < 0.01  # 5 standard errors
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Held-out documents
 
 
@@ -471,7 +491,9 @@ def names(rows: Rows) -> set[int]:
 
 @pytest.mark.parametrize("packing", [False, True])
 def test_held_out_documents_are_never_trained_on(thirty, tokenizer, packing):
-    """Guards against leakage, lost documents, and a held-out set that changes with train.seed (runs could not be compared)."""
+    """Guards against leakage, lost documents, and a held-out set that changes with train.seed (runs could not be
+    compared).
+    """
     held = {}
     for seed in (0, 1):
         train, held_out = load_rows(
@@ -492,7 +514,9 @@ def test_held_out_documents_are_never_trained_on(thirty, tokenizer, packing):
 
 @pytest.mark.parametrize("source", ["the same", "its own"])
 def test_copies_of_held_out_documents_are_not_trained_on(tmp_path, tokenizer, source, capsys):
-    """Guards against leakage through texts that a data set holds twice (the standard library does), or through eval.dataset being data.dataset."""
+    """Guards against leakage through texts that a data set holds twice (the standard library does), or through
+    eval.dataset being data.dataset.
+    """
     path = write_jsonl(tmp_path / "twice.jsonl", [words(*[100 + number // 2] * 6) for number in range(20)])
     evaluation = {"num_documents": 5, **({"dataset": str(path), "split": "train"} if source == "its own" else {})}
     train, held_out = load_rows(config_of(path, evaluation=evaluation), tokenizer)
@@ -530,7 +554,9 @@ def test_evaluation_dataset_of_its_own(thirty, tmp_path, tokenizer):
 
 @pytest.mark.parametrize("only", [False, True])
 def test_default_number_of_held_out_documents(thirty, tmp_path, tokenizer, only):
-    """Guards against a small data set being refused, and against eval.only choosing other documents than the ones that training held out."""
+    """Guards against a small data set being refused, and against eval.only choosing other documents than the ones that
+    training held out.
+    """
     train, held_out = load_rows(config_of(thirty, evaluation={"num_documents": None, "only": only}), tokenizer)
     assert contents(held_out) == contents(load_rows(config_of(thirty, evaluation={"num_documents": 3}), tokenizer)[1])
     few = write_jsonl(tmp_path / "few.jsonl", [words(*[500 + number] * 5) for number in range(8)])

@@ -1,4 +1,6 @@
-"""Prompt + completion data: what becomes of a row as tokens, which rows are refused and how, conversations turn by turn, thinking parts."""
+"""Prompt + completion data: what becomes of a row as tokens, which rows are refused and how, conversations turn by
+turn, thinking parts.
+"""
 
 import ast
 import json
@@ -6,9 +8,9 @@ import json
 import pytest
 import torch
 
-from conftest import assert_holds, tiny_tokenizer
 from ebft_utils.config.data import ColumnsConfig, EvalConfig, PromptDataConfig
-from ebft_utils.config.modes import ModelConfig, StructuredConfig, StructuredEBFTConfig, TrainConfig
+from ebft_utils.config.modes import StructuredConfig
+from ebft_utils.config.sections import ModelConfig, StructuredEBFTConfig, TrainConfig
 from ebft_utils.config.settings import UserError
 from ebft_utils.data.documents import Tokenizing
 from ebft_utils.data.prompts import (
@@ -23,8 +25,12 @@ from ebft_utils.data.prompts import (
 )
 from ebft_utils.data.rows import load_rows
 from ebft_utils.data.sources import stdlib_functions, training_sources
+from helpers import assert_holds, tiny_tokenizer
 
-TEMPLATE = "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<eos>\n{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<eos>\n{% endfor %}{% if"
+    " add_generation_prompt %}<|assistant|>{% endif %}"
+)
 
 
 def config_of(source="unused", *, data=None, ebft=None, evaluation=None) -> StructuredConfig:
@@ -71,7 +77,9 @@ def test_text_as_tokens(tokenizer):
 
 
 def test_messages_as_tokens(tokenizer):
-    """Prompt and answers together are the whole conversation in the chat template, and only the answers with their end-of-text tokens are written."""
+    """Prompt and answers together are the whole conversation in the chat template, and only the answers with their
+    end-of-text tokens are written.
+    """
     row = {
         "prompt": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}],
         "completion": [{"role": "assistant", "content": "Hello!"}],
@@ -164,7 +172,7 @@ def test_functions_of_the_standard_library():
         )
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Batches and completions
 
 TWO = [Conversation([5, 6, 7], [[8, 9, 0]], []), Conversation([10], [[11, 0], [12, 13, 0]], [[20, 21]])]
@@ -180,7 +188,9 @@ def test_a_batch_by_hand():
 
 
 def test_a_conversation_turn_by_turn():
-    """Each sample goes on from its own answers; one that was cut short is ended before the next turn; keys never repeat."""
+    """Each sample goes on from its own answers; one that was cut short is ended before the next turn; keys never
+    repeat.
+    """
     asked = []
 
     def complete(contexts, limits, keys, n):
@@ -277,13 +287,13 @@ def test_without_thinking_in_each_turn(tokenizer):
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # More rows as they come
 
 
 SMOL = (  # SmolLM2's, with this tokenizer's end-of-text token
-    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<eos>' + '\n'}}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<eos>' + '\n'}}{%"
+    " endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 USER = [{"role": "user", "content": "Hi"}]
 
@@ -334,7 +344,9 @@ def test_rows_of_the_wrong_form(tokenizer, row, words):
 
 
 def test_smollm_template_piece_by_piece(tokenizer):
-    """Guards against tokens that go over the border of two turns, and a line break that the template writes behind an answer and the policy does not."""
+    """Guards against tokens that go over the border of two turns, and a line break that the template writes behind an
+    answer and the policy does not.
+    """
     tokenizer.chat_template = SMOL
     row = {"prompt": USER, "completion": "Hello", "more": [{"prompt": "How?", "completion": "Well"}]}
     found = tokenize_row(
@@ -373,7 +385,9 @@ def test_keys_never_repeat():
 
 
 def test_other_data_has_another_fingerprint(tmp_path, tokenizer):
-    """Guards against a run that is continued on data of the same size with one word changed, in a prompt, a truth or a later turn."""
+    """Guards against a run that is continued on data of the same size with one word changed, in a prompt, a truth or a
+    later turn.
+    """
     row, found = {"prompt": "one", "completion": "two", "more": [{"prompt": "three", "completion": "four"}]}, []
     changes = (
         {},
@@ -391,7 +405,9 @@ def test_other_data_has_another_fingerprint(tmp_path, tokenizer):
 
 
 def test_a_token_over_the_border_of_the_thinking(tokenizer):
-    """Guards against half of '</think>' staying in the answer, or thinking with it, where one token ends the mark and begins what follows."""
+    """Guards against half of '</think>' staying in the answer, or thinking with it, where one token ends the mark and
+    begins what follows.
+    """
     tokenizer.add_tokens([">\n"])
     tokens = tokenizer("<think>so</think>\nYes.<eos>")["input_ids"]
     assert ">\n" in tokenizer.convert_ids_to_tokens(tokens)

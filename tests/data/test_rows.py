@@ -1,4 +1,6 @@
-"""Which rows a step trains on: mixtures, streams, and both after a resume and on several processes; completions in strided mode; the dry run."""
+"""Which rows a step trains on: mixtures, streams, and both after a resume and on several processes; completions in
+strided mode; the dry run.
+"""
 
 import json
 import math
@@ -9,7 +11,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conftest import (
+from ebft_utils.config.modes import load_config
+from ebft_utils.data.documents import Document
+from ebft_utils.data.rows import MixedRows, Rows, load_rows, rows_of_step
+from ebft_utils.data.streams import StreamedRows
+from ebft_utils.data.tables import table_of
+from ebft_utils.models import load_tokenizer
+from ebft_utils.run.preview import anchors_in, marked
+from helpers import (
     assert_close_runs,
     assert_equal_weights,
     assert_holds,
@@ -19,11 +28,6 @@ from conftest import (
     steps_of,
     training,
 )
-from ebft_utils.config.modes import load_config
-from ebft_utils.data.documents import Document, table_of
-from ebft_utils.data.rows import MixedRows, Rows, StreamedRows, load_rows, rows_of_step
-from ebft_utils.models import load_tokenizer
-from ebft_utils.run.preview import anchors_in, marked
 
 ADAMW = dict(betas=(0.9, 0.95), weight_decay=0.0)
 
@@ -41,7 +45,7 @@ def tokens_at(rows, positions) -> list[int]:
     return [rows[rows.row_at(position)][0].tokens[0] for position in positions]
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Mixtures
 
 
@@ -64,7 +68,9 @@ def test_every_source_has_its_share(weights_, expected):
 
 
 def test_a_mixture_is_each_source_in_its_own_order():
-    """Guards against rows that are drawn twice or left out in an epoch of their source, and against an order that depends on how steps are cut."""
+    """Guards against rows that are drawn twice or left out in an epoch of their source, and against an order that
+    depends on how steps are cut.
+    """
     first, second = rows_named(100, 7, (5, 0)), rows_named(200, 11, (5, 1))
     mixed = MixedRows([first, second], [0.4, 0.6], seed=5)
     series = tokens_at(mixed, range(2500))
@@ -80,7 +86,7 @@ def test_a_mixture_is_each_source_in_its_own_order():
     assert series[:1000] != [token for token in series[1000:2000]]
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Streams
 
 
@@ -106,7 +112,11 @@ def stream_of(contents: list[int | None], block_size: int, keep: int = 8, opened
 
 
 def test_a_stream_gives_every_usable_row_once_an_epoch():
-    """Guards against lost rows at a block's or the stream's end, blocks that are never shuffled, and epochs in one order. Some blocks are empty."""
+    """Guards against lost rows at a block's or the stream's end, blocks that are never shuffled, and epochs in one
+    order.
+
+    Some blocks are empty.
+    """
     contents = [None if number % 5 == 0 or 8 <= number < 12 else number for number in range(23)]
     usable = [token for token in contents if token is not None]
     rows = stream_of(contents, block_size=4)
@@ -139,7 +149,9 @@ def test_a_stream_goes_on_from_a_checkpoint(position):
 
 
 def test_a_stream_keeps_only_what_is_asked_for():
-    """Guards against a stream that holds all it has read, and against dropping the step that is still at work while the next is prepared."""
+    """Guards against a stream that holds all it has read, and against dropping the step that is still at work while the
+    next is prepared.
+    """
     rows = stream_of(list(range(1000)), block_size=10, keep=30)
     for step in range(60):
         ahead = tokens_at(rows, range(10 * (step + 1), 10 * (step + 2)))
@@ -198,7 +210,7 @@ def test_a_stream_holds_the_documents_of_its_file(write_config, text_file):
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Runs
 
 
@@ -302,7 +314,9 @@ def test_a_stream_that_breaks_off_saves_what_was_trained(start, write_config, tm
 
 
 def test_completions_alone_are_learnt(train, tmp_path, model_folder):
-    """SFT on prompts and completions in strided mode against a loop over documents, with the cross-entropy of the completion and its end-of-text token."""
+    """SFT on prompts and completions in strided mode against a loop over documents, with the cross-entropy of the
+    completion and its end-of-text token.
+    """
     pairs = [
         (f"{number} and one" + " more" * (number % 3), f" make {number + 1}, as everybody knows") for number in range(8)
     ]
@@ -347,7 +361,7 @@ def test_completions_alone_are_learnt(train, tmp_path, model_folder):
         assert training(folder)[0]["train/grad_norm"] == pytest.approx(norm, rel=1e-4)
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # The dry run
 
 
@@ -364,8 +378,8 @@ def test_dry_run_counts(command, write_config, capsys, tmp_path, text_file):
     main(["--cfg", str(file), "--dry-run"])
     printed = capsys.readouterr().out
     assert (
-        f"{len(tokens)} documents in {len(tokens)} rows to train on: {sum(map(len, tokens)):,} tokens, {sum(map(len, tokens)) - len(tokens):,} of them learnt; 4 held out"
-        in printed
+        f"{len(tokens)} documents in {len(tokens)} rows to train on: {sum(map(len, tokens)):,} tokens,"
+        f" {sum(map(len, tokens)) - len(tokens):,} of them learnt; 4 held out" in printed
     )
     assert f"{anchors:,} anchors (groups), {anchors / len(tokens):.1f} a row; 3 rollouts of 4 tokens at each" in printed
     assert (
@@ -374,8 +388,8 @@ def test_dry_run_counts(command, write_config, capsys, tmp_path, text_file):
     )
     model = AutoModelForCausalLM.from_pretrained(config.model.name_or_path)
     assert (
-        f"{model.num_parameters():,} weights, {model.num_parameters():,} trained; largest row: {max(map(len, tokens))} tokens"
-        in printed
+        f"{model.num_parameters():,} weights, {model.num_parameters():,} trained; largest row: {max(map(len, tokens))}"
+        " tokens" in printed
     )
     assert printed.count("example ") == 3 and not (tmp_path / "run").exists()
 

@@ -1,6 +1,6 @@
-"""What can go wrong with a run that takes days: damaged files, a full disk, a process that dies, a signal, a launch that is not what it says.
+"""What can go wrong with a run that takes days: damaged files, a full disk, a signal, a checkpoint of another run.
 
-Most runs are in this process; those of several processes, and those that are killed, are real launches with the shipped accelerate configs.
+Runs are in this process. The one that is killed is a real launch.
 """
 
 import json
@@ -19,7 +19,12 @@ import yaml
 from accelerate.state import AcceleratorState
 
 import train_strided
-from conftest import (
+from ebft_utils.algorithm import losses
+from ebft_utils.config.modes import StridedConfig
+from ebft_utils.config.settings import UserError
+from ebft_utils.run import checkpoint, distributed, loop
+from ebft_utils.run.distributed import Stopped
+from helpers import (
     WAIT,
     assert_equal_weights,
     assert_holds,
@@ -31,16 +36,10 @@ from conftest import (
     wait_for,
     weights,
 )
-from ebft_utils.algorithm import losses
-from ebft_utils.config.modes import StridedConfig
-from ebft_utils.config.settings import UserError
-from ebft_utils.run import checkpoint, distributed, loop
-from ebft_utils.run.distributed import Stopped
 
 FILES = ["state/.metadata", "state/__0_0.distcp", "run.json", "config.yaml", "SHA256SUMS"]
-BASE = dict(
-    train__max_steps=4, train__save_steps=1, train__save_total_limit=3, train__learning_rate=1e-2, eval__num_documents=0
-)
+BASE = dict(train__max_steps=4, train__learning_rate=1e-2, eval__num_documents=0)
+BASE |= dict(train__save_steps=1, train__save_total_limit=3)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +65,7 @@ def broken(unbroken, tmp_path) -> Path:
     return folder
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Damaged checkpoints
 
 
@@ -88,29 +87,23 @@ def test_damaged_checkpoint(train, broken, unbroken, capsys, name, damage):
     with pytest.raises(UserError) as caught:
         train("run", f"train.resume={broken / 'checkpoint-3'}", **BASE)
     half_written = (name, damage) == ("SHA256SUMS", "missing")
-    assert_holds(
-        str(caught.value),
-        "train.resume",
-        broken / "checkpoint-3",
-        "not a checkpoint folder" if half_written else "damaged",
-    )
+    fault = "not a checkpoint folder" if half_written else "damaged"
+    assert_holds(str(caught.value), "train.resume", broken / "checkpoint-3", fault)
     capsys.readouterr()
     train("run", "train.resume=latest", **BASE)
     said = capsys.readouterr().out
     assert f"going on from {broken / 'checkpoint-2'}, step 2" in said
-    passed_over = f"{broken / 'checkpoint-3'} is damaged ("
-    assert (
-        half_written
-        or passed_over in said
-        and (name in said.partition(passed_over)[2].partition(")")[0] or name == "SHA256SUMS")
-    )
+    if not half_written:
+        passed_over = f"{broken / 'checkpoint-3'} is damaged ("
+        assert passed_over in said
+        assert name in said.partition(passed_over)[2].partition(")")[0] or name == "SHA256SUMS"
     assert_equal_weights(broken, unbroken)
     assert training(broken) == training(unbroken)
     assert sorted(path.name for path in broken.glob("*checkpoint*")) == ["checkpoint-2", "checkpoint-3", "checkpoint-4"]
 
 
 def test_file_that_no_sum_covers(train, broken, unbroken, capsys):
-    """Guards against trusting a file whose line in SHA256SUMS is lost (a copy that was cut off at the end of a line)."""
+    """Guards against trusting a file whose line in SHA256SUMS is lost (by a copy that was cut at the end of a line)."""
     sums = broken / "checkpoint-3" / "SHA256SUMS"
     sums.write_text("".join(line for line in sums.read_text().splitlines(keepends=True) if ".distcp" not in line))
     spoil(broken / "checkpoint-3" / "state" / "__0_0.distcp", "flipped")
@@ -120,7 +113,7 @@ def test_file_that_no_sum_covers(train, broken, unbroken, capsys):
 
 
 def test_all_checkpoints_damaged(train, broken, capsys):
-    """Guards against a new start where nothing whole is left, and against a message that does not say what was tried."""
+    """Guards against a new start where nothing whole is left, and a message that does not say what was tried."""
     spoil(broken / "checkpoint-2" / "state" / "__0_0.distcp", "flipped")
     spoil(broken / "checkpoint-3" / "run.json", "missing")
     before = (broken / "metrics.jsonl").read_bytes()
@@ -128,15 +121,16 @@ def test_all_checkpoints_damaged(train, broken, capsys):
         train("run", "train.resume=latest", **BASE)
     assert_holds(str(caught.value), "train.resume", "latest", broken, "no whole checkpoint")
     said = capsys.readouterr().out
-    assert (
-        f"{broken / 'checkpoint-2'} is damaged (state/__0_0.distcp" in said
-        and f"{broken / 'checkpoint-3'} is damaged (run.json" in said
-    )
+    assert f"{broken / 'checkpoint-2'} is damaged (state/__0_0.distcp" in said
+    assert f"{broken / 'checkpoint-3'} is damaged (run.json" in said
     assert (broken / "metrics.jsonl").read_bytes() == before
 
 
 def test_higher_number_without_sums(train, broken, unbroken, capsys):
-    """Guards against `latest` taking the highest number instead of the highest whole one, and against counting a half-written one for save_total_limit."""
+    """Guards against `latest` taking the highest number instead of the highest whole checkpoint.
+
+    A half-written one must not count for save_total_limit either.
+    """
     (broken / "checkpoint-9" / "state").mkdir(parents=True)
     (broken / "checkpoint-9" / "run.json").write_text("{}")
     train("run", "train.resume=latest", **BASE)
@@ -174,20 +168,22 @@ def killed_in_rotation(path: Path, remove=shutil.rmtree, **options) -> None:
     remove(path, **options)
 
 
-@pytest.mark.parametrize(
-    "module, name, killed",
-    [
-        (checkpoint, "_write_state", half_a_state),
-        (json, "dumps", killed),
-        (StridedConfig, "to_yaml", killed),
-        (checkpoint, "_sha256", killed),
-        (os, "replace", killed),
-        (shutil, "rmtree", killed_in_rotation),
-    ],
-    ids=["state", "run.json", "config.yaml", "sums", "rename", "rotation"],
-)
+KILLED_IN = {
+    "state": (checkpoint, "_write_state", half_a_state),
+    "run.json": (json, "dumps", killed),
+    "config.yaml": (StridedConfig, "to_yaml", killed),
+    "sums": (checkpoint, "_sha256", killed),
+    "rename": (os, "replace", killed),
+    "rotation": (shutil, "rmtree", killed_in_rotation),
+}
+
+
+@pytest.mark.parametrize("module, name, killed", KILLED_IN.values(), ids=KILLED_IN)
 def test_killed_while_saving(train, unbroken, monkeypatch, tmp_path, module, name, killed):
-    """Guards against a save that removes the old checkpoint before the new one is whole, and against leftovers that nobody removes."""
+    """Guards against a save that removes the old checkpoint before the new one is whole.
+
+    Leftovers must be removed.
+    """
     save, run, changes = loop.save_checkpoint, tmp_path / "run", {**BASE, "train__save_total_limit": 2}
 
     def save_and_die(config, accelerator, policy, optimizer, state, **options):
@@ -200,16 +196,15 @@ def test_killed_while_saving(train, unbroken, monkeypatch, tmp_path, module, nam
         patch.setattr(loop, "save_checkpoint", save_and_die)
         train("run", **changes)
     published = name == "rmtree"
-    assert [path.name for path in checkpoint.list_checkpoints(run)] == (
-        ["checkpoint-2", "checkpoint-3"] if published else ["checkpoint-1", "checkpoint-2"]
-    )
+    whole = ["checkpoint-2", "checkpoint-3"] if published else ["checkpoint-1", "checkpoint-2"]
+    assert [path.name for path in checkpoint.list_checkpoints(run)] == whole
     assert (run / f".checkpoint-{1 if published else 3}.tmp").exists()
     train("run", "train.resume=latest", **changes)
     assert_equal_weights(run, unbroken)
     assert sorted(path.name for path in run.glob("*checkpoint*")) == ["checkpoint-3", "checkpoint-4"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Full disk: a limit on the size of a file, which gives the same kind of error at the same places
 
 
@@ -223,7 +218,10 @@ def full_disk():
 
 @pytest.mark.parametrize("size", [100_000, 1_000])
 def test_disk_full_while_saving(train, unbroken, monkeypatch, full_disk, tmp_path, size):
-    """Guards against a traceback out of the serialisation, a half-written checkpoint that is left, and one that is removed to make room."""
+    """Guards against a traceback out of the serialisation, and a half-written checkpoint that is left.
+
+    No checkpoint may be removed to make room either.
+    """
     save = loop.save_checkpoint
 
     def save_on_full_disk(config, accelerator, policy, optimizer, run, **options):
@@ -236,13 +234,8 @@ def test_disk_full_while_saving(train, unbroken, monkeypatch, full_disk, tmp_pat
     with monkeypatch.context() as patch, pytest.raises(UserError) as caught:
         patch.setattr(loop, "save_checkpoint", save_on_full_disk)
         train("run", **BASE)
-    assert_holds(
-        str(caught.value),
-        tmp_path / "run" / "checkpoint-3",
-        "could not be written",
-        "checkpoint-2 is whole",
-        "train.resume=latest",
-    )
+    words = ("could not be written", "checkpoint-2 is whole", "train.resume=latest")
+    assert_holds(str(caught.value), tmp_path / "run" / "checkpoint-3", *words)
     assert sorted(path.name for path in (tmp_path / "run").glob("*checkpoint*")) == ["checkpoint-1", "checkpoint-2"]
     train("run", "train.resume=latest", **BASE)
     assert_equal_weights(tmp_path / "run", unbroken)
@@ -270,7 +263,7 @@ def test_disk_full_while_exporting(train, monkeypatch, full_disk, tmp_path, mode
     assert len(weights(tmp_path / "run")) > 1
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Checkpoints of something else, and the output folder
 
 
@@ -280,19 +273,17 @@ def test_disk_full_while_exporting(train, monkeypatch, full_disk, tmp_path, mode
     ids=["other rank", "full from LoRA", "LoRA from full"],
 )
 def test_other_adapter(train, tmp_path, there, here):
-    """Guards against an adapter of another rank, or full fine-tuning, that starts from fresh weights because nothing fits, also in eval.only."""
+    """Guards against fresh weights because nothing in the checkpoint fits, also in eval.only.
+
+    The adapter has another rank, or the run is full fine-tuning.
+    """
     train("run", **{**BASE, "train__max_steps": 1}, **({"lora": there} if there else {}))
     changes = {**BASE, **({"lora": here} if here else {})}
     for override, num_documents in (("eval.only=false", 0), ("eval.only=true", 2)):
         with pytest.raises(UserError) as caught:
             train("run", "train.resume=latest", override, **{**changes, "eval__num_documents": num_documents})
-        assert_holds(
-            str(caught.value),
-            "train.resume",
-            tmp_path / "run" / "checkpoint-1",
-            "other settings",
-            f"lora.r is {(here or {}).get('r')} and was {(there or {}).get('r')}",
-        )
+        change = f"lora.r is {(here or {}).get('r')} and was {(there or {}).get('r')}"
+        assert_holds(str(caught.value), "train.resume", tmp_path / "run" / "checkpoint-1", "other settings", change)
 
 
 def test_not_a_checkpoint(train, broken, model_folder, text_file, tmp_path):
@@ -312,9 +303,8 @@ def test_data_changed_in_between(train, broken, text_file, tmp_path):
         path.write_text("".join(changed))
         with pytest.raises(UserError) as caught:
             train("other", "train.resume=latest", data__dataset=str(path), **BASE)
-        assert_holds(
-            str(caught.value), "train.resume", path, "has changed", f"{len(changed)} rows", f"it was {len(lines)} rows"
-        )
+        sizes = (f"{len(changed)} rows", f"it was {len(lines)} rows")
+        assert_holds(str(caught.value), "train.resume", path, "has changed", *sizes)
 
 
 def test_a_checkpoint_of_another_run_does_not_replace_this_one(train, broken, tmp_path):
@@ -331,25 +321,13 @@ def test_a_checkpoint_of_another_run_does_not_replace_this_one(train, broken, tm
 
 def test_evaluation_of_a_checkpoint_with_another_adapter(train, tmp_path, capsys):
     """Guards against numbers of a model that was never trained."""
-    train("run", lora={"r": 4, "alpha": 8.0}, **{**BASE, "train__max_steps": 2, "eval__num_documents": 3})
+    changes, again = {**BASE, "eval__num_documents": 3}, ("train.resume=latest", "eval.only=true")
+    train("run", "train.max_steps=2", lora={"r": 4, "alpha": 8.0}, **changes)
     with pytest.raises(UserError) as caught:
-        train(
-            "run",
-            "train.resume=latest",
-            "eval.only=true",
-            lora={"r": 4, "alpha": 800.0},
-            **{**BASE, "eval__num_documents": 3},
-        )
+        train("run", *again, lora={"r": 4, "alpha": 800.0}, **changes)
     assert_holds(str(caught.value), "train.resume", "lora.alpha is 800.0 and was 8.0")
     capsys.readouterr()
-    train(
-        "run",
-        "train.resume=latest",
-        "eval.only=true",
-        "ebft.temperature=0.9",
-        lora={"r": 4, "alpha": 8.0},
-        **{**BASE, "eval__num_documents": 3},
-    )
+    train("run", *again, "ebft.temperature=0.9", lora={"r": 4, "alpha": 8.0}, **changes)
     assert "ebft.temperature is 0.9 and was 0.6" in capsys.readouterr().out
 
 
@@ -370,14 +348,8 @@ def test_a_run_that_diverges_keeps_its_earlier_checkpoints(train, monkeypatch, t
 
 def test_changed_settings_are_told(train, broken, capsys):
     """Guards against a resumed run that quietly is not quite the one that was begun."""
-    train(
-        "run",
-        "train.resume=latest",
-        "train.max_steps=5",
-        "train.logging_steps=2",
-        "train.per_device_batch_size=1",
-        **BASE,
-    )
+    overrides = ("train.max_steps=5", "train.logging_steps=2", "train.per_device_batch_size=1")
+    train("run", "train.resume=latest", *overrides, **BASE)
     said = capsys.readouterr().out.partition("going on from")[2]
     assert f"{broken / 'checkpoint-3'}, step 3" in said
     for words in (
@@ -390,24 +362,17 @@ def test_changed_settings_are_told(train, broken, capsys):
 
 
 def test_two_runs_in_one_folder(train, start, write_config, tmp_path):
-    """Guards against two runs that write over each other's checkpoints, and against a lock that outlives a killed run."""
+    """Guards against two runs that overwrite each other's checkpoints, and a lock that outlives a killed run."""
     run = tmp_path / "first"
-    changes = {
-        **BASE,
-        "train__max_steps": 100_000,
-        "train__save_steps": 2,
-        "train__save_total_limit": 2,
-        "eval__num_documents": 2,
-        "eval__at_start": False,
-    }
+    changes = BASE | dict(train__max_steps=100_000, eval__num_documents=2, eval__at_start=False)
+    changes |= dict(train__save_steps=2, train__save_total_limit=2)
     first = start(None, write_config(**changes), f"train.output_dir={run}")
     wait_for(first, lambda: len(checkpoint.list_checkpoints(run)) == 2)
     for override in ([], ["train.resume=latest"]):
         with pytest.raises(UserError) as caught:
             train("first", *override, **changes)
-        assert_holds(
-            str(caught.value), "train.output_dir", "another run", run, f"process {socket.gethostname()} {first.pid}"
-        )
+        owner = f"process {socket.gethostname()} {first.pid}"
+        assert_holds(str(caught.value), "train.output_dir", "another run", run, owner)
     train("first", "eval.only=true", **changes)
     assert json.loads((run / "eval.json").read_text())["step"] == 0
     assert first.poll() is None
@@ -418,7 +383,7 @@ def test_two_runs_in_one_folder(train, start, write_config, tmp_path):
     assert logged(run)[-1]["step"] == done + 1 and (run / "final").exists()
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Signals to one process
 
 
@@ -463,14 +428,12 @@ def test_second_interrupt_ends_at_once(command, monkeypatch, write_config, tmp_p
     ids=["before training", "in between", "at the end"],
 )
 def test_signal_during_an_evaluation(train, monkeypatch, tmp_path, when, saved):
-    """Guards against an hour's evaluation that is finished first, half an evaluation that is logged, and an unevaluated final model after resuming."""
-    changes = {
-        **BASE,
-        "train__save_steps": 0,
-        "eval__num_documents": 4,
-        "eval__per_device_batch_size": 1,
-        "eval__every_steps": 2,
-    }
+    """Guards against an hour's evaluation that is finished first, and half an evaluation that is logged.
+
+    After resuming, the final model must be evaluated.
+    """
+    changes = BASE | dict(eval__num_documents=4, eval__per_device_batch_size=1, eval__every_steps=2)
+    changes["train__save_steps"] = 0
     whole = train("whole", **changes)
     sample, keys = train_strided.sample_and_score, []
 

@@ -1,6 +1,7 @@
-"""Several processes and other launches: refused where they would quietly be something else, stopped and ended together, continued to the same numbers.
+"""Several processes and other launches: refused where they would quietly be something else, stopped together, resumed.
 
-What accelerate tells its processes is computed in this process; the runs of several processes are real launches with the shipped accelerate configs.
+What accelerate tells its processes is computed in this process. Runs of several processes are real launches with the
+shipped accelerate configs.
 """
 
 import os
@@ -19,7 +20,11 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 
 import train_strided
-from conftest import (
+from ebft_utils import models
+from ebft_utils.config.modes import load_config
+from ebft_utils.config.settings import UserError
+from ebft_utils.run import checkpoint, distributed
+from helpers import (
     ROOT,
     all_started,
     assert_equal_weights,
@@ -32,25 +37,17 @@ from conftest import (
     wait_for,
     weights,
 )
-from ebft_utils import models
-from ebft_utils.config.modes import load_config
-from ebft_utils.config.settings import UserError
-from ebft_utils.run import checkpoint, distributed
 
 CONFIGS = ROOT / "accelerate_configs"
+TWO_PROCESSES = ("--num_processes", "2")
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Several processes: full disks, non-finite numbers, processes that die
 
 
-TWO = dict(
-    train__max_steps=6,
-    train__save_steps=2,
-    train__per_device_batch_size=1,
-    train__learning_rate=1e-2,
-    eval__num_documents=0,
-)
+TWO = dict(train__max_steps=6, train__per_device_batch_size=1, train__learning_rate=1e-2, eval__num_documents=0)
+TWO["train__save_steps"] = 2
 KINDS = pytest.mark.parametrize("config", ["ddp", "fsdp2"])
 FULL_DISK = """
 save = checkpoint.save_checkpoint
@@ -67,13 +64,8 @@ def test_disk_full_on_one_process(start, train, write_config, tmp_path, config):
     """Guards against a process that waits for one whose disk is full, and a checkpoint of which a part is missing."""
     code, output = end_of(start(config, write_config(**TWO), sabotage=FULL_DISK))
     assert code != 0 and "Traceback" not in output.partition("error: ")[0]
-    assert_holds(
-        error_of(output),
-        tmp_path / "run" / "checkpoint-4",
-        "could not be written",
-        "checkpoint-2 is whole",
-        "train.resume=latest",
-    )
+    words = ("could not be written", "checkpoint-2 is whole", "train.resume=latest")
+    assert_holds(error_of(output), tmp_path / "run" / "checkpoint-4", *words)
     assert [path.name for path in (tmp_path / "run").glob("*checkpoint*")] == ["checkpoint-2"]
     train("run", "train.resume=latest", **TWO)
     assert steps_of(tmp_path / "run") == [1, 2, 3, 4, 5, 6]
@@ -85,20 +77,16 @@ def test_non_finite_loss_on_one_process(start, write_config, tmp_path, config):
     code, output = end_of(start(config, write_config(**TWO), sabotage="if rank == 1: at_step(4, lambda: float('nan'))"))
     assert code != 0
     assert_holds(error_of(output), "step 4", "not finite", "before the update", "checkpoint-3", "train.learning_rate")
-    assert checkpoint.list_checkpoints(tmp_path / "run")[-1].name == "checkpoint-3" and steps_of(tmp_path / "run") == [
-        1,
-        2,
-        3,
-    ]
+    assert checkpoint.list_checkpoints(tmp_path / "run")[-1].name == "checkpoint-3"
+    assert steps_of(tmp_path / "run") == [1, 2, 3]
     assert all_started(tmp_path) == []
 
 
 @KINDS
 def test_a_process_that_dies(start, train, write_config, tmp_path, config):
     """Guards against processes that wait for one that is gone, and against losing what can be saved without it."""
-    process = start(
-        config, write_config(**TWO), sabotage="if rank == 1: at_step(4, lambda: os.kill(os.getpid(), signal.SIGKILL))"
-    )
+    dies = "if rank == 1: at_step(4, lambda: os.kill(os.getpid(), signal.SIGKILL))"
+    process = start(config, write_config(**TWO), sabotage=dies)
     wait_for(process, lambda: len(all_started(tmp_path)) >= 3)
     wait_for(process, lambda: (tmp_path / "run" / "metrics.jsonl").exists() and steps_of(tmp_path / "run")[-1:] == [3])
     code, output = end_of(process, within=60)
@@ -111,22 +99,30 @@ def test_a_process_that_dies(start, train, write_config, tmp_path, config):
     assert steps_of(tmp_path / "run") == [1, 2, 3, 4, 5, 6]
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Signals
 
 
 LONG = dict(train__max_steps=30, train__per_device_batch_size=1, train__learning_rate=1e-2, eval__num_documents=0)
 
 
+def has_logged(run: Path, num_steps: int):
+    """For wait_for: whether the run has logged that many steps."""
+    return lambda: (run / "metrics.jsonl").exists() and len(steps_of(run)) >= num_steps
+
+
 @KINDS
 def test_signals_stop_all_processes(start, write_config, tmp_path, config):
-    """Guards against a signal to one process, or to the launcher, that loses steps, leaves the others waiting, or ends like a finished run."""
+    """Guards against a signal that loses steps, leaves other processes waiting, or ends like a finished run.
+
+    It comes to one process, or to the launcher.
+    """
     file, run = write_config(**LONG), tmp_path / "run"
     assert end_of(start(config, file, f"train.output_dir={tmp_path / 'whole'}"))[0] == 0
     for number, at_launcher in ((signal.SIGUSR1, False), (signal.SIGTERM, True)):
         done = steps_of(run)[-1] if run.exists() else 0
         process = start(config, file, *(["train.resume=latest"] if done else []))
-        wait_for(process, lambda: (run / "metrics.jsonl").exists() and len(steps_of(run)) >= done + 3)
+        wait_for(process, has_logged(run, done + 3))
         (worker,) = [worker for worker in psutil.Process(process.pid).children() if worker.environ().get("RANK") == "1"]
         os.kill(process.pid if at_launcher else worker.pid, number)
         code, output = end_of(process)
@@ -141,14 +137,14 @@ def test_signals_stop_all_processes(start, write_config, tmp_path, config):
 
 @pytest.mark.parametrize("config, number", [("cpu", signal.SIGTERM), ("ddp", signal.SIGKILL)])
 def test_a_launcher_that_dies_leaves_no_orphans(start, write_config, tmp_path, config, number):
-    """Guards against processes that train on after their launcher: on a GPU that somebody else is given, in a folder that stays locked."""
+    """Guards against processes that train on after their launcher.
+
+    On a GPU that somebody else is given, in a folder that stays locked.
+    """
     run = tmp_path / "run"
-    process = start(
-        config,
-        write_config(**{**LONG, "train__max_steps": 100_000}),
-        options=() if config == "cpu" else ("--num_processes", "2"),
-    )
-    wait_for(process, lambda: (run / "metrics.jsonl").exists() and len(steps_of(run)) >= 3)
+    options = () if config == "cpu" else TWO_PROCESSES
+    process = start(config, write_config(**{**LONG, "train__max_steps": 100_000}), options=options)
+    wait_for(process, has_logged(run, 3))
     os.kill(process.pid, number)
     process.wait(30)
     assert psutil.wait_procs(all_started(tmp_path), timeout=30)[1] == []
@@ -156,15 +152,14 @@ def test_a_launcher_that_dies_leaves_no_orphans(start, write_config, tmp_path, c
     assert [path.name for path in run.glob("checkpoint-*")] == [f"checkpoint-{steps_of(run)[-1]}"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Launches
 
 
 def launch_environment(config: Path, *options: str) -> dict[str, str]:
     """What `accelerate launch` tells its processes."""
-    arguments, _, _ = _validate_launch_command(
-        launch_command_parser().parse_args(["--config_file", str(config), *options, "train_strided.py"])
-    )
+    command = ["--config_file", str(config), *options, "train_strided.py"]
+    arguments, _, _ = _validate_launch_command(launch_command_parser().parse_args(command))
     several = arguments.multi_gpu or arguments.use_fsdp
     environment = prepare_multi_gpu_env(arguments) if several else prepare_simple_launcher_cmd_env(arguments)[1]
     return {name: value for name, value in environment.items() if os.environ.get(name) != value}
@@ -172,7 +167,7 @@ def launch_environment(config: Path, *options: str) -> dict[str, str]:
 
 @pytest.fixture
 def launched(monkeypatch, tmp_path):
-    """launched("fsdp2", fsdp_version=1): this process as a shipped accelerate config, with changed settings, would start it."""
+    """launched("fsdp2", fsdp_version=1): this process, as a shipped accelerate config with these changes starts it."""
 
     def launch(config: str, *options: str, **changes) -> None:
         tree = yaml.safe_load((CONFIGS / f"{config}.yaml").read_text())
@@ -186,31 +181,19 @@ def launched(monkeypatch, tmp_path):
     return launch
 
 
-@pytest.mark.parametrize(
-    "key, value, words",
-    [
-        ("fsdp_version", 1, ["fsdp_version: 1", "fsdp_version: 2"]),
-        (
-            "fsdp_activation_checkpointing",
-            True,
-            ["fsdp_activation_checkpointing", "model.gradient_checkpointing: true"],
-        ),
-        ("fsdp_offload_params", True, ["fsdp_offload_params: true"]),
-        ("fsdp_auto_wrap_policy", "NO_WRAP", ["fsdp_auto_wrap_policy: NO_WRAP", "TRANSFORMER_BASED_WRAP"]),
-        (
-            "fsdp_auto_wrap_policy",
-            "SIZE_BASED_WRAP",
-            ["fsdp_auto_wrap_policy: SIZE_BASED_WRAP", "TRANSFORMER_BASED_WRAP"],
-        ),
-        (
-            "fsdp_transformer_layer_cls_to_wrap",
-            "LlamaDecoderLayer",
-            ["fsdp_transformer_layer_cls_to_wrap", "leave it out"],
-        ),
-        ("fsdp_ignored_modules", ".*embed_tokens", ["fsdp_ignored_modules", "would not be reduced"]),
-        ("fsdp_state_dict_type", "FULL_STATE_DICT", ["fsdp_state_dict_type: FULL_STATE_DICT", "SHARDED_STATE_DICT"]),
-    ],
-)
+FSDP_SETTINGS = [
+    ("fsdp_version", 1, ["fsdp_version: 1", "fsdp_version: 2"]),
+    ("fsdp_activation_checkpointing", True, ["fsdp_activation_checkpointing", "model.gradient_checkpointing: true"]),
+    ("fsdp_offload_params", True, ["fsdp_offload_params: true"]),
+    ("fsdp_auto_wrap_policy", "NO_WRAP", ["fsdp_auto_wrap_policy: NO_WRAP", "TRANSFORMER_BASED_WRAP"]),
+    ("fsdp_auto_wrap_policy", "SIZE_BASED_WRAP", ["fsdp_auto_wrap_policy: SIZE_BASED_WRAP", "TRANSFORMER_BASED_WRAP"]),
+    ("fsdp_transformer_layer_cls_to_wrap", "LlamaDecoderLayer", ["fsdp_transformer_layer_cls_to_wrap", "leave it out"]),
+    ("fsdp_ignored_modules", ".*embed_tokens", ["fsdp_ignored_modules", "would not be reduced"]),
+    ("fsdp_state_dict_type", "FULL_STATE_DICT", ["fsdp_state_dict_type: FULL_STATE_DICT", "SHARDED_STATE_DICT"]),
+]
+
+
+@pytest.mark.parametrize("key, value, words", FSDP_SETTINGS)
 def test_fsdp_settings_that_are_refused(launched, key, value, words):
     """Guards against settings of an accelerate config that would quietly do nothing, or something else."""
     launched("fsdp2", **{key: value})
@@ -219,30 +202,24 @@ def test_fsdp_settings_that_are_refused(launched, key, value, words):
     assert_holds(str(caught.value), "accelerate config", *words)
 
 
-@pytest.mark.parametrize(
-    "config, options, changes, words",
-    [
-        (
-            "cpu",
-            ("--num_processes", "2"),
-            {},
-            ["num_processes", "silently starts one process", "accelerate_configs/ddp.yaml"],
-        ),
-        ("single_gpu", (), {}, ["use_cpu: false", "no GPU is visible", "accelerate_configs/cpu.yaml"]),
-        (
-            "cpu",
-            (),
-            {"mixed_precision": "bf16"},
-            ["mixed_precision: bf16", "contradicts model.dtype: float32", "mixed_precision: 'no'"],
-        ),
-        ("cpu", (), {"dynamo_config": {"dynamo_backend": "INDUCTOR"}}, ["dynamo_backend: INDUCTOR", "leave it out"]),
-    ],
-    ids=["several processes on the CPU", "no GPU", "precision", "dynamo"],
-)
-def test_launches_that_are_refused(
-    launched, refused, write_config, monkeypatch, tmp_path, config, options, changes, words
-):
-    """Guards against a launch that quietly is another one: one process, the CPU, another precision, a loss that is divided twice."""
+BF16, INDUCTOR = {"mixed_precision": "bf16"}, {"dynamo_config": {"dynamo_backend": "INDUCTOR"}}
+SEVERAL_WORDS = ["num_processes", "silently starts one process", "accelerate_configs/ddp.yaml"]
+BF16_WORDS = ["mixed_precision: bf16", "contradicts model.dtype: float32", "mixed_precision: 'no'"]
+WRONG_LAUNCHES = {  # accelerate config, options, changes of the config, words of the message
+    "several processes on the CPU": ("cpu", TWO_PROCESSES, {}, SEVERAL_WORDS),
+    "no GPU": ("single_gpu", (), {}, ["use_cpu: false", "no GPU is visible", "accelerate_configs/cpu.yaml"]),
+    "precision": ("cpu", (), BF16, BF16_WORDS),
+    "dynamo": ("cpu", (), INDUCTOR, ["dynamo_backend: INDUCTOR", "leave it out"]),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_LAUNCHES.values(), ids=WRONG_LAUNCHES)
+def test_launches_that_are_refused(launched, refused, write_config, monkeypatch, tmp_path, case):
+    """Guards against a launch that is quietly another one.
+
+    One process, the CPU, another precision, or a loss that is divided twice.
+    """
+    config, options, changes, words = case
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     launched(config, *options, **changes)
     assert_holds(refused("--cfg", write_config()), *words)
@@ -255,27 +232,22 @@ def test_launch_that_is_not_refused(launched, command, write_config):
     assert command("--cfg", write_config(train__max_steps=1, eval__num_documents=0))[0] == 0
 
 
-@pytest.mark.parametrize(
-    "config, on_cpu, override, words",
-    [
-        ("fsdp2", False, "train.seed=0", ["distributed_type: FSDP", "silently run unsharded", "ddp.yaml"]),
-        ("ddp", False, "train.seed=0", ["no GPU is visible", "ACCELERATE_USE_CPU=true"]),
-        (
-            "ddp",
-            True,
-            "train.batch_size=3",
-            [
-                "train.batch_size",
-                "3 rows",
-                "2 processes x train.per_device_batch_size 1",
-                "the nearest that can: 2 or 4",
-            ],
-        ),
-    ],
-    ids=["FSDP2 without a GPU", "DDP without a GPU", "batch of 3 on 2"],
-)
+BATCH_WORDS = ["train.batch_size", "3 rows", "2 processes x train.per_device_batch_size 1"]
+BATCH_WORDS += ["the nearest that can: 2 or 4"]
+UNSHARDED_WORDS = ["distributed_type: FSDP", "silently run unsharded", "ddp.yaml"]
+WRONG_REAL_LAUNCHES = {  # accelerate config, on the CPU or not, override, words of the message
+    "FSDP2 without a GPU": ("fsdp2", False, "train.seed=0", UNSHARDED_WORDS),
+    "DDP without a GPU": ("ddp", False, "train.seed=0", ["no GPU is visible", "ACCELERATE_USE_CPU=true"]),
+    "batch of 3 on 2": ("ddp", True, "train.batch_size=3", BATCH_WORDS),
+}
+
+
+@pytest.mark.parametrize("config, on_cpu, override, words", WRONG_REAL_LAUNCHES.values(), ids=WRONG_REAL_LAUNCHES)
 def test_real_launches_that_are_refused(start, write_config, tmp_path, config, on_cpu, override, words):
-    """Guards against processes that each train alone, or unsharded, where several were asked for; and against work before the refusal."""
+    """Guards against processes that each train alone, or unsharded, where several were asked for.
+
+    The refusal comes before any work.
+    """
     code, output = end_of(start(config, write_config(**TWO), override, on_cpu=on_cpu))
     assert code != 0
     assert_holds(error_of(output), *words)
@@ -290,56 +262,39 @@ def test_batches_that_cannot_be_split(write_config, batch, at_once, processes, n
     """Guards against rows that are dropped, or trained on twice, and a remedy that is refused as well."""
     values = dict(train__batch_size=batch, train__per_device_batch_size=at_once)
     config = train_strided.parse_command_line(["--cfg", str(write_config(**values))], "")
+    accelerator = SimpleNamespace(num_processes=processes)
     if near is None:
-        assert (
-            distributed.micro_batches_per_step(config, SimpleNamespace(num_processes=processes))
-            == batch // at_once // processes
-        )
+        assert distributed.micro_batches_per_step(config, accelerator) == batch // at_once // processes
         return
     with pytest.raises(UserError) as caught:
-        distributed.micro_batches_per_step(config, SimpleNamespace(num_processes=processes))
-    assert_holds(
-        str(caught.value),
-        "train.batch_size",
-        f"{batch} rows",
-        f"{processes} processes x train.per_device_batch_size {at_once}",
-    )
+        distributed.micro_batches_per_step(config, accelerator)
+    words = ("train.batch_size", f"{batch} rows", f"{processes} processes x train.per_device_batch_size {at_once}")
+    assert_holds(str(caught.value), *words)
     assert str(caught.value).endswith(f"the nearest that can: {near}")
     for value in near.split(" or "):
         config.train.batch_size = int(value)
-        assert distributed.micro_batches_per_step(config, SimpleNamespace(num_processes=processes)) >= 1
+        assert distributed.micro_batches_per_step(config, accelerator) >= 1
 
 
-@pytest.mark.parametrize(
-    "changes, arguments, words",
-    [
-        (
-            {"train__batch_size": 6, "train__per_device_batch_size": 4},
-            [],
-            ["train.batch_size", "6 rows", "no multiple", "train.per_device_batch_size 4"],
-        ),
-        (
-            {"train__gradient_accumulation_steps": 4},
-            [],
-            ["train.gradient_accumulation_steps", "unknown key", "train.batch_size"],
-        ),
-        ({"feature_network__shard": True}, [], ["feature_network.shard", "accelerate_configs/fsdp2.yaml"]),
-        (
-            {"feature_network__shard": True, "lora": {"r": 4}},
-            [],
-            ["feature_network.shard", "lora", "leave the section feature_network out"],
-        ),
-        ({"feature_network__device": "cpu", "lora": {"r": 4}}, [], ["feature_network.device", "lora"]),
-        (
-            {"feature_network__device": "cpu", "feature_network__shard": True},
-            [],
-            ["feature_network.shard", "feature_network.device is cpu"],
-        ),
-        ({"feature_network__device": "gpu"}, [], ["feature_network.device", "'gpu'", "auto | cpu | cuda:0"]),
-        ({"feature_network__device": "cuda:1"}, [], ["feature_network.device", "cuda:1", "sees 0 GPUs"]),
-        ({}, ["--merge-lora"], ["--merge-lora", "no lora section"]),
-    ],
-)
+LORA, SHARD, ON_CPU = {"lora": {"r": 4}}, {"feature_network__shard": True}, {"feature_network__device": "cpu"}
+SIX_BY_FOUR = {"train__batch_size": 6, "train__per_device_batch_size": 4}
+SIX_BY_FOUR_WORDS = ["train.batch_size", "6 rows", "no multiple", "train.per_device_batch_size 4"]
+ACCUMULATION_WORDS = ["train.gradient_accumulation_steps", "unknown key", "train.batch_size"]
+SHARD_LORA_WORDS = ["feature_network.shard", "lora", "leave the section feature_network out"]
+WRONG_SETTINGS = [
+    (SIX_BY_FOUR, [], SIX_BY_FOUR_WORDS),
+    ({"train__gradient_accumulation_steps": 4}, [], ACCUMULATION_WORDS),
+    (SHARD, [], ["feature_network.shard", "accelerate_configs/fsdp2.yaml"]),
+    ({**SHARD, **LORA}, [], SHARD_LORA_WORDS),
+    ({**ON_CPU, **LORA}, [], ["feature_network.device", "lora"]),
+    ({**ON_CPU, **SHARD}, [], ["feature_network.shard", "feature_network.device is cpu"]),
+    ({"feature_network__device": "gpu"}, [], ["feature_network.device", "'gpu'", "auto | cpu | cuda:0"]),
+    ({"feature_network__device": "cuda:1"}, [], ["feature_network.device", "cuda:1", "sees 0 GPUs"]),
+    ({}, ["--merge-lora"], ["--merge-lora", "no lora section"]),
+]
+
+
+@pytest.mark.parametrize("changes, arguments, words", WRONG_SETTINGS)
 def test_settings_that_are_refused(refused, write_config, monkeypatch, changes, arguments, words):
     """Guards against settings that would quietly do nothing."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
@@ -347,28 +302,32 @@ def test_settings_that_are_refused(refused, write_config, monkeypatch, changes, 
 
 
 def test_device_of_the_feature_network(monkeypatch):
-    """Guards against a copy on the policy's own GPU while a second one idles, and against processes that put theirs on each other's."""
+    """Guards against a copy on the policy's own GPU while a second one idles.
+
+    Several processes must not put theirs on each other's.
+    """
     policy, cpu = torch.device("cuda", 0), torch.device("cpu")
-    cases = (
+
+    def processes_and_gpus(processes: int, gpus: int) -> None:
+        monkeypatch.setattr(models, "PartialState", lambda: SimpleNamespace(num_processes=processes))
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+
+    for processes, gpus, choice, expected in (
         (1, 2, "auto", "cuda:1"),
         (1, 1, "auto", "cuda:0"),
         (2, 2, "auto", "cuda:0"),
         (1, 2, "cuda:1", "cuda:1"),
         (1, 2, "cpu", "cpu"),
-    )
-    for processes, gpus, choice, expected in cases:
-        monkeypatch.setattr(models, "PartialState", lambda: SimpleNamespace(num_processes=processes))
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    ):
+        processes_and_gpus(processes, gpus)
         assert models.feature_device(choice, policy) == torch.device(expected)
-    assert (
-        models.feature_device("auto", torch.device("cuda", 1)) == torch.device("cuda", 0)
-        and models.feature_device("auto", cpu) == cpu
-    )
+    assert models.feature_device("auto", torch.device("cuda", 1)) == torch.device("cuda", 0)
+    assert models.feature_device("auto", cpu) == cpu
     for processes, choice, words in (
         (1, "cuda:2", ["cuda:2", "sees 2 GPUs"]),
         (2, "cuda:1", ["cuda:1", "2 processes", "auto or cpu"]),
     ):
-        monkeypatch.setattr(models, "PartialState", lambda: SimpleNamespace(num_processes=processes))
+        processes_and_gpus(processes, 2)
         with pytest.raises(UserError) as caught:
             models.feature_device(choice, policy)
         assert_holds(str(caught.value), "feature_network.device", *words)
@@ -397,26 +356,17 @@ def test_more_processes_than_gpus(launched, write_config, monkeypatch):
 def test_shipped_accelerate_configs(launched, config, kind, processes, machines):
     """Guards against a key that accelerate does not know, or reads as something else."""
     read = load_config_from_file(str(CONFIGS / f"{config}.yaml"))
-    assert (read.distributed_type.value, read.num_processes, read.num_machines, read.use_cpu) == (
-        kind,
-        processes,
-        machines,
-        config == "cpu",
-    )
+    assert (read.distributed_type.value, read.num_processes, read.num_machines) == (kind, processes, machines)
+    assert read.use_cpu == (config == "cpu")
     launched(config)
-    assert (
-        os.environ["ACCELERATE_MIXED_PRECISION"] == "no"
-        and os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1") == "1"
-    )
+    assert os.environ["ACCELERATE_MIXED_PRECISION"] == "no"
+    assert os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1") == "1"
     assert (os.environ.get("ACCELERATE_USE_FSDP") == "true") == (kind == "FSDP")
     if kind == "FSDP":
         plugin = FullyShardedDataParallelPlugin()
         distributed._refuse_fsdp_settings()
-        assert (
-            plugin.fsdp_version == 2
-            and plugin.reshard_after_forward is True
-            and plugin.cpu_ram_efficient_loading is True
-        )
+        assert plugin.fsdp_version == 2
+        assert plugin.reshard_after_forward is True and plugin.cpu_ram_efficient_loading is True
 
 
 def test_two_machines(start, train, write_config, tmp_path):
@@ -426,18 +376,8 @@ def test_two_machines(start, train, write_config, tmp_path):
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     file = write_config(**changes)
-    options = (
-        "--num_machines",
-        "2",
-        "--num_processes",
-        "2",
-        "--main_process_ip",
-        "127.0.0.1",
-        "--main_process_port",
-        port,
-        "--machine_rank",
-    )
-    machines = [start("multi_node", file, options=(*options, str(rank))) for rank in range(2)]
+    options = ("--num_machines", "2", *TWO_PROCESSES, "--main_process_ip", "127.0.0.1", "--main_process_port", port)
+    machines = [start("multi_node", file, options=(*options, "--machine_rank", str(rank))) for rank in range(2)]
     for machine in machines:
         code, output = end_of(machine)
         assert code == 0, output[-3000:]

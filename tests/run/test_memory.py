@@ -1,4 +1,7 @@
-"""The memory estimate against numbers worked out by hand, the settings that lower it, and what is said when memory runs out; training that ran out is not lost."""
+"""The memory estimate by hand, the settings that lower it, and what is said when memory runs out.
+
+Training that ran out of memory is not lost.
+"""
 
 import json
 from types import SimpleNamespace
@@ -9,19 +12,17 @@ import yaml
 from accelerate import DistributedType
 
 import train_structured
-from conftest import assert_holds, logged
 from ebft_utils.algorithm import losses
+from ebft_utils.algorithm.strided import find_anchors
 from ebft_utils.config.data import EvalConfig, PromptDataConfig, TextDataConfig
-from ebft_utils.config.modes import (
+from ebft_utils.config.modes import StridedConfig, StructuredConfig, load_config
+from ebft_utils.config.sections import (
     FeatureNetworkConfig,
     LoraConfig,
     ModelConfig,
-    StridedConfig,
     StridedEBFTConfig,
-    StructuredConfig,
     StructuredEBFTConfig,
     TrainConfig,
-    load_config,
 )
 from ebft_utils.config.settings import UserError
 from ebft_utils.run import memory, preview
@@ -34,87 +35,79 @@ from ebft_utils.run.memory import (
     shape_of,
     ways_to_save,
 )
+from helpers import assert_holds, logged
 
 GB = 2**30
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 SMALL = Shape(
     parameters=1000, trained=1000, kept=600, layers=4, hidden=10, inner=20, heads=2, key_value=5, vocabulary=100
 )
-# Llama-3.2-1B
-LLAMA = Shape(
-    parameters=1_235_814_400,
-    trained=1_235_814_400,
-    kept=992_510_976,
-    layers=16,
-    hidden=2048,
-    inner=8192,
-    heads=32,
-    key_value=512,
-    vocabulary=128_256,
-)
+LAYERS = dict(layers=16, hidden=2048, inner=8192, heads=32, key_value=512, vocabulary=128_256)
+LLAMA = Shape(parameters=1_235_814_400, trained=1_235_814_400, kept=992_510_976, **LAYERS)  # Llama-3.2-1B
+LLAMA_ADAPTER = Shape(parameters=1_235_814_400, trained=11_272_192, kept=992_510_976, **LAYERS)
+SECTIONS = dict(data={}, model={}, ebft={}, feature_network={}, train={}, eval={}, lora=None)
 
 
-def common(model: dict, feature_network: dict, train: dict, evaluation: dict, lora: dict | None) -> dict:
-    """No evaluation, unless it is asked for."""
+def common(sections: dict) -> dict:
+    """What both modes have. No evaluation, unless it is asked for."""
     return dict(
-        model=ModelConfig("unused", **model), feature_network=FeatureNetworkConfig(**feature_network), train=TrainConfig("unused", **train),
-        eval=EvalConfig(**{"num_documents": 0, **evaluation}), lora=None if lora is None else LoraConfig(**lora),
-    )  # fmt: skip
-
-
-def strided(data={}, model={}, ebft={}, feature_network={}, train={}, eval={}, lora=None) -> StridedConfig:
-    return StridedConfig(
-        **common(model, feature_network, train, eval, lora),
-        data=TextDataConfig("unused", **data),
-        ebft=StridedEBFTConfig(**ebft),
+        model=ModelConfig("unused", **sections["model"]),
+        feature_network=FeatureNetworkConfig(**sections["feature_network"]),
+        train=TrainConfig("unused", **sections["train"]),
+        eval=EvalConfig(**{"num_documents": 0, **sections["eval"]}),
+        lora=None if sections["lora"] is None else LoraConfig(**sections["lora"]),
     )
 
 
-def structured(data={}, model={}, ebft={}, train={}, lora=None) -> StructuredConfig:
+def strided(**changes: dict | None) -> StridedConfig:
+    sections = {**SECTIONS, **changes}
+    assert sections.keys() == SECTIONS.keys()
+    data, ebft = TextDataConfig("unused", **sections["data"]), StridedEBFTConfig(**sections["ebft"])
+    return StridedConfig(**common(sections), data=data, ebft=ebft)
+
+
+def structured(**changes: dict | None) -> StructuredConfig:
     """Completions are the policy's own."""
-    return StructuredConfig(
-        **common(model, {}, train, {}, lora),
-        data=PromptDataConfig("unused", **data),
-        ebft=StructuredEBFTConfig(use_vllm=False, **ebft),
-    )
+    sections = {**SECTIONS, **changes}
+    assert sections.keys() == SECTIONS.keys()
+    data = PromptDataConfig("unused", **sections["data"])
+    ebft = StructuredEBFTConfig(use_vllm=False, **sections["ebft"])
+    return StructuredConfig(**common(sections), data=data, ebft=ebft)
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # The estimate
 
 
-BY_HAND = dict(
-    data={"sequence_length": 40},
-    ebft={"n_samples_per_prompt": 2, "generate_max_len": 4},
-    train={"per_device_batch_size": 2},
-)
+BY_HAND = dict(ebft={"n_samples_per_prompt": 2, "generate_max_len": 4}, train={"per_device_batch_size": 2})
+BY_HAND["data"] = {"sequence_length": 40}
 # 5 anchors x 2 rollouts x 4 tokens = 40 rollout tokens beside 40 of the document: 80 of a row, 160 of two
-FORWARD = 160 * 4 * (14 * 10 + 4 * 20) + 4 * 2 * 2 * 10 * (
-    40 // 2 + 256
-)  # a layer: tokens, and keys of the one block of rollouts
+TOKENS = 160 * 4 * (14 * 10 + 4 * 20)  # of a layer
+FORWARD = TOKENS + 4 * 2 * 2 * 10 * (40 // 2 + 256)  # of a layer, with the keys of the one block of rollouts
 HEAD = 3 * 4 * 160 * 100 + 160 * 10 * 4 + 4 * 100 * 10  # logits, states, gradient of the head
+CACHE, SAMPLED = 2 * 80 * 2 * 5 * 4 * 4, 24 * 2 * 5 * 2 * 100  # keys and values; sampling from the vocabulary
+RECOMPUTED = 160 * 10 * 4 * 4 + FORWARD + HEAD
+ALL_SCORES = 4 * (TOKENS + 2 * 2 * 80 * 80 * 4) + HEAD
+DOCUMENTS = 4 * 80 * 4 * (14 * 10 + 4 * 20) + 3 * 4 * 80 * 100 + 80 * 10 * 4 + 4 * 100 * 10
+ONLY_EVALUATION = {"only": True, "num_documents": 8, "per_device_batch_size": 2}
+NO_TRAINING = {"gradients": 0, "optimizer": 0, "forward and backward": 0}
+ESTIMATES = {  # changes of the settings, and what the estimate then is
+    "plain": ({}, {}),
+    "gradient checkpointing": ({"model": {"gradient_checkpointing": True}}, {"forward and backward": RECOMPUTED}),
+    "evaluation": ({"eval": {"num_documents": 8, "per_device_batch_size": 4}}, {"rollouts": 2 * (CACHE + SAMPLED)}),
+    "evaluation alone": ({"eval": ONLY_EVALUATION}, NO_TRAINING),
+    "compiled decoding": ({"model": {"compile_decoding": True}}, {"keys and values": CACHE, "rollouts": SAMPLED}),
+    "eager attention": ({"model": {"attn_implementation": "eager"}}, {"forward and backward": ALL_SCORES}),
+    "no rollouts": ({"ebft": {"rl_coef": 0, "ce_coef": 1}}, {"rollouts": 0, "forward and backward": DOCUMENTS}),
+}
 
 
-@pytest.mark.parametrize(
-    "changes, expected",
-    [
-        ({}, {}),
-        ({"model": {"gradient_checkpointing": True}}, {"forward and backward": 160 * 10 * 4 * 4 + FORWARD + HEAD}),
-        ({"eval": {"num_documents": 8, "per_device_batch_size": 4}}, {"rollouts": 2 * (2 * 80 * 2 * 5 * 4 * 4 + 24 * 2 * 5 * 2 * 100)}),
-        ({"eval": {"only": True, "num_documents": 8, "per_device_batch_size": 2}}, {"gradients": 0, "optimizer": 0, "forward and backward": 0}),
-        ({"model": {"compile_decoding": True}}, {"keys and values": 2 * 80 * 2 * 5 * 4 * 4, "rollouts": 24 * 2 * 5 * 2 * 100}),
-        ({"model": {"attn_implementation": "eager"}}, {"forward and backward": 4 * (160 * 4 * (14 * 10 + 4 * 20) + 2 * 2 * 80 * 80 * 4) + HEAD}),
-        ({"ebft": {"rl_coef": 0, "ce_coef": 1}}, {"rollouts": 0, "forward and backward": 4 * 80 * 4 * (14 * 10 + 4 * 20) + 3 * 4 * 80 * 100 + 80 * 10 * 4 + 4 * 100 * 10}),
-    ],
-    ids=["plain", "gradient checkpointing", "evaluation", "evaluation alone", "compiled decoding", "eager attention", "no rollouts"],
-)  # fmt: skip
+@pytest.mark.parametrize("changes, expected", ESTIMATES.values(), ids=ESTIMATES)
 def test_the_estimate_by_hand(changes, expected):
     """Guards against a term that is lost, counted twice, or in elements instead of bytes."""
     sections = {name: {**BY_HAND.get(name, {}), **changes.get(name, {})} for name in BY_HAND | changes}
-    plain = {
-        "weights": 4000, "gradients": 4000, "optimizer": 8000, "feature network": 2400, "keys and values": 0,
-        "rollouts": 2 * 80 * 2 * 5 * 4 * 4 + 24 * 2 * 5 * 2 * 100, "forward and backward": 4 * FORWARD + HEAD, "update": 0,
-    }  # fmt: skip
+    plain = {"weights": 4000, "gradients": 4000, "optimizer": 8000, "feature network": 2400, "keys and values": 0}
+    plain |= {"rollouts": CACHE + SAMPLED, "forward and backward": 4 * FORWARD + HEAD, "update": 0}
     wanted = {**plain, **expected}
     found = memory_estimate(strided(**sections), SMALL, 40, 5, 1, False, CPU)
     in_turn = [wanted[name] for name in ("rollouts", "forward and backward", "update")]
@@ -122,17 +115,19 @@ def test_the_estimate_by_hand(changes, expected):
 
 
 def test_the_estimate_follows_the_limit_of_packed_tokens():
-    """Guards against an estimate of forwards that are never run: 5 anchors in 3 forwards are 2 at a time, in training and in the rollouts' cache."""
+    """Guards against an estimate of forwards that are never run.
+
+    5 anchors in 3 forwards are 2 at a time, in training and in the rollouts' cache.
+    """
     sections = {**BY_HAND, "ebft": {**BY_HAND["ebft"], "max_packed_tokens": 60}}
     limited = memory_estimate(strided(**sections), SMALL, 40, 5, 1, False, CPU)
     two = memory_estimate(strided(**BY_HAND), SMALL, 40, 2, 1, False, CPU)
     assert limited["forward and backward"] == two["forward and backward"] < 4 * FORWARD + HEAD
     assert limited["rollouts"] == two["rollouts"] == 2 * (40 + 16) * 2 * 5 * 4 * 4 + 24 * 2 * 2 * 2 * 100
     sections["ebft"]["max_packed_tokens"] = 80
-    assert (
-        memory_estimate(strided(**sections), SMALL, 40, 5, 1, False, CPU)["peak"]
-        == memory_estimate(strided(**BY_HAND), SMALL, 40, 5, 1, False, CPU)["peak"]
-    )
+    limited = memory_estimate(strided(**sections), SMALL, 40, 5, 1, False, CPU)
+    unlimited = memory_estimate(strided(**BY_HAND), SMALL, 40, 5, 1, False, CPU)
+    assert limited["peak"] == unlimited["peak"]
 
 
 def test_what_lies_on_another_device_does_not_count():
@@ -141,18 +136,12 @@ def test_what_lies_on_another_device_does_not_count():
     assert memory_estimate(config, SMALL, 40, 5, 1, False, GPU)["feature network"] == 0
     assert memory_estimate(config, SMALL, 40, 5, 1, False, CPU)["feature network"] == 2400
     on_gpu = memory_estimate(strided(**BY_HAND), SMALL, 40, 5, 2, True, GPU)
-    assert (on_gpu["weights"], on_gpu["optimizer"], on_gpu["feature network"], on_gpu["update"]) == (
-        2000,
-        4000,
-        2400,
-        2000,
-    )
+    parts = [on_gpu[part] for part in ("weights", "optimizer", "feature network", "update")]
+    assert parts == [2000, 4000, 2400, 2000]
 
 
 def test_the_largest_row_of_a_raw_text():
     """The bound against what is found in a text of that length."""
-    from ebft_utils.algorithm.strided import find_anchors
-
     config = strided(data={"sequence_length": 61}, ebft={"context_length": 5, "stride": 3, "generate_max_len": 7})
     segments = torch.zeros(1, 61, dtype=torch.long)
     anchors, _ = find_anchors(segments, segments, context_length=5, min_completion_prefix=0, stride=3, num_generated=7)
@@ -160,30 +149,25 @@ def test_the_largest_row_of_a_raw_text():
     assert largest_row(structured(data={"max_prompt_length": 32}, ebft={"max_completion_length": 16})) == (48, 1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Settings that lower it
 
 
-LARGE = {
-    "data__sequence_length": 128,
-    "train__batch_size": 12,
-    "train__per_device_batch_size": 6,
-    "ebft__n_samples_per_prompt": 8,
+LARGE = {"data__sequence_length": 128, "train__batch_size": 12, "train__per_device_batch_size": 6}
+LARGE["ebft__n_samples_per_prompt"] = 8
+ROWS, PACKED = "train.per_device_batch_size=3", "ebft.max_packed_tokens=560"
+RECOMPUTING = "model.gradient_checkpointing=true"
+LARGE_EVALUATION = {"train__per_device_batch_size": 4, "eval__per_device_batch_size": 64}
+SAVINGS = {  # changes of the settings, and what is proposed
+    "plain": ({}, [ROWS, PACKED, RECOMPUTING]),
+    "evaluation": (LARGE_EVALUATION, ["eval.per_device_batch_size=32", PACKED]),
+    "limited": ({"lora": {"r": 2}, "ebft__max_packed_tokens": 400}, [ROWS, "ebft.max_packed_tokens=192", RECOMPUTING]),
+    "eager": ({"model__attn_implementation": "eager"}, ["model.attn_implementation=auto", ROWS, PACKED, RECOMPUTING]),
+    "no rollouts": ({"ebft__rl_coef": 0.0, "ebft__ce_coef": 1.0}, [ROWS, RECOMPUTING]),
 }
-SAME_UPDATE = ["train.per_device_batch_size=3", "ebft.max_packed_tokens=560", "model.gradient_checkpointing=true"]
 
 
-@pytest.mark.parametrize(
-    "changes, expected",
-    [
-        ({}, SAME_UPDATE),
-        ({"train__per_device_batch_size": 4, "eval__per_device_batch_size": 64}, ["eval.per_device_batch_size=32", "ebft.max_packed_tokens=560"]),
-        ({"lora": {"r": 2}, "ebft__max_packed_tokens": 400}, ["train.per_device_batch_size=3", "ebft.max_packed_tokens=192", "model.gradient_checkpointing=true"]),
-        ({"model__attn_implementation": "eager"}, ["model.attn_implementation=auto", *SAME_UPDATE]),
-        ({"ebft__rl_coef": 0.0, "ebft__ce_coef": 1.0}, ["train.per_device_batch_size=3", "model.gradient_checkpointing=true"]),
-    ],
-    ids=["plain", "evaluation", "limited", "eager", "no rollouts"],
-)  # fmt: skip
+@pytest.mark.parametrize("changes, expected", SAVINGS.values(), ids=SAVINGS)
 def test_each_setting_saves_what_the_estimate_says(write_config, changes, expected):
     """Guards against settings that cannot be given on the command line as they stand, and sizes of something else."""
     file = str(write_config(**{**LARGE, **changes}))
@@ -199,24 +183,22 @@ def test_each_setting_saves_what_the_estimate_says(write_config, changes, expect
         if key != "lora.r":
             section, name = key.split(".")
             before = getattr(getattr(config, section), name)
-            assert setting.endswith(
-                f"(now {'no limit' if before is None else str(before).lower() if isinstance(before, bool) else before})"
-            )
+            words = {None: "no limit", True: "true", False: "false"}
+            before = words[before] if before is None or isinstance(before, bool) else before
+            assert setting.endswith(f"(now {before})")
     sizes = [less for setting, less in ways if not setting.startswith("lora")]
     assert sizes == sorted(sizes, reverse=True)
 
 
 def keys(config, shape: Shape = LLAMA, num_processes: int = 1, sharded: bool = False, device=GPU) -> list[str]:
-    return [
-        setting.split(" (")[0]
-        for setting, _ in ways_to_save(config, shape, *largest_row(config), num_processes, sharded, device)
-    ]
+    ways = ways_to_save(config, shape, *largest_row(config), num_processes, sharded, device)
+    return [setting.split(" (")[0] for setting, _ in ways]
 
 
 @pytest.fixture
 def adapter(monkeypatch):
     """Stands in for the model's config, which the adapter's size is counted in."""
-    monkeypatch.setattr(memory, "shape_of", lambda config: Shape(**{**vars(LLAMA), "trained": 11_272_192}))
+    monkeypatch.setattr(memory, "shape_of", lambda config: LLAMA_ADAPTER)
 
 
 def test_settings_of_a_large_run_on_a_gpu(adapter):
@@ -233,20 +215,18 @@ def test_settings_of_a_large_run_on_a_gpu(adapter):
     assert "feature_network.device=cpu" in keys(small) and "feature_network.device=cpu" not in keys(small, device=CPU)
     assert keys(small, num_processes=4)[0] == "--config_file accelerate_configs/fsdp2.yaml"
     assert "feature_network.shard=true" in keys(small, num_processes=4, sharded=True)
-    assert not {"feature_network.device=cpu", "--config_file accelerate_configs/fsdp2.yaml"} & set(
-        keys(small, num_processes=4, sharded=True)
-    )
+    useless = {"feature_network.device=cpu", "--config_file accelerate_configs/fsdp2.yaml"}
+    assert not useless & set(keys(small, num_processes=4, sharded=True))
 
 
 def test_nothing_is_proposed_that_is_already_set(adapter):
-    """Guards against advice that changes nothing, and against another method or other data as the first thing that is said."""
+    """Guards against advice that changes nothing.
+
+    Another method, or other data, must not be the first thing that is said.
+    """
     model = {"gradient_checkpointing": True, "dtype": "bfloat16"}
-    every = dict(
-        data={"sequence_length": 1024},
-        model=model,
-        ebft={"max_packed_tokens": 1100},
-        train={"per_device_batch_size": 1},
-    )
+    every = dict(data={"sequence_length": 1024}, ebft={"max_packed_tokens": 1100}, train={"per_device_batch_size": 1})
+    every["model"] = model
     assert keys(strided(**every, feature_network={"device": "cpu"})) == ["lora.r=16"]
     assert keys(strided(**every, feature_network={"shard": True}), num_processes=4, sharded=True) == ["lora.r=16"]
     assert not [key for key in keys(strided(**every, lora={"r": 16})) if key.startswith("lora")]
@@ -254,34 +234,31 @@ def test_nothing_is_proposed_that_is_already_set(adapter):
 
 def test_less_training_is_proposed_only_when_nothing_else_is_left():
     """Guards against fewer samples or shorter rows beside settings that cost only time."""
-    model, adapter = (
-        {"gradient_checkpointing": True, "dtype": "bfloat16"},
-        Shape(**{**vars(LLAMA), "trained": 11_272_192}),
-    )
-    config = strided(data={"sequence_length": 4096}, model=model, ebft={"n_samples_per_prompt": 4}, lora={"r": 16})
-    assert keys(config, adapter) == ["ebft.max_packed_tokens=10224"]
-    config = strided(
-        data={"sequence_length": 4096}, model=model, ebft={"n_samples_per_prompt": 4, "stride": 2048}, lora={"r": 16}
-    )
-    assert keys(config, adapter) == ["data.sequence_length=2048"]
-    config = structured(model=model, ebft={"num_generations": 4, "max_completion_length": 4096}, lora={"r": 16})
-    assert keys(config, adapter) == ["ebft.max_completion_length=2048", "ebft.num_generations=2"]
-    config = strided(data={"sequence_length": 32}, model=model, ebft={"n_samples_per_prompt": 2}, lora={"r": 16})
-    assert (
-        keys(config, adapter) == []
-        and in_words(3.04 * GB, [])
-        == "no setting lowers the estimated 3.0 GB of a process by much: it takes larger devices, or a smaller model"
-    )
+    every = dict(model={"gradient_checkpointing": True, "dtype": "bfloat16"}, lora={"r": 16})
+    four, two = {"n_samples_per_prompt": 4}, {"n_samples_per_prompt": 2}
+    config = strided(**every, data={"sequence_length": 4096}, ebft=four)
+    assert keys(config, LLAMA_ADAPTER) == ["ebft.max_packed_tokens=10224"]
+    config = strided(**every, data={"sequence_length": 4096}, ebft={**four, "stride": 2048})
+    assert keys(config, LLAMA_ADAPTER) == ["data.sequence_length=2048"]
+    config = structured(**every, ebft={"num_generations": 4, "max_completion_length": 4096})
+    assert keys(config, LLAMA_ADAPTER) == ["ebft.max_completion_length=2048", "ebft.num_generations=2"]
+    config = strided(**every, data={"sequence_length": 32}, ebft=two)
+    assert keys(config, LLAMA_ADAPTER) == []
+    nothing = "no setting lowers the estimated 3.0 GB of a process by much: it takes larger devices, or a smaller model"
+    assert in_words(3.04 * GB, []) == nothing
 
 
 def test_rows_at_a_time_stay_a_divisor():
-    """Guards against half of 15 rows being 7, which train.batch_size is no multiple of: the one setting that always helps would be left out."""
-    assert "train.per_device_batch_size=5" in keys(
-        strided(data={"sequence_length": 512}, train={"batch_size": 15, "per_device_batch_size": 15}, lora={})
-    )
+    """Guards against half of 15 rows being 7, which train.batch_size is no multiple of.
+
+    The one setting that always helps would be left out.
+    """
+    rows = {"batch_size": 15, "per_device_batch_size": 15}
+    config = strided(data={"sequence_length": 512}, train=rows, lora={})
+    assert "train.per_device_batch_size=5" in keys(config)
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # When it has run out
 
 
@@ -289,18 +266,31 @@ def runs_out(*arguments):
     raise torch.OutOfMemoryError("out of memory")
 
 
-TORCH_SAYS = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU {} has a total capacity of 79.11 GiB of which 1.50 GiB is free. Including non-PyTorch memory, .."
+def cuda_error(index: int) -> torch.OutOfMemoryError:
+    """As torch words it."""
+    return torch.OutOfMemoryError(
+        f"CUDA out of memory. Tried to allocate 2.00 GiB. GPU {index} has a total capacity of 79.11 GiB of which "
+        "1.50 GiB is free. Including non-PyTorch memory, .."
+    )
+
+
+CPU_ERROR = RuntimeError(
+    "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: "
+    "you tried to allocate 9 bytes."
+)
 
 
 @pytest.fixture
 def run_of(write_config, monkeypatch):
-    """run_of(DEVICE, section__key=value): a configuration, and an accelerator as far as it is asked; the GPU is not there."""
+    """run_of(DEVICE, section__key=value): a configuration, and an accelerator as far as it is asked.
+
+    The GPU is not there.
+    """
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=79.11 * GB))
 
     def make(device: torch.device, **changes):
-        return load_config(str(write_config(**{**LARGE, **changes}))), SimpleNamespace(
-            device=device, num_processes=1, distributed_type=DistributedType.NO
-        )
+        accelerator = SimpleNamespace(device=device, num_processes=1, distributed_type=DistributedType.NO)
+        return load_config(str(write_config(**{**LARGE, **changes}))), accelerator
 
     return make
 
@@ -319,12 +309,11 @@ def test_the_message_of_a_gpu(run_of):
     ways = ways_to_save(config, shape_of(config), *where)
     peak = memory_estimate(config, shape_of(config), *where)["peak"]
     listed = "; ".join(f"{setting}: about {less / GB:.1f} GB less" for setting, less in ways)
-    assert len(ways) >= 3 and said(config, accelerator, torch.OutOfMemoryError(TORCH_SAYS.format(0))) == (
-        f"out of memory on cuda:0 (79 GB): the run does not fit; settings that lower the estimated {peak / GB:.1f} GB of a process, each alone: {listed}"
-    )
-    assert said(*run_of(torch.device("cuda")), torch.OutOfMemoryError(TORCH_SAYS.format(0))).startswith(
-        "out of memory on cuda:0 (79 GB): the run does not fit; settings"
-    )
+    assert len(ways) >= 3
+    place = "out of memory on cuda:0 (79 GB): the run does not fit; settings that lower the estimated"
+    whole = f"{place} {peak / GB:.1f} GB of a process, each alone: {listed}"
+    assert said(config, accelerator, cuda_error(0)) == whole
+    assert said(*run_of(torch.device("cuda")), cuda_error(0)).startswith(place)
 
 
 def test_the_message_of_a_cpu(run_of):
@@ -332,54 +321,44 @@ def test_the_message_of_a_cpu(run_of):
     with pytest.raises(RuntimeError) as real:
         torch.empty(10**15)
     message = said(config, accelerator, real.value)
-    assert (
-        message.startswith("out of memory on cpu: the run does not fit; settings that lower")
-        and "train.per_device_batch_size=3 (now 6): about " in message
-    )
+    assert message.startswith("out of memory on cpu: the run does not fit; settings that lower")
+    assert "train.per_device_batch_size=3 (now 6): about " in message
 
 
 def test_the_message_where_it_is_not_the_policy_that_did_not_fit(run_of, monkeypatch):
-    """Guards against advice for the wrong device: settings that make room on the policy's GPU do not make any on another one, or in main memory."""
+    """Guards against advice for the wrong device.
+
+    Settings that make room on the policy's GPU make none on another one, or in main memory.
+    """
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    error = torch.OutOfMemoryError(TORCH_SAYS.format(1))
-    assert (
-        said(*run_of(GPU), error)
-        == "out of memory on cuda:1 (79 GB): the run does not fit; the policy is on cuda:0, and the feature network lies there"
-    )
-    error = RuntimeError(
-        "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
-    )
-    assert (
-        said(*run_of(GPU), error)
-        == "out of memory on cpu: the run does not fit; the policy is on cuda:0, and weights are read and saved there"
-    )
+    place = "out of memory on {}: the run does not fit; the policy is on cuda:0, and "
+    on_gpu = place.format("cuda:1 (79 GB)") + "the feature network lies there"
+    assert said(*run_of(GPU), cuda_error(1)) == on_gpu
+    on_cpu = place.format("cpu") + "weights are read and saved there"
+    assert said(*run_of(GPU), CPU_ERROR) == on_cpu
 
 
 def test_a_message_that_hides_it(run_of):
-    """Guards against 'cannot be loaded: CUDA out of memory' without advice, and against a failed save that is not told because of it."""
+    """Guards against 'cannot be loaded: CUDA out of memory' without advice.
+
+    A failed save must be told beside it.
+    """
     config, accelerator = run_of(GPU)
     with pytest.raises(UserError) as caught:
         try:
-            raise torch.OutOfMemoryError(TORCH_SAYS.format(0))
+            raise cuda_error(0)
         except RuntimeError:
             raise UserError("train.output_dir: the disk is full") from None
     message = said(config, accelerator, caught.value)
-    assert (
-        message.startswith("train.output_dir: the disk is full; out of memory on cuda:0 (79 GB)")
-        and "train.per_device_batch_size=3" in message
-    )
+    assert message.startswith("train.output_dir: the disk is full; out of memory on cuda:0 (79 GB)")
+    assert "train.per_device_batch_size=3" in message
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
-        UserError("data.dataset: is empty"),
-        ValueError("out of memory"),
-        KeyboardInterrupt(),
-    ],
-    ids=lambda error: type(error).__name__,
-)
+OTHER_ERRORS = [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), UserError("data.dataset: is empty")]
+OTHER_ERRORS += [ValueError("out of memory"), KeyboardInterrupt()]
+
+
+@pytest.mark.parametrize("error", OTHER_ERRORS, ids=lambda error: type(error).__name__)
 def test_other_errors_pass(run_of, error):
     """Guards against a mistake in the program, or another message, that is told as a lack of memory."""
     with pytest.raises(type(error)) as caught, out_of_memory_advice(*run_of(CPU)):
@@ -388,7 +367,10 @@ def test_other_errors_pass(run_of, error):
 
 
 def test_another_error_on_the_way_out_passes(run_of):
-    """Guards against a mistake in the program that shows because memory ran out, and is told as a lack of memory alone."""
+    """Guards against a mistake in the program that is told as a lack of memory alone.
+
+    It shows because memory ran out.
+    """
     with pytest.raises(RuntimeError, match="expected a tensor"), out_of_memory_advice(*run_of(CPU)):
         try:
             runs_out()
@@ -399,10 +381,8 @@ def test_another_error_on_the_way_out_passes(run_of):
 def test_a_model_that_can_no_longer_be_read(run_of, tmp_path):
     """Guards against a message about the model's folder in place of the one about memory."""
     config, accelerator = run_of(CPU, model__name_or_path=str(tmp_path / "gone"))
-    assert (
-        said(config, accelerator, torch.OutOfMemoryError("out of memory"))
-        == "out of memory on cpu: the run does not fit"
-    )
+    message = said(config, accelerator, torch.OutOfMemoryError("out of memory"))
+    assert message == "out of memory on cpu: the run does not fit"
 
 
 @pytest.mark.parametrize("total, told", [(2**20, True), (2**40, False)])
@@ -410,21 +390,23 @@ def test_the_dry_run_says_when_a_gpu_is_too_small(run_of, monkeypatch, total, to
     config, accelerator = run_of(GPU)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=total))
     lines = preview._memory_lines(config, accelerator, (128, 30))
-    assert [
-        line.startswith("this does not fit; settings that lower the estimated ")
-        and "train.per_device_batch_size=3" in line
-        for line in lines[2:]
-    ] == [True] * told
+    assert len(lines[2:]) == told
+    for line in lines[2:]:
+        assert line.startswith("this does not fit; settings that lower the estimated ")
+        assert "train.per_device_batch_size=3" in line
     assert f"cuda:0 has {total / GB:.0f} GB" in lines[1]
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # A run
 
 
 @pytest.mark.parametrize("run_out", [runs_out, lambda: torch.empty(10**15)], ids=["torch", "the CPU's allocator"])
 def test_a_run_that_ran_out_is_saved_and_goes_on(refused, command, write_config, tmp_path, monkeypatch, run_out):
-    """Guards against a traceback, and against the steps before being lost. What ran out goes on with fewer rows at a time."""
+    """Guards against a traceback, and against the steps before being lost.
+
+    The run goes on with fewer rows at a time.
+    """
     scored, calls = losses.policy_gradient_loss, []
 
     def loss(*arguments):
@@ -433,43 +415,33 @@ def test_a_run_that_ran_out_is_saved_and_goes_on(refused, command, write_config,
             run_out()
         return scored(*arguments)
 
-    file = write_config(
-        **{**LARGE, "train__max_steps": 4, "train__per_device_batch_size": 12, "eval__num_documents": 0}
-    )
+    changes = {**LARGE, "train__max_steps": 4, "train__per_device_batch_size": 12, "eval__num_documents": 0}
+    file = write_config(**changes)
     with monkeypatch.context() as patched:
         patched.setattr(losses, "policy_gradient_loss", loss)
         message = refused("--cfg", file)
-    assert_holds(
-        message,
-        "out of memory on cpu",
-        "train.per_device_batch_size=6 (now 12)",
-        "model.gradient_checkpointing=true (now false)",
-        "train.resume=latest goes on from the last checkpoint",
-    )
-    assert len(calls) == 3 and sorted(path.name for path in (tmp_path / "run").glob("*checkpoint-*")) == [
-        "checkpoint-2"
-    ]
+    settings = ("train.per_device_batch_size=6 (now 12)", "model.gradient_checkpointing=true (now false)")
+    assert_holds(message, "out of memory on cpu", *settings, "train.resume=latest goes on from the last checkpoint")
+    assert len(calls) == 3
+    assert [path.name for path in (tmp_path / "run").glob("*checkpoint-*")] == ["checkpoint-2"]
     assert json.loads((tmp_path / "run" / "checkpoint-2" / "run.json").read_text())["step"] == 2
     code, stderr = command("--cfg", file, "train.resume=latest", "train.per_device_batch_size=6")
     assert code == 0, stderr
-    assert [entry["step"] for entry in logged(tmp_path / "run")] == [1, 2, 3, 4] and (
-        tmp_path / "run" / "final"
-    ).is_dir()
+    assert [entry["step"] for entry in logged(tmp_path / "run")] == [1, 2, 3, 4]
+    assert (tmp_path / "run" / "final").is_dir()
 
 
 def test_structured_mode_says_it_too(tmp_path, model_folder, monkeypatch):
     tree = {
-        "model": {"name_or_path": str(model_folder)}, "data": {"dataset": "unused", "max_prompt_length": 64}, "ebft": {"max_completion_length": 64, "use_vllm": False},
+        "model": {"name_or_path": str(model_folder)},
+        "data": {"dataset": "unused", "max_prompt_length": 64},
+        "ebft": {"max_completion_length": 64, "use_vllm": False},
         "train": {"output_dir": str(tmp_path / "run"), "batch_size": 4, "per_device_batch_size": 4},
-    }  # fmt: skip
+    }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
 
     monkeypatch.setattr(train_structured, "train_or_evaluate", runs_out)
     with pytest.raises(UserError) as caught:
         train_structured.main(["--cfg", str(tmp_path / "config.yaml")])
-    assert_holds(
-        str(caught.value),
-        "out of memory on cpu",
-        "train.per_device_batch_size=2 (now 4)",
-        "model.gradient_checkpointing=true",
-    )
+    settings = ("train.per_device_batch_size=2 (now 4)", "model.gradient_checkpointing=true")
+    assert_holds(str(caught.value), "out of memory on cpu", *settings)

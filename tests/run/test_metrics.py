@@ -8,7 +8,7 @@ from accelerate import Accelerator
 
 from ebft_utils.run.metrics import MetricLogger, MetricSums, mean_with_error, rollout_table
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Means
 
 
@@ -33,7 +33,10 @@ def test_equal_weights_give_the_plain_standard_error():
 
 
 def test_error_is_that_of_repeated_experiments():
-    """Many sets of 40 documents with groups that share their document's luck: the spread of the means is what the error says."""
+    """The spread of the means over many sets of 40 documents is what the error says.
+
+    The groups of a document share its luck.
+    """
     generator = torch.Generator().manual_seed(1)
     weights = torch.randint(1, 10, (1000, 40), generator=generator)
     totals = weights * (2 + torch.randn(1000, 40, generator=generator))
@@ -67,9 +70,8 @@ def test_metric_sums_do_not_depend_on_the_split(accelerator):
         for part, part_mask in zip(values.split(split), mask.split(split), strict=True):
             sums.add("mean", part, part_mask)
             sums.add_sum("total", part.sum(), 2.0)
-        assert sums.means(accelerator) == pytest.approx(
-            {"mean": values[mask].mean().item(), "total": values.sum().item() / (2 * len(split))}, rel=1e-5
-        )
+        expected = {"mean": values[mask].mean().item(), "total": values.sum().item() / (2 * len(split))}
+        assert sums.means(accelerator) == pytest.approx(expected, rel=1e-5)
 
 
 def test_metric_sums_ignore_what_is_masked(accelerator):
@@ -82,7 +84,7 @@ def test_metric_sums_ignore_what_is_masked(accelerator):
     assert MetricSums().means(accelerator) == {}
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # The metrics file
 
 
@@ -138,7 +140,7 @@ def test_lines_are_json_whatever_the_value(tmp_path, value):
     assert line["step"] == 1 and line["eval/cfm_loss"] == 0.5 and not isinstance(line.get("eval/cfm_loss_se"), float)
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # The table
 
 
@@ -154,7 +156,10 @@ def test_rollout_table_by_hand():
 
 @pytest.mark.parametrize("text", ["a|b", "a`b", "a\nb", "a\r\nb", "a\rb", "``|\n|``", "\n\n"])
 def test_rollout_table_survives_any_text(text):
-    """A pipe ends a cell, a line end (LF, CR or both) ends the table, a backtick ends the code: each row keeps its four cells."""
+    """Each row keeps its four cells.
+
+    A pipe would end a cell, a line end (LF, CR or both) the table, a backtick the code.
+    """
     rows = [{"prefix": text, "rollout": text, "ground truth": text, "reward": 1.0}] * 2
     table = rollout_table(rows)
     lines = table.replace("\r\n", "\n").replace("\r", "\n").split("\n")

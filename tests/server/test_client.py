@@ -1,4 +1,7 @@
-"""The client against a server that misbehaves as real ones do now and then: errors inside, other tokens, empty answers, a cache that it keeps."""
+"""The client against a server that misbehaves, as real ones do now and then.
+
+Errors inside, other tokens, empty answers, a cache that it keeps.
+"""
 
 import json
 import socket
@@ -12,21 +15,15 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from conftest import assert_holds
 from ebft_utils.config.data import EvalConfig, PromptDataConfig
-from ebft_utils.config.modes import (
-    LoraConfig,
-    ModelConfig,
-    StructuredConfig,
-    StructuredEBFTConfig,
-    TrainConfig,
-    VLLMConfig,
-)
+from ebft_utils.config.modes import StructuredConfig
+from ebft_utils.config.sections import LoraConfig, ModelConfig, StructuredEBFTConfig, TrainConfig, VLLMConfig
 from ebft_utils.config.settings import UserError
 from ebft_utils.models import StridedPolicy, load_policy
 from ebft_utils.run.distributed import AgreedError, prepare_accelerator
 from ebft_utils.server.client import ForgottenWeights, VLLMServer
 from ebft_utils.server.weight_sync import ServedPolicy
+from helpers import assert_holds
 
 INFO = {
     "model_config": {"logprobs_mode": "processed_logprobs", "max_model_len": 100, "dtype": "torch.float32"},
@@ -60,13 +57,8 @@ class Fake(BaseHTTPRequestHandler):
 
 
 def completion(body, **changes):
-    choice = {
-        "prompt_token_ids": body["prompt"],
-        "token_ids": [7, 0],
-        "logprobs": {"token_logprobs": [-1.0, -2.0]},
-        "finish_reason": "stop",
-        **changes,
-    }
+    choice = {"prompt_token_ids": body["prompt"], "token_ids": [7, 0], "logprobs": {"token_logprobs": [-1.0, -2.0]}}
+    choice |= {"finish_reason": "stop", **changes}
     return {"choices": [choice] * body["n"]}
 
 
@@ -110,20 +102,9 @@ def test_a_request_says_everything(fake):
     assert asked(fake, api_key="hush") == [[([7, 0], [-1.0, -2.0], False)] * 2] * 2
     bodies = sorted((body for path, body, _ in fake.requests), key=lambda body: body["seed"])
     assert {key for _, _, key in fake.requests} == {"Bearer hush"}
-    common = {
-        "model": "some/model",
-        "n": 2,
-        "temperature": 0.7,
-        "stop_token_ids": [0, 5],
-        "logprobs": 0,
-        "return_token_ids": True,
-        "top_p": 1.0,
-        "top_k": 0,
-        "min_p": 0.0,
-        "repetition_penalty": 1.0,
-        "presence_penalty": 0.0,
-        "frequency_penalty": 0.0,
-    }
+    common = {"model": "some/model", "n": 2, "temperature": 0.7, "stop_token_ids": [0, 5]}
+    common |= {"logprobs": 0, "return_token_ids": True, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
+    common |= {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
     assert bodies == [
         {**common, "prompt": [1, 2], "max_tokens": 9, "seed": 11},
         {**common, "prompt": [3], "max_tokens": 8, "seed": 12},
@@ -184,47 +165,35 @@ def test_an_unknown_adapter_means_lost_weights(fake):
 
 def test_the_prefix_cache_is_really_dropped(fake):
     """200 with success false means no; asked until it says yes, and not for ever."""
-    fake.answers["/reset_prefix_cache"] = [
-        (200, {"success": False}),
-        (200, {"success": False}),
-        (200, {"success": True}),
-    ]
+    no, yes = (200, {"success": False}), (200, {"success": True})
+    fake.answers["/reset_prefix_cache"] = [no, no, yes]
     VLLMServer(config_of(fake)).finish_update("v1")
     assert [path for path, _, _ in fake.requests] == ["/reset_prefix_cache"] * 3 + ["/update_weight_version"]
-    fake.answers["/reset_prefix_cache"] = [(200, {"success": False})]
+    fake.answers["/reset_prefix_cache"] = [no]
     with pytest.raises(UserError, match="does not give up its prefix cache"):
         VLLMServer(config_of(fake)).finish_update("v2")
 
 
-@pytest.mark.parametrize(
-    "path, answer, words",
-    [
-        (
-            "/v1/models",
-            (200, {"data": [{"id": "other", "parent": None}]}),
-            ["model.name_or_path", "'other'", "'some/model'"],
-        ),
-        ("/v1/models", (401, {"error": "Unauthorized"}), ["vllm.api_key"]),
-        ("/server_info", (404, {"detail": "Not Found"}), ["VLLM_SERVER_DEV_MODE=1", "serve_vllm.py"]),
-        ("/server_info", {"model_config": {"logprobs_mode": "raw_logprobs"}}, ["--logprobs-mode raw_logprobs"]),
-        ("/server_info", {"model_config": {"max_model_len": 80}}, ["vllm.max_model_len", "80", "90"]),
-        ("/server_info", {"lora_config": None}, ["lora", "--enable-lora"]),
-        ("/server_info", {"lora_config": {"max_lora_rank": 8}}, ["lora.r", "16", "8", "--max-lora-rank"]),
-        ("/server_info", {"parallel_config": {"data_parallel_size": 2}}, ["vllm.data_parallel_size", "2"]),
-    ],
-)
+OTHER_MODEL = {"data": [{"id": "other", "parent": None}]}
+WRONG_SERVERS = [  # a path, its answer or what it changes in INFO, words of the message
+    ("/v1/models", (200, OTHER_MODEL), ["model.name_or_path", "'other'", "'some/model'"]),
+    ("/v1/models", (401, {"error": "Unauthorized"}), ["vllm.api_key"]),
+    ("/server_info", (404, {"detail": "Not Found"}), ["VLLM_SERVER_DEV_MODE=1", "serve_vllm.py"]),
+    ("/server_info", {"model_config": {"logprobs_mode": "raw_logprobs"}}, ["--logprobs-mode raw_logprobs"]),
+    ("/server_info", {"model_config": {"max_model_len": 80}}, ["vllm.max_model_len", "80", "90"]),
+    ("/server_info", {"lora_config": None}, ["lora", "--enable-lora"]),
+    ("/server_info", {"lora_config": {"max_lora_rank": 8}}, ["lora.r", "16", "8", "--max-lora-rank"]),
+    ("/server_info", {"parallel_config": {"data_parallel_size": 2}}, ["vllm.data_parallel_size", "2"]),
+]
+
+
+@pytest.mark.parametrize("path, answer, words", WRONG_SERVERS)
 def test_the_wrong_server(fake, path, answer, words):
     """Each fault with its own message, before anything is sent."""
     if isinstance(answer, dict):
-        answer = (
-            200,
-            {
-                "vllm_config": {
-                    name: None if name in answer and answer[name] is None else {**section, **answer.get(name, {})}
-                    for name, section in INFO.items()
-                }
-            },
-        )
+        ((section, changes),) = answer.items()
+        changed = None if changes is None else {**INFO[section], **changes}
+        answer = (200, {"vllm_config": {**INFO, section: changed}})
     fake.answers[path] = [answer]
     config = config_of(fake)
     with pytest.raises(UserError) as caught:
@@ -236,13 +205,12 @@ def test_the_wrong_server(fake, path, answer, words):
 def test_the_right_server(fake):
     """What is there, in words."""
     config = config_of(fake)
-    assert (
-        VLLMServer(config).check(config)
-        == f"vLLM 0.32.0 at http://127.0.0.1:{fake.server_port}: some/model in float32, 100 tokens, adapters up to rank 16"
-    )
+    place = f"vLLM 0.32.0 at http://127.0.0.1:{fake.server_port}"
+    expected = f"{place}: some/model in float32, 100 tokens, adapters up to rank 16"
+    assert VLLMServer(config).check(config) == expected
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Connections
 
 
@@ -284,17 +252,19 @@ def test_nobody_listens(fake):
     assert_holds(str(caught.value), "vllm.timeout: 2", "Connection refused", "serve_vllm.py --cfg")
 
 
-@pytest.mark.parametrize(
-    "broken",
-    [
-        b"HTTP/1.1 200 OK\r\nContent-Length: 200\r\n\r\n{",
-        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n40\r\n{",
-        b"",
-    ],
-    ids=["in its middle", "in a chunk", "before it"],
-)
+BROKEN = {
+    "in its middle": b"HTTP/1.1 200 OK\r\nContent-Length: 200\r\n\r\n{",
+    "in a chunk": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n40\r\n{",
+    "before it": b"",
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN.values(), ids=BROKEN)
 def test_an_answer_that_breaks_off_is_asked_for_again(fake, broken):
-    """Guards against a traceback (on one process, while the others wait) because a connection was lost while the answer came."""
+    """Guards against a traceback because a connection was lost while the answer came.
+
+    It would be on one process, while the others wait.
+    """
     answers = [broken, b"HTTP/1.1 200 OK\r\nContent-Length: 8\r\nConnection: close\r\n\r\n" + b'{"a": 1}']
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -313,9 +283,10 @@ def test_an_answer_that_breaks_off_is_asked_for_again(fake, broken):
         assert VLLMServer(config).call("/version") == {"a": 1}
 
 
-@pytest.mark.parametrize(
-    "given, in_environment, sent", [(None, "hers", "Bearer hers"), ("mine", "hers", "Bearer mine"), (None, None, None)]
-)
+KEYS = [(None, "hers", "Bearer hers"), ("mine", "hers", "Bearer mine"), (None, None, None)]
+
+
+@pytest.mark.parametrize("given, in_environment, sent", KEYS)
 def test_the_key_comes_from_settings_or_environment(fake, monkeypatch, given, in_environment, sent):
     """Guards against a key that is sent although nobody gave one, or the wrong one of two."""
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
@@ -325,21 +296,21 @@ def test_the_key_comes_from_settings_or_environment(fake, monkeypatch, given, in
     assert {key for _, _, key in fake.requests} == {sent}
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Weight sync with a server that computes
 
 
 class FakeModel:
-    """What vLLM does with weights, by transformers. ignores: from which update on nothing takes effect; raw: log-probs of sampled tokens without the temperature."""
+    """What vLLM does with weights, by transformers.
+
+    ignores: from which update on nothing takes effect; raw: log-probs of sampled tokens are without the temperature.
+    """
 
     def __init__(self, fake, folder, lora: bool, ignores: int = 1000, raw: bool = False, longest: int = 100):
         self.folder, self.ignores, self.raw, self.longest = folder, ignores, raw, longest
         self.base, self.adapters, self.updates = self.fresh(), {}, 0
-        info = {
-            **INFO,
-            "model_config": {**INFO["model_config"], "max_model_len": longest},
-            "lora_config": INFO["lora_config"] if lora else None,
-        }
+        info = {**INFO, "model_config": {**INFO["model_config"], "max_model_len": longest}}
+        info["lora_config"] = INFO["lora_config"] if lora else None
         fake.answers |= {
             "/v1/models": [(200, {"data": [{"id": str(folder), "parent": None}]})],
             "/server_info": [(200, {"vllm_config": info})],
@@ -355,11 +326,11 @@ class FakeModel:
     def load(self, body):
         self.updates += 1
         before = list(self.adapters.values())[-1] if self.adapters else self.base
-        self.adapters[body["lora_name"]] = (
-            before
-            if self.updates >= self.ignores
-            else PeftModel.from_pretrained(self.fresh(), body["lora_path"]).eval()
-        )
+        if self.updates < self.ignores:
+            adapter = PeftModel.from_pretrained(self.fresh(), body["lora_path"]).eval()
+        else:
+            adapter = before
+        self.adapters[body["lora_name"]] = adapter
         return {}
 
     def reload(self, body):
@@ -376,16 +347,13 @@ class FakeModel:
         logits = model(torch.tensor([prompt + sampled])).logits[0, :-1]
         targets = torch.tensor(prompt + sampled)[1:, None]
         plain, tempered = (
-            found.log_softmax(-1).gather(-1, targets)[:, 0].tolist() for found in (logits, logits / body["temperature"])
+            scores.log_softmax(-1).gather(-1, targets)[:, 0].tolist()
+            for scores in (logits, logits / body["temperature"])
         )
         given = [None] + [{str(token): {"logprob": value}} for token, value in zip(prompt[1:], plain, strict=False)]
-        return completion(
-            body,
-            token_ids=sampled,
-            logprobs={"token_logprobs": (plain if self.raw else tempered)[len(prompt) - 1 :]},
-            prompt_logprobs=given,
-            finish_reason="length",
-        )
+        logprobs = {"token_logprobs": (plain if self.raw else tempered)[len(prompt) - 1 :]}
+        changes = dict(token_ids=sampled, logprobs=logprobs, prompt_logprobs=given, finish_reason="length")
+        return completion(body, **changes)
 
 
 def served(fake, model_folder, tmp_path, lora: bool, probe: int = 30, longest: int = 90) -> ServedPolicy:
@@ -400,21 +368,20 @@ def served(fake, model_folder, tmp_path, lora: bool, probe: int = 30, longest: i
     )
     accelerator = prepare_accelerator(config)
     torch.manual_seed(0)
-    return ServedPolicy(
-        config,
-        accelerator,
-        StridedPolicy(load_policy(config)),
-        VLLMServer(config),
-        [3 + 5 * index % 290 for index in range(probe)],
-    )
+    policy, probe_tokens = StridedPolicy(load_policy(config)), [3 + 5 * index % 290 for index in range(probe)]
+    return ServedPolicy(config, accelerator, policy, VLLMServer(config), probe_tokens)
 
 
 KINDS = pytest.mark.parametrize("lora", [True, False], ids=["LoRA", "full"])
+OLD_WEIGHTS = "it answers with the weights of before: what is sent does not take effect"
 
 
 @KINDS
 def test_nothing_is_used_twice(fake, model_folder, tmp_path, lora):
-    """vLLM keys its prefix cache by adapter name and path, and re-reads adapters loaded with load_inplace: each update has its own name and folder, and is asked for by it."""
+    """Each update has its own name and folder, and is asked for by it.
+
+    vLLM keys its prefix cache by name and path of an adapter, and re-reads adapters that are loaded with load_inplace.
+    """
     FakeModel(fake, model_folder, lora)
     policy = served(fake, model_folder, tmp_path, lora)
     before = {name: parameter.detach().clone() for name, parameter in policy.policy.named_parameters()}
@@ -427,9 +394,8 @@ def test_nothing_is_used_twice(fake, model_folder, tmp_path, lora):
         policy.sync(step)
     assert policy.version == 2
     assert not [body for _, body, _ in fake.requests if body and "load_inplace" in json.dumps(body)]
-    loads = [
-        body for path, body, _ in fake.requests if path == ("/v1/load_lora_adapter" if lora else "/collective_rpc")
-    ]
+    load_path = "/v1/load_lora_adapter" if lora else "/collective_rpc"
+    loads = [body for path, body, _ in fake.requests if path == load_path]
     folders = [body["lora_path"] if lora else body["kwargs"]["weights_path"] for body in loads]
     assert len(loads) == len(set(folders)) == 5  # the proof of the start, and four updates
     scored = [body["model"] for path, body, _ in fake.requests if path == "/v1/completions"]
@@ -440,47 +406,46 @@ def test_nothing_is_used_twice(fake, model_folder, tmp_path, lora):
     else:
         versions = [body["new_version"] for path, body, _ in fake.requests if path == "/update_weight_version"]
         assert len(set(versions)) == 5 and scored == [str(model_folder)] * 5
-        order = [
-            path
-            for path, _, _ in fake.requests
-            if path in ("/collective_rpc", "/reset_prefix_cache", "/v1/completions")
-        ]
-        assert order == ["/collective_rpc", "/reset_prefix_cache", "/v1/completions"] * 5
+        turn = ["/collective_rpc", "/reset_prefix_cache", "/v1/completions"]
+        assert [path for path, _, _ in fake.requests if path in turn] == turn * 5
 
 
 @KINDS
 @pytest.mark.parametrize(
-    "ignores, words",
-    [
-        (1, "it answers with the weights of before: what is sent does not take effect"),
-        (2, "it has old weights, or only a part of the new ones"),
-    ],
+    "ignores, words", [(1, OLD_WEIGHTS), (2, "it has old weights, or only a part of the new ones")]
 )
 def test_weights_that_do_not_arrive_end_the_run(fake, model_folder, tmp_path, lora, ignores, words):
-    """Guards against training on completions of another model: a server that answers 200 and takes nothing, or nothing after the first time."""
+    """Guards against training on completions of another model.
+
+    The server answers 200 and takes nothing, or nothing after the first time.
+    """
     FakeModel(fake, model_folder, lora, ignores=ignores)
     policy = served(fake, model_folder, tmp_path, lora)
     before = {name: parameter.detach().clone() for name, parameter in policy.policy.named_parameters()}
     with pytest.raises(AgreedError, match=words):
         policy.start(0)
-    assert policy.version is None and all(
-        torch.equal(parameter, before[name]) for name, parameter in policy.policy.named_parameters()
-    )
+    assert policy.version is None
+    assert all(torch.equal(parameter, before[name]) for name, parameter in policy.policy.named_parameters())
 
 
 @KINDS
 def test_logprobs_at_another_temperature_are_noticed(fake, model_folder, tmp_path, lora):
-    """Guards against importance weights that divide two different distributions: raw log-probs of a server that samples at 0.7."""
+    """Guards against importance weights that divide two different distributions.
+
+    Raw log-probs, of a server that samples at 0.7.
+    """
     FakeModel(fake, model_folder, lora, raw=True)
-    with pytest.raises(
-        AgreedError, match="agree on a text, and not on sampled tokens: their log-probs at temperature 0.7 differ"
-    ):
+    words = "agree on a text, and not on sampled tokens: their log-probs at temperature 0.7 differ"
+    with pytest.raises(AgreedError, match=words):
         served(fake, model_folder, tmp_path, lora).start(0)
 
 
 @pytest.mark.parametrize("probe", [48, 50])
 def test_the_probe_leaves_room_for_what_is_sampled_behind_it(fake, model_folder, tmp_path, probe):
-    """Guards against a run that cannot start because its first row is as long as a row may be: vLLM, which takes 50 tokens here, samples what has room, and nothing behind 50."""
+    """Guards against a run that cannot start because its first row is as long as a row may be.
+
+    vLLM, which takes 50 tokens here, samples what has room, and nothing behind 50.
+    """
     FakeModel(fake, model_folder, True, longest=50)
     policy = served(fake, model_folder, tmp_path, True, probe=probe, longest=50)
     policy.start(0)

@@ -1,4 +1,7 @@
-"""More of training with real vLLM servers (test_weight_sync.py has the rest): which completion is whose, several turns, stop tokens, caches, servers that die."""
+"""More of training with real vLLM servers; test_weight_sync.py has the rest.
+
+Which completion is whose, several turns, stop tokens, caches, servers that die.
+"""
 
 import json
 import os
@@ -16,7 +19,17 @@ import torch
 from test_weight_sync import KINDS, assert_close, change, numbers, served_policy, trained
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from conftest import (
+from ebft_utils import models
+from ebft_utils.config.sections import ModelConfig
+from ebft_utils.data.prompts import conversation_of, make_prompt_batch
+from ebft_utils.data.rows import load_rows
+from ebft_utils.models import load_causal_lm, load_tokenizer, stop_token_ids, unpacked_model
+from ebft_utils.run.distributed import AgreedError
+from ebft_utils.server import weight_sync
+from ebft_utils.server.client import VLLMServer
+from ebft_utils.server.rollouts import Rollouts
+from ebft_utils.server.weight_sync import ServedPolicy
+from helpers import (
     ROOT,
     assert_holds,
     end_of,
@@ -28,16 +41,6 @@ from conftest import (
     training,
     wait_for,
 )
-from ebft_utils import models
-from ebft_utils.config.modes import ModelConfig
-from ebft_utils.data.prompts import conversation_of, make_prompt_batch
-from ebft_utils.data.rows import load_rows
-from ebft_utils.models import load_causal_lm, load_tokenizer, stop_token_ids, unpacked_model
-from ebft_utils.run.distributed import AgreedError
-from ebft_utils.server import weight_sync
-from ebft_utils.server.client import VLLMServer
-from ebft_utils.server.rollouts import Rollouts
-from ebft_utils.server.weight_sync import ServedPolicy
 from real_vllm import KEY, Server
 
 servers = test_weight_sync.servers  # the fixture
@@ -46,14 +49,13 @@ CHANGED = 0.01  # nats, at least, where the weights are others
 DEAD_WITHIN = 60  # seconds from a server's end to the run's
 
 
-def rollouts_of(served: ServedPolicy, stop_ids: list[int] = [0]) -> Rollouts:
+def rollouts_of(served: ServedPolicy, stop_ids: tuple[int, ...] = (0,)) -> Rollouts:
     """As a run makes it, with `rows` and `batch(row_ids, keys)` beside it."""
     tokenizer = load_tokenizer(served.config.model)
-    rollouts = Rollouts(served.config, served.accelerator, served.policy, tokenizer, stop_ids, served, None)
+    rollouts = Rollouts(served.config, served.accelerator, served.policy, tokenizer, list(stop_ids), served, None)
     rollouts.rows, _ = load_rows(served.config, tokenizer, conversation_of)
-    rollouts.batch = lambda row_ids, keys: make_prompt_batch(
-        rollouts.rows, row_ids, keys, tokenizer.pad_token_id, served.accelerator.device
-    )
+    others = tokenizer.pad_token_id, served.accelerator.device
+    rollouts.batch = lambda row_ids, keys: make_prompt_batch(rollouts.rows, row_ids, keys, *others)
     return rollouts
 
 
@@ -66,23 +68,24 @@ def own_logprobs(served: ServedPolicy, prompt: list[int], tokens: list[int], tem
     return (logits / temperature).log_softmax(-1).gather(-1, ids[0, len(prompt) :, None])[:, 0]
 
 
-def gap(
-    served: ServedPolicy, prompt: list[int], found: list[tuple[list[int], list[float], bool]], temperature: float = 0.8
-) -> float:
-    """The largest difference of the server's log-probs and the policy's."""
+def gap(served: ServedPolicy, prompt: list[int], found: list, temperature: float = 0.8) -> float:
+    """The largest difference of the server's log-probs and the policy's. found: (tokens, log-probs, truncated), .."""
     return max(
         (own_logprobs(served, prompt, tokens, temperature) - torch.tensor(logprobs)).abs().max().item()
         for tokens, logprobs, _ in found
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Completions
 
 
 @KINDS
 def test_completions_land_at_their_rows(servers, kind):
-    """Guards against completions of another row, other weights or another temperature: each log-prob is the policy's behind that very prompt."""
+    """Guards against completions of another row, other weights or another temperature.
+
+    Each log-prob is the policy's behind that very prompt.
+    """
     served = served_policy(servers[kind])
     served.start(0)
     change(served, 1)
@@ -97,23 +100,21 @@ def test_completions_land_at_their_rows(servers, kind):
         for row, group in enumerate(groups):
             assert len(group) == 3
             for completion in group:
-                assert all(completion.written) and len(completion.tokens) == len(completion.logprobs) == len(
-                    completion.written
-                )
-                logprobs = torch.tensor(completion.logprobs)
-                own.append((own_logprobs(served, prompts[row], completion.tokens, 0.8) - logprobs).abs().max().item())
-                elsewhere.append(
-                    (own_logprobs(served, prompts[1 - row], completion.tokens, 0.8) - logprobs).abs().max().item()
-                )
-                cooler.append(
-                    (own_logprobs(served, prompts[row], completion.tokens, 0.7) - logprobs).abs().max().item()
-                )
+                assert all(completion.written)
+                assert len(completion.tokens) == len(completion.logprobs) == len(completion.written)
+                found = [(completion.tokens, completion.logprobs, False)]
+                own.append(gap(served, prompts[row], found))
+                elsewhere.append(gap(served, prompts[1 - row], found))
+                cooler.append(gap(served, prompts[row], found, temperature=0.7))
     assert max(own) < CLOSE and min(elsewhere) > CHANGED and min(cooler) > CHANGED
 
 
 @KINDS
 def test_what_completions_are_keyed_by(servers, kind):
-    """Guards against equal samples: in a group, for equal prompts, in the next epoch, with another seed; and against rollouts that cannot be repeated."""
+    """Guards against equal samples: in a group, for equal prompts, in the next epoch, with another seed.
+
+    And against rollouts that cannot be repeated.
+    """
     served = served_policy(servers[kind])
     served.start(0)
     rollouts = rollouts_of(served)
@@ -130,7 +131,10 @@ def test_what_completions_are_keyed_by(servers, kind):
 
 
 def test_a_second_stop_token_stops(servers):
-    """Guards against completions that run past the end of a chat model's turn, and against a lost last token: the one that is learnt."""
+    """Guards against completions that run past the end of a chat model's turn.
+
+    And against a lost last token, which is the one to learn.
+    """
     server = servers["LoRA"]
     served = served_policy(server)
     served.start(0)
@@ -151,15 +155,17 @@ def test_a_second_stop_token_stops(servers):
 
 @KINDS
 def test_several_turns(servers, kind, tmp_path):
-    """Guards against log-probs that slip by the tokens between two turns, and against a second turn that does not see the first."""
+    """Guards against log-probs that slip by the tokens between two turns.
+
+    And against a second turn that does not see the first.
+    """
     rows = tmp_path / "turns.jsonl"
     lines = [json.loads(line) for line in servers[kind].prompts.read_text().splitlines()]
     with rows.open("w") as file:
         for first, second, third in zip(lines, lines[1:], lines[2:], strict=False):
             turns = [{"prompt": turn["prompt"][:12], "completion": turn["completion"]} for turn in (second, third)]
-            file.write(
-                json.dumps({"prompt": first["prompt"], "completion": first["completion"], "turns": turns}) + "\n"
-            )
+            row = {"prompt": first["prompt"], "completion": first["completion"], "turns": turns}
+            file.write(json.dumps(row) + "\n")
     changes = dict(data__dataset=str(rows), data__columns={"turns": "turns"}, data__max_conversation_length=250)
     served = served_policy(servers[kind], **changes)
     served.start(0)
@@ -176,18 +182,20 @@ def test_several_turns(servers, kind, tmp_path):
     steps = training(trained(servers[kind], "turns", train__max_steps=2, **changes))
     assert len(steps) == 2
     for step in steps:
-        assert (
-            abs(step["vllm/ratio_mean"] - 1) < 1e-3 and step["vllm/logprob_gap"] < CLOSE and step["rollout/length"] > 24
-        )
+        assert abs(step["vllm/ratio_mean"] - 1) < 1e-3 and step["vllm/logprob_gap"] < CLOSE
+        assert step["rollout/length"] > 24
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Weights
 
 
 @KINDS
 def test_the_start_leaves_trained_weights_alone(servers, kind):
-    """Guards against a canary that rounds: a new adapter's B is 0, and 0 + x - x would come out right; a resumed one's is not."""
+    """Guards against a canary that rounds.
+
+    B of a new adapter is 0, and 0 + x - x would come out right; that of a resumed adapter is not.
+    """
     served = served_policy(servers[kind])
     change(served, 1)
     kept = {name: tensor.clone() for name, tensor in served.policy.state_dict().items()}
@@ -222,18 +230,20 @@ def test_states_of_old_weights_are_not_used_again(servers, kind):
 
 
 def test_a_head_that_stays_old_in_the_middle(servers, monkeypatch):
-    """Guards against a proof that only works at the start: the head does stay old when it is not named, a later sync notices, and the next one mends it."""
+    """Guards against a proof that only works at the start.
+
+    The head does stay old when it is not named; a later sync notices, and the next one mends it.
+    """
     served, prompt, whole = served_policy(servers["full, tied"]), [5, 6, 7, 8], weight_sync.whole_state
     served.start(0)
     change(served, 1)
-    monkeypatch.setattr(
-        weight_sync,
-        "whole_state",
-        lambda *arguments: {name: tensor for name, tensor in whole(*arguments).items() if name != "lm_head.weight"},
-    )
-    with pytest.raises(
-        AgreedError, match="do not have the same weights.* it has old weights, or only a part of the new ones"
-    ):
+
+    def without_head(*arguments):
+        return {name: tensor for name, tensor in whole(*arguments).items() if name != "lm_head.weight"}
+
+    monkeypatch.setattr(weight_sync, "whole_state", without_head)
+    words = "do not have the same weights.* it has old weights, or only a part of the new ones"
+    with pytest.raises(AgreedError, match=words):
         served.sync(1)
     assert served.version == 0
     assert gap(served, prompt, served.server.complete(served.name, [prompt], [8], [0], 3, 0.8, [0])[0]) > CHANGED
@@ -247,19 +257,21 @@ def test_full_weights_that_never_arrive(servers, monkeypatch):
     served = served_policy(servers["full, tied"])
     served.start(0)
     monkeypatch.setattr(served.server, "reload_weights", lambda folder, version: served.server.finish_update(version))
-    with pytest.raises(
-        AgreedError, match="it answers with the weights of before: what is sent does not take effect there"
-    ):
+    words = "it answers with the weights of before: what is sent does not take effect there"
+    with pytest.raises(AgreedError, match=words):
         served.start(0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Runs
 
 
 @KINDS
 def test_evaluation_in_the_middle_changes_nothing(servers, kind):
-    """Guards against an evaluation that takes the batch that is written ahead away, or brings newer weights under it."""
+    """Guards against an evaluation that takes the batch that is written ahead away.
+
+    And against one that brings newer weights under it.
+    """
     changes = dict(ebft__async_prefetch=True, train__max_steps=4, eval__num_documents=3)
     plain = trained(servers[kind], "plain", eval__at_start=False, eval__at_end=False, **changes)
     evaluated = trained(servers[kind], "evaluated", eval__every_steps=1, **changes)
@@ -270,7 +282,10 @@ def test_evaluation_in_the_middle_changes_nothing(servers, kind):
 
 
 def test_weights_lost_while_writing_ahead(servers, monkeypatch):
-    """Guards against training on what a restarted server wrote ahead with the first weights: such a batch is written again, with new ones."""
+    """Guards against training on what a restarted server wrote ahead with the first weights.
+
+    Such a batch is written again, with new weights.
+    """
     server, complete, calls = servers["full, tied"], VLLMServer.complete, []
 
     def complete_and_lose(self, *arguments):
@@ -283,12 +298,11 @@ def test_weights_lost_while_writing_ahead(servers, monkeypatch):
     monkeypatch.setattr(VLLMServer, "complete", complete_and_lose)
     steps = training(trained(server, "lost", ebft__async_prefetch=True, train__max_steps=5))
     assert len(calls) == 6 and [step["vllm/staleness"] for step in steps] == [0, 1, 0, 1, 1]
-    assert steps[2]["vllm/logprob_gap"] < CLOSE and all(
-        steps[index]["vllm/logprob_gap"] > 10 * CLOSE for index in (1, 3, 4)
-    )
+    assert steps[2]["vllm/logprob_gap"] < CLOSE
+    assert all(steps[index]["vllm/logprob_gap"] > 10 * CLOSE for index in (1, 3, 4))
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # The server itself
 
 
@@ -299,14 +313,15 @@ def test_the_key_is_not_in_the_process_list(servers):
     lines = [" ".join(process.cmdline()) for process in [root, *root.children(recursive=True)]]
     assert any("--enable-lora" in line and "--logprobs-mode processed_logprobs" in line for line in lines)
     assert not [line for line in lines if KEY in line]
-    assert (
-        KEY not in (server.folder / "server.log").read_text()
-        and "VLLM_API_KEY=..." in (server.folder / "server.log").read_text()
-    )
+    log = (server.folder / "server.log").read_text()
+    assert KEY not in log and "VLLM_API_KEY=..." in log
 
 
 def test_a_gguf_model_is_unpacked_once(tmp_path, monkeypatch):
-    """Guards against a server with other weights than the trainer: vLLM reads an ordinary copy of the file. Not half a copy, and not that of an older file."""
+    """Guards against a server with other weights than the trainer: vLLM reads an ordinary copy of the file.
+
+    Not half a copy, and not that of an older file.
+    """
     file, folder, model, loads = tmp_path / "tiny.gguf", tmp_path / "served", tiny_model(tie_word_embeddings=True), []
     file.write_text("reading such files is test_real_model.py's business")
 
@@ -319,10 +334,9 @@ def test_a_gguf_model_is_unpacked_once(tmp_path, monkeypatch):
     config, ids = ModelConfig(name_or_path=str(file)), torch.arange(3, 40)[None]
     assert unpacked_model(config, folder) == unpacked_model(config, folder) == str(folder) and loads == [torch.float32]
     assert torch.equal(AutoModelForCausalLM.from_pretrained(folder)(ids).logits, model(ids).logits)
-    assert (
-        AutoTokenizer.from_pretrained(folder)("Guards against").input_ids
-        == tiny_tokenizer()("Guards against").input_ids
-    )
+    tokenizers = (AutoTokenizer.from_pretrained(folder), tiny_tokenizer())
+    copied, original = (tokenizer("Guards against").input_ids for tokenizer in tokenizers)
+    assert copied == original
     (folder / "unpacked.json").unlink()  # as if its writer had been killed
     (folder / "model.safetensors").write_bytes(b"half of it")
     unpacked_model(config, folder)
@@ -332,39 +346,29 @@ def test_a_gguf_model_is_unpacked_once(tmp_path, monkeypatch):
     assert len(loads) == 3
     ordinary = tmp_path / "ordinary"
     model.save_pretrained(ordinary)
-    assert (
-        unpacked_model(ModelConfig(name_or_path=str(ordinary)), tmp_path / "unused") == str(ordinary)
-        and not (tmp_path / "unused").exists()
-    )
+    assert unpacked_model(ModelConfig(name_or_path=str(ordinary)), tmp_path / "unused") == str(ordinary)
+    assert not (tmp_path / "unused").exists()
 
 
 @pytest.fixture
 def launch(tmp_path):
-    """launch(FILE, processes=2): the real command in the background, with its output in `.output`. Nothing of it outlives the test."""
+    """launch(FILE, processes=2): the real command in the background, with its output in `.output`.
+
+    Nothing of it outlives the test.
+    """
     started = []
 
     def run(file: Path, *, processes: int = 1) -> subprocess.Popen:
         command = [sys.executable]
         if processes > 1:
-            command += [
-                "-m",
-                "accelerate.commands.launch",
-                "--config_file",
-                str(ROOT / "accelerate_configs" / "ddp.yaml"),
-                "--num_processes",
-                str(processes),
-            ]
+            config_file = str(ROOT / "accelerate_configs" / "ddp.yaml")
+            command += ["-m", "accelerate.commands.launch", "--config_file", config_file]
+            command += ["--num_processes", str(processes)]
         command += [str(ROOT / "train_structured.py"), "--cfg", str(file)]
         output = tmp_path / f"output-{len(started)}.txt"
         with output.open("w") as stream:
-            process = subprocess.Popen(
-                command,
-                stdout=stream,
-                stderr=stream,
-                cwd=ROOT,
-                env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-                start_new_session=True,
-            )
+            settings = dict(cwd=ROOT, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, start_new_session=True)
+            process = subprocess.Popen(command, stdout=stream, stderr=stream, **settings)
         process.output = output
         started.append((process, psutil.Process(process.pid)))
         return process
@@ -387,21 +391,18 @@ def assert_kept(server: Server, name: str, message: str) -> None:
 
 
 def test_runs_end_with_their_server(servers, launch):
-    """The last test of this server. It is killed under three runs: two processes, one that prefetches, and one that is asked to stop while it waits.
+    """The last test of this server, which is killed under three runs.
 
-    Guards against processes that wait for each other for ever, an error that stays in the prefetching thread, and a signal that has to wait for vllm.timeout.
+    One run has two processes, one prefetches, and one is asked to stop while it waits. Guards against processes that
+    wait for each other for ever, an error that stays in the prefetching thread, and a signal that waits for
+    vllm.timeout.
     """
-    server, changes = (
-        servers["LoRA"],
-        dict(train__max_steps=100000, train__learning_rate=1e-5, train__rollout_table_steps=0),
-    )
-    runs = {
-        "pair": launch(
-            server.config("pair_dies", vllm__timeout=5.0, train__per_device_batch_size=1, **changes), processes=2
-        ),
-        "ahead": launch(server.config("ahead_dies", vllm__timeout=5.0, ebft__async_prefetch=True, **changes)),
-        "asked": launch(server.config("asked_dies", vllm__timeout=600.0, **changes)),
-    }
+    server = servers["LoRA"]
+    changes = dict(train__max_steps=100000, train__learning_rate=1e-5, train__rollout_table_steps=0)
+    pair = server.config("pair_dies", vllm__timeout=5.0, train__per_device_batch_size=1, **changes)
+    ahead = server.config("ahead_dies", vllm__timeout=5.0, ebft__async_prefetch=True, **changes)
+    asked = server.config("asked_dies", vllm__timeout=600.0, **changes)
+    runs = {"pair": launch(pair, processes=2), "ahead": launch(ahead), "asked": launch(asked)}
     for name, run in runs.items():
         metrics = server.folder / f"{name}_dies" / "metrics.jsonl"
         wait_for(run, lambda metrics=metrics: metrics.exists() and metrics.read_bytes().count(b"\n") >= 2)

@@ -1,4 +1,7 @@
-"""Training with real vLLM servers (CPU build, tiny models): completions, weight sync and its proof, asynchronous rollouts, two trainers, servers that die."""
+"""Training with real vLLM servers: the CPU build, tiny models.
+
+Completions, weight sync and its proof, asynchronous rollouts, two trainers, servers that die.
+"""
 
 import json
 import math
@@ -8,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,7 +22,6 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM
 
 import train_structured
-from conftest import ROOT, assert_holds, assert_same_weights, error_of, logged, training, weights
 from ebft_utils.config.modes import StructuredConfig, load_config
 from ebft_utils.config.settings import UserError
 from ebft_utils.data.prompts import conversation_of
@@ -28,7 +31,8 @@ from ebft_utils.run.distributed import AgreedError, prepare_accelerator, prepare
 from ebft_utils.server import weight_sync
 from ebft_utils.server.client import VLLMServer
 from ebft_utils.server.weight_sync import ServedPolicy
-from real_vllm import KEY, Server, naive_logprobs, vllm_python
+from helpers import ROOT, assert_holds, assert_same_weights, error_of, logged, training, weights
+from real_vllm import HEADERS, KEY, Server, naive_logprobs, vllm_python
 
 LORA = {"r": 4, "alpha": 8.0}
 KINDS = pytest.mark.parametrize("kind", ["LoRA", "full, tied"])
@@ -65,11 +69,8 @@ def served_policy(server: Server, **changes) -> ServedPolicy:
     accelerator = prepare_accelerator(config)
     torch.manual_seed(0)
     policy = StridedPolicy(load_policy(config))
-    policy, _ = prepare_policy(
-        accelerator,
-        policy,
-        torch.optim.AdamW([parameter for parameter in policy.parameters() if parameter.requires_grad]),
-    )
+    parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    policy, _ = prepare_policy(accelerator, policy, torch.optim.AdamW(parameters))
     rows, _ = load_rows(config, load_tokenizer(config.model), conversation_of)
     return ServedPolicy(config, accelerator, policy, VLLMServer(config), rows[0].prompt + rows[0].truth[0])
 
@@ -83,14 +84,17 @@ def change(served: ServedPolicy, seed: int) -> None:
 
 
 def gaps(served: ServedPolicy) -> tuple[float, float, torch.Tensor]:
-    """Largest differences of log-probs server/trainer, of a text and of sampled tokens; and the text's log-probs on the server."""
+    """Largest differences of log-probs server/trainer, of a text and of sampled tokens.
+
+    And the log-probs of the text on the server.
+    """
     given, sampled, logprobs = served.server.score(served.name, served.probe, 4, served.config.ebft.temperature)
     own_given, own_sampled = served._own_scores(sampled)
     given = torch.tensor(given)
     return (given - own_given).abs().max().item(), (torch.tensor(logprobs) - own_sampled).abs().max().item(), given
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Completions
 
 
@@ -104,32 +108,30 @@ def test_completions_are_the_tokens_and_logprobs_of_the_model(servers):
     ended = 0
     for prompt, limit, group in zip(prompts, (40, 12), found, strict=True):
         for tokens, logprobs, truncated in group:
-            assert (
-                torch.tensor(logprobs) - naive_logprobs(servers["LoRA"].model, prompt, tokens, 0.7)
-            ).abs().max() < 1e-4
-            assert (
-                truncated == (tokens[-1] not in stops)
-                and not set(stops) & set(tokens[:-1])
-                and (len(tokens) == limit if truncated else len(tokens) <= limit)
-            )
+            expected = naive_logprobs(servers["LoRA"].model, prompt, tokens, 0.7)
+            assert (torch.tensor(logprobs) - expected).abs().max() < 1e-4
+            assert truncated == (tokens[-1] not in stops) and not set(stops) & set(tokens[:-1])
+            assert len(tokens) == limit if truncated else len(tokens) <= limit
             ended += not truncated
         assert len({tuple(tokens) for tokens, _, _ in group}) > 1
     assert 0 < ended < 12
     again = served.server.complete(model, prompts, [40, 12], [1, 2], 6, 0.7, stops)
-    assert [[tokens for tokens, _, _ in group] for group in again] == [
-        [tokens for tokens, _, _ in group] for group in found
-    ]
+    written, written_again = ([[tokens for tokens, _, _ in group] for group in groups] for groups in (found, again))
+    assert written_again == written
     (first,), (second,) = (served.server.complete(model, prompts[:1], [40], [seed], 6, 0.7, stops) for seed in (3, 4))
     assert [tokens for tokens, _, _ in first] != [tokens for tokens, _, _ in second]
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Weight sync
 
 
 @KINDS
 def test_ten_syncs(servers, kind, record_property):
-    """Guards against old weights, or a part of them, behind a server that answers 200: tied heads, cached adapters, cached prefixes."""
+    """Guards against old weights, or a part of them, behind a server that answers 200.
+
+    Tied heads, cached adapters, cached prefixes.
+    """
     server = servers[kind]
     served = served_policy(server)
     before = {name: parameter.detach().clone() for name, parameter in served.policy.named_parameters()}
@@ -148,21 +150,14 @@ def test_ten_syncs(servers, kind, record_property):
         last_scores = scores
         ((tokens, logprobs, _),) = served.server.complete(served.name, [prompt], [4], [0], 1, 0.8, [0])[0]
         samples.append((tokens, logprobs))
-        document, rollout = torch.tensor([prompt]), torch.tensor([[[tokens]]])
+        document = torch.tensor([prompt])
+        rows = dict(document_ids=document, segment_ids=torch.zeros_like(document), rollouts=torch.tensor([[[tokens]]]))
+        place = dict(anchors=torch.tensor([[200]]), valid=torch.ones(1, 1, dtype=torch.bool))
         with torch.no_grad():
-            own, _ = served.policy(
-                document_ids=document,
-                segment_ids=torch.zeros_like(document),
-                rollouts=rollout,
-                anchors=torch.tensor([[200]]),
-                valid=torch.ones(1, 1, dtype=torch.bool),
-                temperature=0.8,
-                document_grad=False,
-            )
+            own, _ = served.policy(**rows, **place, temperature=0.8, document_grad=False)
         assert (own.flatten() - torch.tensor(logprobs)).abs().max() < 1e-4
-    print(
-        f"\n{kind}: largest |trainer - server| {first:.2g} before, {gap:.2g} after 10 syncs; {served.seconds / 11:.3f} s a sync"
-    )
+    print(f"\n{kind}: largest |trainer - server| {first:.2g} before, {gap:.2g} after 10 syncs")
+    print(f"{served.seconds / 11:.3f} s a sync")
     assert len({str(sample) for sample in samples}) == 10
     adapters = [name for name in server.models() if name.startswith("ebft-")]
     assert adapters == ([served.name] if kind == "LoRA" else [])
@@ -172,13 +167,16 @@ def test_ten_syncs(servers, kind, record_property):
 
 
 def test_a_head_that_stays_old_is_noticed(servers, monkeypatch):
-    """The CPU build keeps the old head when a checkpoint of tied embeddings does not name it, as transformers writes them: the proof must see it."""
+    """The proof must see a head that stays old.
+
+    The CPU build keeps it when a checkpoint of tied embeddings does not name it, as transformers writes them.
+    """
     whole = weight_sync.whole_state
-    monkeypatch.setattr(
-        weight_sync,
-        "whole_state",
-        lambda *arguments: {name: tensor for name, tensor in whole(*arguments).items() if "lm_head" not in name},
-    )
+
+    def without_head(*arguments):
+        return {name: tensor for name, tensor in whole(*arguments).items() if "lm_head" not in name}
+
+    monkeypatch.setattr(weight_sync, "whole_state", without_head)
     with pytest.raises(AgreedError, match="only a part of the weights has arrived"):
         served_policy(servers["full, tied"]).start(0)
     monkeypatch.undo()
@@ -188,16 +186,16 @@ def test_a_head_that_stays_old_is_noticed(servers, monkeypatch):
 def test_an_adapter_that_matches_nothing_is_noticed(servers, monkeypatch):
     """vLLM loads an adapter whose names match no layer, answers 200, and serves the base model."""
     whole = weight_sync.whole_state
-    monkeypatch.setattr(
-        weight_sync,
-        "whole_state",
-        lambda *arguments: {name: torch.zeros_like(tensor) for name, tensor in whole(*arguments).items()},
-    )
+
+    def zeros(*arguments):
+        return {name: torch.zeros_like(tensor) for name, tensor in whole(*arguments).items()}
+
+    monkeypatch.setattr(weight_sync, "whole_state", zeros)
     with pytest.raises(AgreedError, match="weights of before"):
         served_policy(servers["LoRA"]).start(0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Runs
 
 
@@ -209,50 +207,38 @@ def test_a_run(servers, kind):
     steps = training(folder)
     assert [step["step"] for step in steps] == [1, 2, 3]
     for step in steps:
-        assert (
-            abs(step["vllm/ratio_mean"] - 1) < 1e-3 and abs(step["vllm/kl"]) < 1e-4 and step["vllm/logprob_gap"] < 1e-4
-        )
+        assert abs(step["vllm/ratio_mean"] - 1) < 1e-3
+        assert abs(step["vllm/kl"]) < 1e-4 and step["vllm/logprob_gap"] < 1e-4
         assert 0.999 < step["vllm/ratio_min"] <= step["vllm/ratio_max"] < 1.001
         assert step["vllm/staleness"] == step["vllm/capped"] == step["ebft/clipped"] == 0
-        assert (
-            0 <= step["rollout/truncated"] <= 1
-            and 1 <= step["rollout/length"] <= 24
-            and step["rollout/entropy"] > 0
-            and step["train/grad_norm"] > 0
-        )
+        assert 0 <= step["rollout/truncated"] <= 1 and 1 <= step["rollout/length"] <= 24
+        assert step["rollout/entropy"] > 0 and step["train/grad_norm"] > 0
     assert [entry["step"] for entry in logged(folder) if "eval/reward_pass@1" in entry] == [0, 3]
     ids = torch.arange(3, 20)[None]
     loader = AutoPeftModelForCausalLM if kind == "LoRA" else AutoModelForCausalLM
-    assert (
-        loader.from_pretrained(folder / "final")(ids).logits
-        - AutoModelForCausalLM.from_pretrained(server.model)(ids).logits
-    ).abs().max() > 1e-2
+    after = loader.from_pretrained(folder / "final")(ids).logits
+    before = AutoModelForCausalLM.from_pretrained(server.model)(ids).logits
+    assert (after - before).abs().max() > 1e-2
     assert KEY not in "".join(path.read_text() for path in folder.rglob("*.yaml"))
 
 
 def numbers(folder: Path, *without: str) -> list[dict]:
-    return [
-        {name: value for name, value in step.items() if name not in TIMES | set(without)} for step in training(folder)
-    ]
+    left_out = TIMES | set(without)
+    return [{name: value for name, value in step.items() if name not in left_out} for step in training(folder)]
 
 
 def assert_close(first: list[dict], second: list[dict], tolerance: float) -> None:
+    close = partial(math.isclose, rel_tol=tolerance, abs_tol=tolerance)
     for left, right in zip(first, second, strict=True):
-        assert {
-            name: (left[name], right[name])
-            for name in left
-            if not math.isclose(left[name], right[name], rel_tol=tolerance, abs_tol=tolerance)
-        } == {}
+        assert {name: (left[name], right[name]) for name in left if not close(left[name], right[name])} == {}
 
 
 @KINDS
 def test_async_without_learning_is_sync(servers, kind):
     """The batch written ahead is the batch: with a learning rate of nothing both runs log the same numbers."""
     server = servers[kind]
-    both = [
-        trained(server, f"async {ahead}", train__learning_rate=1e-30, train__max_steps=4, ebft__async_prefetch=ahead)
-        for ahead in (False, True)
-    ]
+    changes = dict(train__learning_rate=1e-30, train__max_steps=4)
+    both = [trained(server, f"async {ahead}", **changes, ebft__async_prefetch=ahead) for ahead in (False, True)]
     assert [[step["vllm/staleness"] for step in training(folder)] for folder in both] == [[0, 0, 0, 0], [0, 1, 1, 1]]
     assert_close(numbers(both[0], "vllm/staleness", "vllm/kl"), numbers(both[1], "vllm/staleness", "vllm/kl"), 1e-4)
 
@@ -284,30 +270,19 @@ def test_two_trainers_on_one_server(servers, kind, launch):
     """Guards against processes that ask for each other's rows, or sync without each other."""
     server = servers[kind]
     alone = trained(server, "alone", train__per_device_batch_size=1, train__max_steps=2)
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        str(ROOT / "accelerate_configs" / f"{launch}.yaml"),
-        "--num_processes",
-        "2",
-    ]
+    config_file = str(ROOT / "accelerate_configs" / f"{launch}.yaml")
+    changes = dict(train__per_device_batch_size=1, train__max_steps=2, ebft__async_prefetch=False)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config_file, "--num_processes", "2"]
     command += [str(ROOT / "tests" / "fsdp2_on_cpu.py")] * (launch == "fsdp2")
-    command += [
-        str(ROOT / "train_structured.py"),
-        "--cfg",
-        str(server.config("pair", train__per_device_batch_size=1, train__max_steps=2, ebft__async_prefetch=False)),
-    ]
-    result = subprocess.run(
-        command, capture_output=True, text=True, cwd=ROOT, timeout=300, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    )
+    command += [str(ROOT / "train_structured.py"), "--cfg", str(server.config("pair", **changes))]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr
     assert_close(numbers(alone, "vllm/kl"), numbers(server.folder / "pair", "vllm/kl"), 5e-4)
     assert_same_weights(weights(alone), weights(server.folder / "pair"), 1e-3, share=0.01)
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # What goes wrong
 
 
@@ -326,9 +301,8 @@ def test_the_wrong_server_is_refused(servers, kind, changes, words):
     with pytest.raises(UserError) as caught:
         trained(servers[kind], "refused", **changes)
     assert_holds(str(caught.value), *words)
-    assert not (servers[kind].folder / "refused" / "metrics.jsonl").exists() or not logged(
-        servers[kind].folder / "refused"
-    )
+    folder = servers[kind].folder / "refused"
+    assert not (folder / "metrics.jsonl").exists() or not logged(folder)
 
 
 def test_another_models_server_is_refused(servers):
@@ -350,7 +324,10 @@ def test_no_server(servers, capsys):
 
 
 def test_lost_weights_are_sent_again(servers, monkeypatch):
-    """A server that was started again has the first weights and another version name; nothing may be sampled from them."""
+    """Nothing may be sampled from the first weights.
+
+    A server that was started again has them, and another version name.
+    """
     server, lose = servers["full, tied"], iter([False, True, False, False, False])
     complete = VLLMServer.complete
 
@@ -374,12 +351,7 @@ def test_a_lost_adapter_is_loaded_again(servers, monkeypatch):
 
     def complete_and_lose(self, name, *arguments):
         if next(lose):
-            requests.post(
-                server.url + "/v1/unload_lora_adapter",
-                json={"lora_name": name},
-                headers={"Authorization": f"Bearer {KEY}"},
-                timeout=60,
-            )
+            requests.post(f"{server.url}/v1/unload_lora_adapter", json={"lora_name": name}, headers=HEADERS, timeout=60)
         return complete(self, name, *arguments)
 
     unbroken = trained(server, "unbroken")
@@ -389,18 +361,17 @@ def test_a_lost_adapter_is_loaded_again(servers, monkeypatch):
 
 
 def test_a_server_that_dies_in_the_middle(servers, tmp_path):
-    """The last test of this server: it is killed, the run saves and ends with one message; started again, the run goes on."""
+    """The last test of this server: it is killed, and the run saves and ends with one message.
+
+    Started again, the run goes on.
+    """
     server = servers["LoRA"]
     shutil.rmtree(server.folder / "dies", ignore_errors=True)
     file = server.config("dies", train__max_steps=400, vllm__timeout=5.0)
     output = tmp_path / "output.txt"
     with output.open("w") as stream:
-        run = subprocess.Popen(
-            [sys.executable, str(ROOT / "train_structured.py"), "--cfg", str(file)],
-            stdout=stream,
-            stderr=stream,
-            cwd=ROOT,
-        )
+        command = [sys.executable, str(ROOT / "train_structured.py"), "--cfg", str(file)]
+        run = subprocess.Popen(command, stdout=stream, stderr=stream, cwd=ROOT)
     deadline = time.monotonic() + 150
     while not ((server.folder / "dies" / "metrics.jsonl").exists() and len(logged(server.folder / "dies")) >= 2):
         assert run.poll() is None and time.monotonic() < deadline, output.read_text()[-3000:]

@@ -1,0 +1,256 @@
+"""When rows are tokenised again, and when the tokens of an earlier load are taken."""
+
+import json
+import os
+import subprocess
+import sys
+
+import datasets
+import pytest
+from tokenizers import processors
+
+from conversations import TEMPLATE
+from ebft_utils.config.data import ColumnsConfig
+from ebft_utils.data.documents import Tokenizing
+from ebft_utils.data.sources import load_table, training_sources
+from ebft_utils.data.tables import cache_key
+from helpers import ROOT, refusal, tiny_tokenizer, write_rows
+from loading import documents_of, strided, structured, texts_of
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_tokenizer()
+
+
+@pytest.fixture
+def tokenised(monkeypatch):
+    """How many rows were tokenised: a list of the numbers of rows of each call."""
+    calls, real = [], Tokenizing.documents
+
+    def counting(self, rows, numbers):
+        calls.append(len(rows))
+        return real(self, rows, numbers)
+
+    monkeypatch.setattr(Tokenizing, "documents", counting)
+    return calls
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    """Rows of prompt and completion, with other columns of the same kind."""
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    rows = [
+        {
+            "prompt": f"question {number}",
+            "completion": f"answer {number}",
+            "other": f"another {number}",
+            "messages": messages,
+        }
+        for number in range(5)
+    ]
+    return write_rows(tmp_path / "pairs.jsonl", rows)
+
+
+OWN = "def transform(row, columns):\n    return {'prompt': row['prompt'], 'completion': row['completion'] + '!'}\n"
+
+
+def test_the_second_load_tokenises_nothing(pairs, tokenizer, tokenised):
+    """Guards against minutes of tokenising at each start.
+
+    Settings that have nothing to do with tokens change nothing, and the documents are the same.
+    """
+    config = structured(pairs)
+    first = documents_of(config, tokenizer)
+    assert tokenised == [5] and first["input_ids"][:] == [
+        tokenizer(f"question {number}")["input_ids"] + tokenizer(f"answer {number}")["input_ids"] + [0]
+        for number in range(5)
+    ]
+    for again in (
+        config,
+        structured(pairs, train={"learning_rate": 0.5, "output_dir": "elsewhere", "max_steps": 3, "seed": 8}),
+        structured(pairs, ebft={"num_generations": 9, "temperature": 1.5, "ce_coef": 0.5}),
+        structured(pairs, evaluation={"seed": 5}),
+    ):
+        found = documents_of(again, tiny_tokenizer())  # equal, and another object
+        assert found[:] == first[:] and found._fingerprint == first._fingerprint
+    assert tokenised == [5]
+
+
+def test_strided_settings_that_change_no_token(pairs, tokenizer, tokenised):
+    """Guards against another stride or packing tokenising a corpus again; where the first anchor is decides which
+    documents have room, and does.
+    """
+    data = {"transform": "prompt_completion"}
+    documents_of(strided(pairs, **data), tokenizer)
+    for again in (
+        {"ebft": {"stride": 7}},
+        {"packing": True},
+        {"ebft": {"n_samples_per_prompt": 9}},
+        {"train": {"learning_rate": 0.5, "output_dir": "elsewhere"}},
+    ):
+        documents_of(strided(pairs, **data, **again), tokenizer)
+    assert tokenised == [5]
+    for count, other in enumerate(
+        (
+            {"ebft": {"generate_max_len": 2}},
+            {"ebft": {"context_length": 2}},
+            {"ebft": {"min_completion_prefix": 1}},
+            {"append_eos": False},
+            {"sequence_length": 63},
+        ),
+        start=2,
+    ):
+        documents_of(strided(pairs, **data, **other), tokenizer)
+        assert tokenised == [5] * count, other
+
+
+# change -> settings, and whether the tokens stay the same ones (None: it is the file that changes)
+CHANGES = {
+    "content": None,
+    "a row more": None,
+    "another file": ({}, True),
+    "max_prompt_length": ({"max_prompt_length": 65}, True),
+    "max_completion_length": ({"ebft": {"max_completion_length": 63}}, True),
+    "max_conversation_length": ({"max_conversation_length": 200}, True),
+    "on_bad_row": ({"on_bad_row": "skip"}, True),
+    "columns": ({"columns": ColumnsConfig(completion="other")}, False),
+    "transform": ({"transform": "chat"}, False),
+    "apply_chat_template": ({"apply_chat_template": True}, False),
+    "max_documents": ({"max_documents": 4}, False),
+    "split": ({"split": "train[1:]"}, False),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_tokenises_again(pairs, tmp_path, tokenised, change):
+    """Guards against yesterday's tokens of a file, of settings or of a form that are others today.
+
+    And back again, the first ones are still there.
+    """
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% for message in messages %}({{ message['content'] }}<eos>{% endfor %}{% if add_generation_prompt %}({%"
+        " endif %}"
+    )
+    before, rows = texts_of(structured(pairs), tokenizer), [json.loads(line) for line in pairs.read_text().splitlines()]
+    assert tokenised == [5]
+    if CHANGES[change] is None:
+        rows = [*rows[:4], {**rows[4], "completion": "answer 5"}] if change == "content" else [*rows, rows[0]]
+        os.utime(write_rows(pairs, rows), ns=(0, pairs.stat().st_mtime_ns + 10**9))  # where a file system counts in seconds
+        settings, same = {}, False
+    else:
+        settings, same = CHANGES[change]
+    changed = structured(write_rows(tmp_path / "other.jsonl", rows) if change == "another file" else pairs, **settings)
+    after = texts_of(changed, tokenizer)
+    assert (after == before) == same
+    assert tokenised == [5, {"a row more": 6, "max_documents": 4, "split": 4}.get(change, 5)] and tokenised[-1] == len(
+        after
+    )
+    assert texts_of(changed, tokenizer) == after and len(tokenised) == 2
+    if CHANGES[change] is not None:
+        assert texts_of(structured(pairs), tokenizer) == before and len(tokenised) == 2
+
+
+def test_the_other_mode_tokenises_again(pairs, tokenizer, tokenised):
+    """Guards against the limits of one mode being taken for those of the other: a document without room for an anchor
+    is usable in structured mode.
+    """
+    assert len(documents_of(structured(pairs), tokenizer)) == 5
+    assert "have no room for one anchor" in refusal(
+        documents_of, strided(pairs, transform="prompt_completion", ebft={"context_length": 50}), tokenizer
+    )
+    assert tokenised == [5, 5]
+
+
+def test_a_changed_transform_file_tokenises_again(pairs, tmp_path, tokenizer, tokenised):
+    """Guards against the tokens of yesterday's function. A file that was only touched is the same."""
+    file = tmp_path / "mine.py"
+    file.write_text(OWN)
+    config = structured(pairs, transform=f"{file}:transform")
+    assert texts_of(config, tokenizer)[0] == "question 0answer 0!<eos>"
+    os.utime(file)
+    assert texts_of(config, tokenizer)[0] == "question 0answer 0!<eos>" and tokenised == [5]
+    file.write_text(OWN.replace("!", "?"))
+    assert texts_of(config, tokenizer)[0] == "question 0answer 0?<eos>" and tokenised == [5, 5]
+    assert texts_of(structured(pairs), tokenizer)[0] == "question 0answer 0<eos>" and tokenised == [5, 5, 5]
+
+
+def changed_tokenizer(change: str):
+    tokenizer = tiny_tokenizer()
+    if change == "token":
+        tokenizer.add_tokens(["question"])
+    elif change == "end":
+        tokenizer.eos_token = "<pad>"
+    elif change == "template":
+        tokenizer.chat_template = "{{ messages }}"
+    elif change == "beginning":
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single="<pad> $A", special_tokens=[("<pad>", 1)]
+        )
+    return tokenizer
+
+
+@pytest.mark.parametrize("change", ["token", "end", "template", "beginning"])
+def test_another_tokenizer_tokenises_again(pairs, tokenised, change):
+    """Guards against the ids of another vocabulary: the most harmful mistake a cache can make."""
+    first, second = tiny_tokenizer(), changed_tokenizer(change)
+    before, after = (documents_of(structured(pairs), tokenizer)["input_ids"][:] for tokenizer in (first, second))
+    assert tokenised == [5, 5] and (before != after) == (change != "template")
+    first(
+        ["a text"], truncation=True, max_length=3, padding=True
+    )  # what a call leaves behind in a tokenizer is no other tokenizer
+    assert documents_of(structured(pairs), first)["input_ids"][:] == before and tokenised == [5, 5]
+
+
+def test_bad_rows_are_told_again_by_the_cache(tmp_path, tokenizer, tokenised, capsys):
+    """Guards against a warning that only the first of many runs gives, and against a refused load that leaves something
+    in the cache.
+    """
+    path = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": ""}])
+    for _ in range(2):
+        assert "row 1, column 'completion': '' is empty" in refusal(documents_of, structured(path), tokenizer)
+    assert tokenised == [2, 2]
+    for _ in range(2):
+        assert texts_of(structured(path, on_bad_row="skip"), tokenizer) == ["ab<eos>"]
+        assert (
+            capsys.readouterr().out
+            == f"data: 1 of 2 rows of {str(path)!r} left out: 1 like row 1, column 'completion': '' is empty\n"
+        )
+    assert tokenised == [2, 2, 2]
+
+
+def keys_of(places: list[tuple[str, str, str]]) -> list[str]:
+    """What tokenised tables of these (dataset, split, transform) are kept under."""
+    configs = [strided(dataset, split=split, transform=transform) for dataset, split, transform in places]
+    return [
+        cache_key(config, tiny_tokenizer(), source, load_table(source))
+        for config in configs
+        for source in training_sources(config)
+    ]
+
+
+def test_another_process_finds_the_cache(pairs, tmp_path, cache):
+    """Guards against a key that holds something of one process (an address, the order of a set), with which every run
+    would tokenise again.
+    """
+    datasets.Dataset.from_list([{"prompt": "a", "completion": "b"}] * 4).save_to_disk(str(tmp_path / "saved"))
+    (tmp_path / "mine.py").write_text(OWN)
+    own = f"{tmp_path / 'mine.py'}:transform"
+    places = [
+        (str(pairs), "train", "prompt_completion"),
+        (str(tmp_path / "saved"), "train[1:]", "prompt_completion"),
+        (str(pairs), "train", own),
+        ("python_stdlib", "train[:9]", "text"),
+    ]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+        "PYTHONHASHSEED": "5",
+        "HF_DATASETS_CACHE": str(cache / "second"),
+    }
+    script = f"import test_sources; print(*test_sources.keys_of({places!r}), sep='\\n')"
+    there = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120, env=environment
+    ).stdout.split()
+    assert there == keys_of(places) and len(set(there)) == 4
