@@ -77,8 +77,8 @@ def main(argv: list[str]) -> None:
         return
     if importlib.util.find_spec("vllm") is None:
         raise UserError(
-            "vllm is not installed here: pip install vllm==0.32.0 (on a machine without a GPU: see README.md, "
-            "'Structured mode')"
+            "vllm is not installed here: pip install vllm==0.32.0 (on a machine without a GPU: see examples/README.md, "
+            "'Structured mode with a vLLM server')"
         )
     model = unpacked_model(config.model, folder)
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *server_arguments(config, model)]

@@ -10,8 +10,8 @@ One training step, for each document (`train_step` below reads like this list):
                                                                                   features.strided_features
     3. A rollout's reward is its features' cosine with the truth's, minus its similarity to its siblings (eq 7-9).
                                                                                   rewards.feature_matching_rewards
-    4. Its advantage is the reward minus the corrected leave-one-out baseline (eq 94).
-                                                                                  rewards.rloo_advantages
+    4. Its advantage is the reward minus the leave-one-out baseline (eq 94).
+                                                                                  rewards.FeatureRewards.baseline
     5. loss = rl_coef * policy gradient + ce_coef * cross-entropy. The log-probs come from one packed forward
        (strided.strided_logprobs) of the rollouts that the gradient depends on: equal ones once, those without
        advantage not at all (strided.rollouts_to_train).
@@ -19,8 +19,9 @@ One training step, for each document (`train_step` below reads like this list):
 
 What differs from the paper's released code: the n rollouts of all anchors share ONE copy of the document (it copies
 the document n times); rollouts are decoded with a KV cache; equal rollouts have equal features; log-probs are those of
-the policy that sampled (temperature included); windows that would cross a document's end are no groups; whitening is
-eq 8 by default (`ebft.whitening: sample` is the released code's).
+the policy that sampled (temperature included); windows that would cross a document's end are no groups. By default
+whitening is eq 8 (released code: `ebft.whitening: sample`), each layer of a feature has the same weight (released
+code: `ebft.feature_norm: joint`), and the baseline leaves the rollout out of whitening too (paper: `eq94`).
 """
 
 from contextlib import ExitStack
@@ -39,8 +40,7 @@ from ebft_utils.algorithm.rewards import (
     FeatureRewards,
     feature_matching_rewards,
     first_equal_rollout,
-    group_norm_advantages,
-    rloo_advantages,
+    group_normalised,
     share_equal_rollouts,
     unbiased_cfm,
 )
@@ -48,16 +48,7 @@ from ebft_utils.algorithm.strided import in_parts, number_of_parts, rollouts_to_
 from ebft_utils.config.modes import StridedConfig, parse_command_line
 from ebft_utils.data.batches import Batch, make_batch, rollout_uniforms
 from ebft_utils.data.rows import Rows, load_rows
-from ebft_utils.run import distributed
-from ebft_utils.run.checkpoint import (
-    RunState,
-    check_same_run,
-    continue_with,
-    find_checkpoint,
-    launch_of,
-    load_checkpoint,
-    output_folder,
-)
+from ebft_utils.run import checkpoint, distributed
 from ebft_utils.run.export import export_final
 from ebft_utils.run.loop import TrainingLoop, Update, evaluate_only, evaluate_rows, make_optimizer, micro_batches
 from ebft_utils.run.memory import out_of_memory_advice
@@ -118,7 +109,9 @@ def sample_and_score(
         if not network.is_policy:
             gathered.close()
         read = [
-            strided_features(network, document, segments, rollouts, anchors, valid, ebft.embed_method)
+            strided_features(
+                network, document, segments, rollouts, anchors, valid, ebft.embed_method, ebft.feature_norm
+            )
             for rollouts, (anchors, valid, _) in zip(written, parts, strict=True)
         ]
     whole = (torch.cat(tensors, dim=1)[:, :num_anchors] for tensors in (written, *zip(*read, strict=True)))
@@ -131,18 +124,19 @@ def sample_and_score(
         alignment_coef=ebft.alignment_coef,
         diversity_coef=ebft.diversity_coef,
         whiten_tol=ebft.whiten_tol,
+        baseline="eq94" if ebft.advantage_estimator in ("eq94", "group_norm") else "leave_out",
     )
     return Groups(rollouts, features, truth_features, rewards)
 
 
 def advantages_of(config: StridedConfig, rewards: FeatureRewards) -> Tensor:
     """Point 4: how much better each rollout is than its siblings. (B, A, N)."""
-    ebft = config.ebft
-    if ebft.advantage_estimator == "rloo":
-        return rloo_advantages(rewards.alignment, rewards.diversity, ebft.alignment_coef, ebft.diversity_coef)
-    if ebft.advantage_estimator == "group_norm":
-        return group_norm_advantages(rewards.reward)
-    return rewards.reward
+    if config.ebft.advantage_estimator == "reinforce":
+        return rewards.reward
+    advantages = rewards.reward - rewards.baseline
+    if config.ebft.advantage_estimator == "group_norm":
+        return group_normalised(advantages, rewards.reward)
+    return advantages
 
 
 def document_targets(batch: Batch) -> Tensor:
@@ -230,7 +224,7 @@ def count_groups(sums: MetricSums, batch: Batch, groups: Groups, advantages: Ten
     sums.add("ebft/mean_reward", rewards.reward, counted)
     sums.add("ebft/cfm_loss", rewards.cfm, batch.valid)
     sums.add("advantage", advantages, counted)
-    sums.add("advantage_square", advantages.square(), counted)
+    sums.add("advantage_square", advantages.double().square(), counted)
     duplicate = first_equal_rollout(groups.rollouts) != torch.arange(counted.shape[-1], device=counted.device)
     sums.add("ebft/duplicate_rollouts", duplicate.float(), counted)
     sums.add_sum("ebft/tokens_saved", counted.sum() - num_trained, counted.sum())
@@ -330,7 +324,7 @@ def main(argv: list[str]) -> None:
         accelerator.print(preview(config, accelerator))
         return
     torch.manual_seed(config.train.seed)  # the initial adapter; all else is drawn from (seed, step, row)
-    with output_folder(config, accelerator) as output_dir, out_of_memory_advice(config, accelerator):
+    with checkpoint.output_folder(config, accelerator) as output_dir, out_of_memory_advice(config, accelerator):
         train_or_evaluate(config, accelerator, output_dir)
     accelerator.end_training()
 
@@ -338,8 +332,8 @@ def main(argv: list[str]) -> None:
 def train_or_evaluate(config: StridedConfig, accelerator: Accelerator, output_dir: Path) -> None:
     """The whole run, in one fixed order."""
     # --- data, model --------------------------------------------------------------------------------------------------
-    checkpoint = find_checkpoint(config, accelerator)
-    changed = check_same_run(config, checkpoint) if checkpoint is not None else []
+    saved = checkpoint.find_checkpoint(config, accelerator)
+    changed = checkpoint.check_same_run(config, saved) if saved is not None else []
     tokenizer = models.load_tokenizer(config.model)
     load = partial(load_rows, config, tokenizer)
     rows, held_out = distributed.main_process_first(accelerator, load)  # the other processes then read its cache
@@ -352,12 +346,12 @@ def train_or_evaluate(config: StridedConfig, accelerator: Accelerator, output_di
     policy, optimizer = distributed.prepare_policy(accelerator, policy, make_optimizer(config, policy))
     network = models.load_feature_network(accelerator.unwrap_model(policy).causal_lm, config, accelerator.device)
     accelerator.print(distributed.describe_run(config, accelerator, policy, network))
-    run = RunState(step=0, launch=launch_of(accelerator), data=rows.fingerprint(), before=None, places=rows.places)
-    if checkpoint is not None:
-        run = load_checkpoint(checkpoint, policy, optimizer.optimizer)
-        accelerator.print("\n  ".join([f"going on from {checkpoint}, step {run.step}", *changed]))
+    run = checkpoint.RunState(0, checkpoint.launch_of(accelerator), rows.fingerprint(), None, rows.places)
+    if saved is not None:
+        run = checkpoint.load_checkpoint(saved, policy, optimizer.optimizer)
+        accelerator.print("\n  ".join([f"going on from {saved}, step {run.step}", *changed]))
         if not config.eval.only:
-            continue_with(config, accelerator, run, rows)
+            checkpoint.continue_with(config, accelerator, run, rows)
 
     # --- evaluate only, or train -------------------------------------------------------------------------------------
     with distributed.StopSignals() as signals:
@@ -375,9 +369,9 @@ def train_or_evaluate(config: StridedConfig, accelerator: Accelerator, output_di
         if config.eval.only:
             evaluate_only(accelerator, output_dir, run.step, None if held_out is None else evaluation, signals)
             return
-        results = logged_evaluations(output_dir, run.step) if checkpoint is not None else {}
+        results = logged_evaluations(output_dir, run.step) if saved is not None else {}
         accelerator.wait_for_everyone()  # all have read it
-        first_step = None if checkpoint is None else run.step
+        first_step = None if saved is None else run.step
         logger = MetricLogger(output_dir, first_step) if accelerator.is_main_process else None
         how = {"take_step": take_step, "evaluate": None if held_out is None else evaluation, "shown": SHOWN}
         TrainingLoop(config, accelerator, policy, optimizer, run, results, logger, **how).train(signals)

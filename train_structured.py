@@ -10,13 +10,12 @@ One training step (`take_step` and `train_step` below read like this list):
                                                                                   features.completion_features
     3. A completion's reward is its features' cosine with the truth's, minus its similarity to its siblings (eq 7-9).
                                                                                   rewards.feature_matching_rewards
-    4. Its advantage is the reward minus the corrected leave-one-out baseline (eq 94).
-                                                                                  rewards.rloo_advantages
+    4. Its advantage is the reward minus the leave-one-out baseline (eq 94).
+                                                                                  rewards.FeatureRewards.baseline
     5. loss = rl_coef * clipped policy gradient + ce_coef * cross-entropy on the truth, num_iterations times.
                                                                                   losses.clipped_policy_loss
     6. The new weights go to the server, and a probe proves that they arrived.    weight_sync.ServedPolicy
-With `ebft.async_prefetch` the server does point 1 for the next batch during points 2 to 5: its weights are one update
-older.
+With `ebft.async_prefetch` the server does point 1 for the next batch meanwhile, with weights one update older.
 
 The layout is the strided one with a single anchor, at the prompt's end: prompt + truth and its n completions share ONE
 copy of the prompt and one forward. Completions of different lengths are padded on the right. Masks come from lengths,
@@ -46,8 +45,7 @@ from ebft_utils.algorithm.rewards import (
     FeatureRewards,
     feature_matching_rewards,
     first_equal_rollout,
-    group_norm_advantages,
-    rloo_advantages,
+    group_normalised,
     share_equal_rollouts,
     unbiased_cfm,
 )
@@ -55,16 +53,7 @@ from ebft_utils.config.modes import StructuredConfig, parse_command_line
 from ebft_utils.data.prompts import Completion, PromptBatch, conversation_of, feature_spans, make_prompt_batch, padded
 from ebft_utils.data.rows import MixedRows, Rows, load_rows
 from ebft_utils.data.streams import StreamedRows
-from ebft_utils.run import distributed
-from ebft_utils.run.checkpoint import (
-    RunState,
-    check_same_run,
-    continue_with,
-    find_checkpoint,
-    launch_of,
-    load_checkpoint,
-    output_folder,
-)
+from ebft_utils.run import checkpoint, distributed
 from ebft_utils.run.export import export_final
 from ebft_utils.run.loop import TrainingLoop, Update, evaluate_only, evaluate_rows, make_optimizer, micro_batches
 from ebft_utils.run.memory import out_of_memory_advice
@@ -89,10 +78,7 @@ EVALUATED = ("cross_entropy", "cfm_loss", "cfm_unbiased", "reward_pass@1", "rewa
 
 @dataclass
 class Run:
-    """What a run consists of, for the functions below.
-
-    policy: prepared (perhaps inside DDP or FSDP2). served: the policy as the server has it; None without a server.
-    """
+    """What a run consists of. policy: prepared (perhaps inside DDP or FSDP2); served: None without a server."""
 
     config: StructuredConfig
     accelerator: Accelerator
@@ -149,6 +135,7 @@ def score(run: Run, batch: PromptBatch, completions: list[list[Completion]]) -> 
         grouped(spans, tokenizer.pad_token_id),
         torch.tensor([len(span) for span in spans], device=device).view(-1, samples),
         ebft.embed_method,
+        ebft.feature_norm,
     )
     features = share_equal_rollouts(features, grouped(spans, -1))
     rewards = feature_matching_rewards(
@@ -158,20 +145,19 @@ def score(run: Run, batch: PromptBatch, completions: list[list[Completion]]) -> 
         alignment_coef=ebft.alignment_coef,
         diversity_coef=ebft.diversity_coef,
         whiten_tol=ebft.whiten_tol,
+        baseline="eq94" if ebft.advantage_estimator in ("eq94", "group_norm") else "leave_out",
     )
     return Groups(tokens, written, counted, behaviour, truncated, features, truth_features, rewards)
 
 
 def advantages_of(config: StructuredConfig, rewards: FeatureRewards) -> Tensor:
     """Point 4: how much better each completion is than its siblings. (B, N)."""
-    ebft = config.ebft
-    if ebft.advantage_estimator == "rloo":
-        return rloo_advantages(rewards.alignment, rewards.diversity, ebft.alignment_coef, ebft.diversity_coef)
-    if ebft.advantage_estimator == "reinforce":
+    if config.ebft.advantage_estimator == "reinforce":
         return rewards.reward
-    if ebft.scale_rewards is False:
-        return rewards.reward - rewards.reward.mean(-1, keepdim=True)
-    return group_norm_advantages(rewards.reward)
+    advantages = rewards.reward - rewards.baseline
+    if config.ebft.advantage_estimator == "group_norm" and config.ebft.scale_rewards is not False:
+        return group_normalised(advantages, rewards.reward)
+    return advantages
 
 
 def take_step(run: Run, step: int, update: Update):
@@ -249,12 +235,13 @@ def train_step(
 
 
 def global_counts(accelerator: Accelerator, batches: list[PromptBatch], groups: list[Groups | None]) -> list[int]:
-    """Of the whole global batch: counted tokens of completions, completions that have some, learnt tokens of the truth.
+    """Of the whole global batch: counted tokens of completions, completions, learnt tokens of the truth.
 
-    They are known before the first forward: each loss is a sum over tokens / a global count.
+    They are known before the first forward: each loss is a sum over tokens / a global count. Completions that are left
+    out of the policy gradient count too: the others' weight does not depend on them.
     """
-    counted = [group.counted for group in groups if group is not None]
-    totals = [sum(mask.sum() for mask in counted), sum(mask.any(-1).sum() for mask in counted)]
+    written = [group for group in groups if group is not None]
+    totals = [sum(group.counted.sum() for group in written), sum(group.truncated.numel() for group in written)]
     totals.append(sum(batch.written[:, 1:].sum() for batch in batches))
     totals = torch.stack([torch.as_tensor(total, device=accelerator.device) for total in totals])
     return accelerator.reduce(totals, reduction="sum").clamp_min(1).tolist()
@@ -293,15 +280,15 @@ def count_completions(
     sums.add("ebft/mean_reward", rewards.reward, every)
     sums.add("ebft/cfm_loss", rewards.cfm, every[:, 0])
     sums.add("advantage", advantages, every)
-    sums.add("advantage_square", advantages.square(), every)
+    sums.add("advantage_square", advantages.double().square(), every)
     first = first_equal_rollout(torch.where(groups.written, groups.tokens, -1))
     sums.add("ebft/duplicate_rollouts", (first != torch.arange(every.shape[1], device=every.device)).float(), every)
     sums.add("rollout/length", groups.written.sum(-1).float(), every)
     sums.add("rollout/truncated", groups.truncated.float(), every)
     sums.add("rollout/entropy", -old_logps, groups.written)
     ratio = torch.where(groups.written, logps - old_logps, 0.0).exp()
-    ahead = advantages.unsqueeze(-1) > 0
-    clipped = torch.where(ahead, ratio > 1 + ebft.epsilon, ratio < 1 - ebft.epsilon)
+    ahead, behind = advantages.unsqueeze(-1) > 0, advantages.unsqueeze(-1) < 0
+    clipped = (ahead & (ratio > 1 + ebft.epsilon)) | (behind & (ratio < 1 - ebft.epsilon))
     sums.add("ebft/clipped", clipped.float(), groups.counted)
     if ebft.use_vllm:
         quotient = torch.where(groups.written, old_logps - groups.behaviour_logprobs, 0.0)
@@ -386,7 +373,7 @@ def main(argv: list[str]) -> None:
         accelerator.print(preview(config, accelerator))
         return
     torch.manual_seed(config.train.seed)  # the initial adapter; all else is drawn from (seed, step, row)
-    with output_folder(config, accelerator) as output_dir, out_of_memory_advice(config, accelerator):
+    with checkpoint.output_folder(config, accelerator) as output_dir, out_of_memory_advice(config, accelerator):
         train_or_evaluate(config, accelerator, output_dir)
     accelerator.end_training()
 
@@ -394,8 +381,8 @@ def main(argv: list[str]) -> None:
 def train_or_evaluate(config: StructuredConfig, accelerator: Accelerator, output_dir: Path) -> None:
     """The whole run, in one fixed order."""
     # --- data, model --------------------------------------------------------------------------------------------------
-    checkpoint = find_checkpoint(config, accelerator)
-    changed = check_same_run(config, checkpoint) if checkpoint is not None else []
+    saved = checkpoint.find_checkpoint(config, accelerator)
+    changed = checkpoint.check_same_run(config, saved) if saved is not None else []
     tokenizer = models.load_tokenizer(config.model)
     load = partial(load_rows, config, tokenizer, conversation_of)
     rows, held_out = distributed.main_process_first(accelerator, load)  # the other processes then read its cache
@@ -409,12 +396,12 @@ def train_or_evaluate(config: StructuredConfig, accelerator: Accelerator, output
     policy, optimizer = distributed.prepare_policy(accelerator, policy, make_optimizer(config, policy))
     network = models.load_feature_network(accelerator.unwrap_model(policy).causal_lm, config, accelerator.device)
     accelerator.print(distributed.describe_run(config, accelerator, policy, network))
-    state = RunState(step=0, launch=launch_of(accelerator), data=rows.fingerprint(), before=None, places=rows.places)
-    if checkpoint is not None:
-        state = load_checkpoint(checkpoint, policy, optimizer.optimizer)
-        accelerator.print("\n  ".join([f"going on from {checkpoint}, step {state.step}", *changed]))
+    state = checkpoint.RunState(0, checkpoint.launch_of(accelerator), rows.fingerprint(), None, rows.places)
+    if saved is not None:
+        state = checkpoint.load_checkpoint(saved, policy, optimizer.optimizer)
+        accelerator.print("\n  ".join([f"going on from {saved}, step {state.step}", *changed]))
         if not config.eval.only:
-            continue_with(config, accelerator, state, rows)
+            checkpoint.continue_with(config, accelerator, state, rows)
 
     # --- the server --------------------------------------------------------------------------------------------------
     def first_row():
@@ -443,9 +430,9 @@ def train_or_evaluate(config: StructuredConfig, accelerator: Accelerator, output
         if config.eval.only:
             evaluate_only(accelerator, output_dir, state.step, evaluation, signals)
             return
-        results = logged_evaluations(output_dir, state.step) if checkpoint is not None else {}
+        results = logged_evaluations(output_dir, state.step) if saved is not None else {}
         accelerator.wait_for_everyone()  # all have read it
-        first_step = None if checkpoint is None else state.step
+        first_step = None if saved is None else state.step
         logger = MetricLogger(output_dir, first_step) if accelerator.is_main_process else None
         how = {"take_step": partial(take_step, run), "evaluate": evaluation, "shown": SHOWN}
         TrainingLoop(config, accelerator, policy, optimizer, state, results, logger, **how).train(signals)

@@ -57,8 +57,9 @@ def worker(report: str, arguments: list[str]) -> None:
 
     train_strided.train_step = timed("peak_gb", train_strided.train_step)
     loop.save_checkpoint = timed("save_s", loop.save_checkpoint)
-    train_strided.find_checkpoint = timed("resume_s", train_strided.find_checkpoint)  # checks the sums
-    train_strided.load_checkpoint = timed("resume_s", train_strided.load_checkpoint)
+    checkpoint = train_strided.checkpoint
+    checkpoint.find_checkpoint = timed("resume_s", checkpoint.find_checkpoint)  # checks the sums
+    checkpoint.load_checkpoint = timed("resume_s", checkpoint.load_checkpoint)
     train_strided.main(arguments)
     Path(f"{report}.{os.environ['RANK']}").write_text(json.dumps(measured))
 

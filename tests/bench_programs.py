@@ -13,7 +13,7 @@ from ebft_utils.algorithm.attention import STRIDED_SDPA
 from ebft_utils.algorithm.decoding import sample_tokens
 from ebft_utils.algorithm.features import FeatureNetwork, layer_indices, strided_features
 from ebft_utils.algorithm.losses import policy_gradient_loss, token_logprobs
-from ebft_utils.algorithm.rewards import feature_matching_rewards, rloo_advantages, share_equal_rollouts
+from ebft_utils.algorithm.rewards import feature_matching_rewards, share_equal_rollouts
 from ebft_utils.algorithm.strided import (
     Layout,
     attention_arguments,
@@ -199,7 +199,7 @@ def our_step(models: Models, task: Task, seed: int) -> Measured:
     watch.lap("features")
     features = share_equal_rollouts(features, rollouts)
     rewards = feature_matching_rewards(features, truth, whitening="feature", alignment_coef=1.0, diversity_coef=1.0)
-    advantages = rloo_advantages(rewards.alignment, rewards.diversity, 1.0, 1.0)
+    advantages = rewards.reward - rewards.baseline
     trained, anchors, valid, summed = rollouts_to_train(rollouts, advantages, task.anchors, task.valid)
     watch.lap("rewards")
     with models.precision():

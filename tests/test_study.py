@@ -17,6 +17,7 @@ from real_vllm import prompts_file
 
 sys.path.insert(0, str(ROOT / "examples" / "study"))
 
+import estimates
 import grid
 import measure
 import report
@@ -189,7 +190,7 @@ def test_signal_and_noise():
         name: [matrix.sum(1).tolist(), matrix.sum(0).tolist(), matrix.diagonal().tolist()]
         for name, matrix in matrices.items()
     }
-    found = report.gradient_noise({"measured": measured})
+    found = estimates.gradient_noise({"measured": measured})
 
     def by_loops(kept: list[int]) -> tuple[float, ...]:
         pairs = [(i, j) for i in kept for j in kept if i != j]
@@ -226,27 +227,27 @@ def test_the_naive_baseline_is_a_smaller_diversity_coefficient(samples):
 
 def test_statistics_by_hand():
     """Guards against a standard deviation of the wrong kind, and differences that are not paired."""
-    assert report.over_seeds([1.0, 2.0, 3.0]) == (2.0, 1.0)
+    assert estimates.over_seeds([1.0, 2.0, 3.0]) == (2.0, 1.0)
 
     def run(*totals: float) -> dict:
         """Of three documents, of which the third does not count."""
         shares = [[0.1, 0.5, 0.6], [1.0, 1.0, 1.0]]
         return {"name": "a run", "measured": {"m": [[*totals, 50.0], [1.0, 1.0, 1.0]], "copied_share": shares}}
 
-    mean, error, spread = report.difference([run(1.0, 11.0), run(3.0, 13.0)], [run(0.0, 10.0)], "m")
+    mean, error, spread = estimates.difference([run(1.0, 11.0), run(3.0, 13.0)], [run(0.0, 10.0)], "m")
     assert (mean, error) == (2.0, 0.0)  # documents differ by 10, the two methods by 2 on each of them
     assert spread == pytest.approx(math.sqrt(2))  # of 1 and 3
-    mean, error, spread = report.difference([run(1.0, 13.0)], [run(0.0, 10.0)], "m")
+    mean, error, spread = estimates.difference([run(1.0, 13.0)], [run(0.0, 10.0)], "m")
     assert mean == 2.0 and error == pytest.approx(1.0) and math.isnan(spread)
     other = run(1.0, 2.0)
     other["measured"]["m"][1] = [2.0, 1.0, 1.0]
     with pytest.raises(ValueError, match="different documents"):
-        report.difference([run(1.0, 2.0)], [other], "m")
+        estimates.difference([run(1.0, 2.0)], [other], "m")
     assert report.shown_change(-2.0, 1.0) == "**-2.0000 ± 1.0000**"  # from two standard errors on
     assert report.shown_change(1.99, 1.0, 0.5) == "+1.9900 ± 1.0000 (0.5000)"
-    assert report.pass_at(1, [2.0, 0.0], [10.0, 10.0]) == pytest.approx(0.1)
-    assert report.pass_at(10, [1.0, 0.0], [10.0, 10.0]) == 0.5
-    assert report.pass_at(2, [1.0], [4.0]) == pytest.approx(0.5)  # 3 of the 6 pairs hold the one that passes
+    assert estimates.pass_at(1, [2.0, 0.0], [10.0, 10.0]) == pytest.approx(0.1)
+    assert estimates.pass_at(10, [1.0, 0.0], [10.0, 10.0]) == 0.5
+    assert estimates.pass_at(2, [1.0], [4.0]) == pytest.approx(0.5)  # 3 of the 6 pairs hold the one that passes
 
 
 def test_copied_documents_do_not_count(tiny):
@@ -310,7 +311,7 @@ def test_every_run_of_the_study_is_a_valid_configuration():
 
 def test_the_page_is_that_of_the_results():
     """Guards against a table that nobody can make again."""
-    results = report.Results(grid.RESULTS)
+    results = estimates.Results(grid.RESULTS)
     page = report.PAGE.read_text()
     assert report.with_tables(page, results) == page, "run: python examples/study/report.py"
     assert {name for name, lines in report.tables(results).items() if not lines} == {"pass_at_k"}  # not run yet

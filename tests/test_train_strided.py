@@ -4,6 +4,7 @@ work changes its result.
 Most runs call `train_strided.main` in this process (0.3 s instead of 6); the ones that must be real run the command.
 """
 
+import itertools
 import json
 import math
 import shutil
@@ -199,7 +200,7 @@ def test_resumed_run_reports_the_evaluation_before_training(train, interrupted, 
 
 @pytest.mark.parametrize("override", ["eval.num_documents=5", "eval.seed=3"])
 def test_resume_with_other_evaluation_documents(train, interrupted, tmp_path, override):
-    """Guards against a change that is taken between two sets of documents (or a traceback, where their numbers differ)."""
+    """Guards against a change between two sets of documents, and a traceback where their numbers differ."""
     changes = dict(train__max_steps=2, eval__num_documents=4)
     interrupted("run", 1, **changes)
     try:
@@ -353,7 +354,7 @@ def two_processes():
 
 @MODES
 def test_two_processes_equal_one(train, two_processes, write_config, tmp_path, mode):
-    """Guards against gradients that are not reduced, averaged instead of summed, or rows that both processes train on."""
+    """Guards against gradients that are not reduced, or averaged, and rows that both processes train on."""
     rate = 1e-5
     changes = dict(
         **mode,
@@ -671,7 +672,7 @@ def test_every_choice_does_something(train):
     }
     assert all(math.isfinite(loss) for loss in losses.values())
     values = sorted(losses.values())
-    assert min(high - low for low, high in zip(values, values[1:])) > 1e-6, losses
+    assert min(high - low for low, high in itertools.pairwise(values)) > 1e-6, losses
     same = training(train("completion_mean", "train.max_steps=1", "ebft.embed_method=completion_mean"))[0][
         "ebft/rl_loss"
     ]

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ from accelerate.state import AcceleratorState
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train_structured
-from ebft_utils.algorithm.rewards import feature_matching_rewards, rloo_advantages
+from ebft_utils.algorithm.rewards import FeatureRewards, feature_matching_rewards
+from ebft_utils.run.metrics import MetricSums
 from helpers import ROOT, assert_equal_weights, assert_same_weights, evaluations, logged, weights
 from real_vllm import prompts_file
 
@@ -93,6 +95,24 @@ def assert_close_numbers(first: Path, second: Path, *without: str) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Metrics
+
+
+@pytest.mark.parametrize("advantage, ratio, share", [(0.0, 0.5, 0), (0.0, 2.0, 0), (1.0, 2.0, 1), (-1.0, 0.5, 1)])
+def test_what_the_clip_stops(advantage, ratio, share):
+    """A token without advantage is not clipped, wherever its ratio is; one with, where the gradient stops."""
+    ebft = SimpleNamespace(epsilon=0.2, use_vllm=False)
+    ones, logps, each = torch.ones(1, 2, 3, dtype=torch.bool), torch.zeros(1, 2, 3), torch.zeros(1, 2)
+    rewards = FeatureRewards(each, each, each, each, torch.zeros(1))
+    tokens = torch.arange(6).view(1, 2, 3)
+    groups = train_structured.Groups(tokens, ones, ones, logps, ones[..., 0], each, each, rewards)
+    sums, new = MetricSums(), logps + math.log(ratio)
+    train_structured.count_completions(SimpleNamespace(ebft=ebft), sums, groups, each + advantage, new, logps)
+    total, number = sums.sums["ebft/clipped"].tolist()
+    assert (total / number, number) == (share, 6)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # One step
 
 
@@ -108,7 +128,7 @@ def naive_step(model_folder, completions, conversations, options: dict) -> tuple
         for sample, counts in zip(group, keep, strict=True)
         if counts
     )
-    num_completions = sum(map(sum, counted))
+    num_completions = sum(map(len, completions))  # those that are left out too: the others' weight stays
 
     def states(tokens):
         with torch.no_grad():
@@ -120,7 +140,7 @@ def naive_step(model_folder, completions, conversations, options: dict) -> tuple
         rewards = feature_matching_rewards(
             features, states(row.prompt + row.truths[0]), whitening="feature", alignment_coef=1.0, diversity_coef=1.0
         )
-        advantages = rloo_advantages(rewards.alignment, rewards.diversity, 1.0, 1.0)
+        advantages = rewards.reward - rewards.baseline
         for sample, advantage, counts in zip(group, advantages, keep, strict=True):
             ids = torch.tensor([row.prompt + sample.tokens])
             logps = (
@@ -227,8 +247,8 @@ def test_supervised_fine_tuning(run, monkeypatch):
 def test_advantages(run, options):
     """Each estimator is what it says: their spread in the log."""
     spread = logged(run("run", "train.max_steps=1", *options))[0]["ebft/advantages_std"]
-    scaled = options == ["ebft.advantage_estimator=group_norm"]
-    assert (abs(spread - 1) < 0.01) == scaled and spread > 0.05
+    scaled = options == ["ebft.advantage_estimator=group_norm"]  # 3 rollouts, leave-one-out: A = 1.5 (r - mean) / std
+    assert (abs(spread - 1.5 * (2 / 3) ** 0.5) < 0.01) == scaled and spread > 0.05
 
 
 # ----------------------------------------------------------------------------------------------------------------------

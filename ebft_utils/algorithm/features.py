@@ -18,6 +18,7 @@ from .decoding import evaluation_mode
 from .strided import attention_arguments, pack_layout
 
 FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm")
+FEATURE_NORMS = ("layer", "joint")
 EMBED_METHODS = ("last_token", "mean_pooling", "completion_mean", "concat")
 
 
@@ -26,7 +27,7 @@ def layer_indices(feature_layers: list[float], num_layers: int) -> list[int]:
 
     0 = embeddings, num_layers = after the final norm.
     """
-    return [int(depth * num_layers) for depth in feature_layers]
+    return [int(depth * num_layers + 1e-9) for depth in feature_layers]  # 0.29 * 100 is 28.999999999999996
 
 
 def pooled_steps(embed_method: str, num_generated: int) -> list[int]:
@@ -44,8 +45,10 @@ def pooled_steps(embed_method: str, num_generated: int) -> list[int]:
 
 
 def pool(states: Tensor, embed_method: str) -> Tensor:
-    """(..., T, D) states at `pooled_steps` -> (..., D), or (..., 3 D) for concat."""
-    return states.mean(-2) if embed_method in ("mean_pooling", "completion_mean") else states.flatten(-2)
+    """(..., T, D) states at `pooled_steps` -> (..., D), or (..., 3 D) for concat, scaled to the length of one state."""
+    if embed_method in ("mean_pooling", "completion_mean"):
+        return states.mean(-2)
+    return states.flatten(-2) / states.shape[-2] ** 0.5
 
 
 def cut_decoder(decoder: torch.nn.Module, num_layers: int) -> torch.nn.Module:
@@ -123,6 +126,7 @@ def strided_features(
     anchors: Tensor,
     valid: Tensor,
     embed_method: str,
+    feature_norm: str = "layer",
 ) -> tuple[Tensor, Tensor]:
     """Features of all rollouts and of the ground truth at the same places, in one packed forward.
 
@@ -148,7 +152,7 @@ def strided_features(
         torch.cat([truth_index, rollout_index], dim=1),
         **attention_arguments(network.decoder, layout),
     )
-    states = _normalised(states)  # (B, K, D)
+    states = normalised(states, feature_norm)  # (B, K, D)
     truth, generated = states.split([truth_index.shape[1], rollout_index.shape[1]], dim=1)
     truth = pool(truth.unflatten(1, (num_anchors, -1)), embed_method)
     generated = pool(generated.unflatten(1, (num_anchors, num_samples, -1)), embed_method)
@@ -164,6 +168,7 @@ def completion_features(
     completions: Tensor,
     completion_lengths: Tensor,
     embed_method: str,
+    feature_norm: str = "layer",
 ) -> tuple[Tensor, Tensor]:
     """Features of prompt + completion, for each completion, and of prompt + truth, in one packed forward.
 
@@ -200,7 +205,8 @@ def completion_features(
         read,
         **attention_arguments(network.decoder, layout),
     )
-    own, prompt = _normalised(states).split([steps[0].numel(), read.shape[1] - steps[0].numel()], dim=1)
+    states = normalised(states, feature_norm)
+    own, prompt = states.split([steps[0].numel(), read.shape[1] - steps[0].numel()], dim=1)
     own = own.unflatten(1, (1 + num_samples, -1))  # (B, 1 + N, T, D)
     if embed_method in ("mean_pooling", "completion_mean"):
         total, number = torch.where(counted.unsqueeze(-1), own, 0.0).sum(2), counted.sum(2)
@@ -210,7 +216,7 @@ def completion_features(
             number = number + anchors
         features = total / number.unsqueeze(-1)
     else:
-        features = own.flatten(2)
+        features = pool(own, embed_method)
     features = features.to(home)
     return features[:, 1:], features[:, 0]
 
@@ -231,9 +237,15 @@ def read_steps(lengths: Tensor, embed_method: str) -> tuple[Tensor, Tensor]:
     return steps, torch.ones_like(steps, dtype=torch.bool)
 
 
-def _normalised(states: list[Tensor]) -> Tensor:
-    """Scales the states of each feature layer to length 1 and puts them side by side.
+def normalised(states: list[Tensor], feature_norm: str) -> Tensor:
+    """The states of the feature layers side by side, scaled to length 1.
 
-    list of (B, K, H) -> (B, K, D), float32.
+    layer: each layer to length 1, then the whole by 1/sqrt(layers); joint: the whole at once, as the paper's released
+    code does, so that layers with large states count more. list of (..., H) -> (..., D), float32.
     """
-    return torch.cat([torch.nn.functional.normalize(state.float(), dim=-1) for state in states], dim=-1)
+    if feature_norm not in FEATURE_NORMS:
+        raise ValueError(f"feature_norm is {feature_norm!r}; allowed: {', '.join(FEATURE_NORMS)}")
+    normalize = torch.nn.functional.normalize
+    if feature_norm == "joint":
+        return normalize(torch.cat([state.float() for state in states], dim=-1), dim=-1)
+    return torch.cat([normalize(state.float(), dim=-1) for state in states], dim=-1) / len(states) ** 0.5

@@ -58,8 +58,8 @@ def completion_token_weights(
 
     Args:
         mask (..., G): True = a token that the policy wrote and that counts. max_length: most tokens of a completion.
-        num_completions: completions with at least one counted token; num_tokens: counted tokens; both of the whole
-            global batch.
+        num_completions: all completions, those without counted tokens too; num_tokens: counted tokens; both of the
+            whole global batch.
     Returns (..., G), float32, 0 where the mask is False.
     """
     if loss_type == "grpo":

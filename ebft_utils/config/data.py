@@ -11,10 +11,10 @@ from .settings import ConfigError, Section, option, section
 TRANSFORMS: dict[str, tuple[str, ...]] = {
     "text": ("text",),
     "prompt_completion": ("prompt", "completion", "turns"),
-    "chat": ("messages",),
-    "first_turn": ("messages",),
-    "last_turn": ("messages",),
-    "all_turns": ("messages",),
+    "chat": ("messages", "tools"),
+    "first_turn": ("messages", "tools"),
+    "last_turn": ("messages", "tools"),
+    "all_turns": ("messages", "tools"),
     "reasoning": ("prompt", "completion", "turns", "reasoning"),
     "reasoning_answer": ("prompt", "completion", "turns", "reasoning"),
     "opencodeinstruct": (),
@@ -48,6 +48,9 @@ class ColumnsConfig(Section):
         "messages", "a conversation: a list of messages (chat, first_turn, last_turn, all_turns, reasoning)"
     )
     reasoning: str | None = option(None, "thinking before the completion; null: it is in the messages (reasoning)")
+    tools: str | None = option(
+        None, "the tools that the assistant may call: a list for the chat template; null: none (as messages)"
+    )
 
 
 def renamed_columns(section: str) -> dict[str, str]:
@@ -73,7 +76,8 @@ class MixedSourceConfig(Section):
     """One source of data.mix."""
 
     MISPLACED: ClassVar[dict[str, str]] = {
-        key: f"set data.{key}, for all of them" for key in ("streaming", "shuffle_buffer", "num_proc", "on_bad_row")
+        key: f"set data.{key}, for all of them"
+        for key in ("streaming", "shuffle_buffer", "num_proc", "on_bad_row", "allow_control_tokens")
     } | renamed_columns("data.mix[]")
 
     dataset: str = option("", "like data.dataset")
@@ -109,6 +113,9 @@ class DataConfig(Section):
         None,
         "switch that some chat templates have (Qwen3: false begins each answer with empty thinking); "
         "null: the template's own default",
+    )
+    allow_control_tokens: bool = option(
+        False, "take text that reads like a control token (<|im_end|>) as that token; false: it is ordinary text"
     )
     on_bad_row: Literal["error", "skip"] = option(
         "error",
@@ -210,7 +217,7 @@ class EvalConfig(Section):
 def columns_read(name: str, columns: ColumnsConfig) -> tuple[str, ...]:
     """The keys of data.columns that a transform of this project reads."""
     if name in ("reasoning", "reasoning_answer") and columns.reasoning is None:
-        return ("messages",)
+        return ("messages", "tools")
     return TRANSFORMS[name]
 
 

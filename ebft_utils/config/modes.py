@@ -101,6 +101,21 @@ class Config(Section):
                 ("ebft.ce_coef",),
             )
 
+    def _check_group(self, key: str, num_samples: int) -> None:
+        if num_samples < 2:
+            raise ConfigError(
+                key,
+                "1 leaves a rollout without siblings, and the diversity term and the leave-one-out baseline (rloo) "
+                "compare siblings; set it to 2 or more",
+            )
+        if num_samples < 3 and self.ebft.advantage_estimator == "group_norm":
+            raise ConfigError(
+                key,
+                "2 with ebft.advantage_estimator group_norm: the standard deviation of two rewards does not know their "
+                "diversity, and nearly equal ones explode; set it to 3 or more, or take rloo",
+                ("ebft.advantage_estimator",),
+            )
+
     def _check_feature_network(self) -> None:
         device, shard = self.feature_network.device, self.feature_network.shard
         if not re.fullmatch(r"auto|cpu|cuda:\d+", device):
@@ -142,12 +157,7 @@ class StridedConfig(Config):
     def __post_init__(self):
         super().__post_init__()
         ebft, length = self.ebft, self.data.sequence_length
-        if ebft.n_samples_per_prompt < 2:
-            raise ConfigError(
-                "ebft.n_samples_per_prompt",
-                "1 leaves a rollout without siblings, and the diversity term and the leave-one-out baseline compare "
-                "siblings; set it to 2 or more",
-            )
+        self._check_group("ebft.n_samples_per_prompt", ebft.n_samples_per_prompt)
         smallest = length + ebft.n_samples_per_prompt * ebft.generate_max_len
         if ebft.max_packed_tokens is not None and ebft.max_packed_tokens < smallest:
             raise ConfigError(
@@ -193,12 +203,7 @@ class StructuredConfig(Config):
     def __post_init__(self):
         super().__post_init__()
         ebft = self.ebft
-        if ebft.num_generations < 2:
-            raise ConfigError(
-                "ebft.num_generations",
-                "1 leaves a completion without siblings, and the diversity term and the leave-one-out baseline (rloo) "
-                "compare siblings; set it to 2 or more",
-            )
+        self._check_group("ebft.num_generations", ebft.num_generations)
         if ebft.scale_rewards and ebft.advantage_estimator != "group_norm":
             raise ConfigError(
                 "ebft.scale_rewards",

@@ -69,12 +69,20 @@ class EBFTConfig(Section):
         "the state of a rollout's last token; the mean over its tokens (completion_mean), in structured mode with the "
         "prompt's (mean_pooling); or the states at 1/4, 1/2 and 3/4 of it, side by side (concat)",
     )
+    feature_norm: Literal["layer", "joint"] = option(
+        "layer",
+        "features are scaled to length 1: layer by layer, with equal weights (layer), or all layers side by side, as "
+        "in the paper's released code (joint)",
+    )
     use_whitening: bool = option(True, "whiten the features within each group (eq 8)")
     whitening: Literal["feature", "sample"] = option(
         "feature", "feature: eq 8; sample: the reading of the paper's released code"
     )
     whiten_tol: float = option(
-        1e-5, "singular values below this share of the largest count as zero", above=0, maximum=1
+        1e-5,
+        "singular values below this share of the largest count as zero (below 1e-6 they would be rounding)",
+        minimum=1e-6,
+        maximum=1,
     )
     alignment_coef: float = option(1.0, "weight of the alignment reward", minimum=0)
     diversity_coef: float = option(1.0, "weight of the diversity penalty", minimum=0)
@@ -85,13 +93,18 @@ class EBFTConfig(Section):
         0.1, "weight of cross-entropy on the ground truth (paper: 0, 0.03, 0.1); 1 with rl_coef 0: plain SFT", minimum=0
     )
     temperature: float = option(
-        0.6, "sampling temperature; the policy that is trained is softmax(logits / temperature)", above=0
+        0.6,
+        "sampling temperature; the policy that is trained is softmax(logits / temperature). Below 1e-4 float32 cannot "
+        "hold it",
+        minimum=1e-4,
     )
     top_p: float = option(
         1.0, "only 1.0: a truncated distribution would not be the policy that is scored", above=0, maximum=1
     )
-    advantage_estimator: Literal["rloo", "group_norm", "reinforce"] = option(
-        "rloo", "rloo: leave-one-out, corrected baseline (eq 94); group_norm: (r - mean) / std; reinforce: the reward"
+    advantage_estimator: Literal["rloo", "eq94", "group_norm", "reinforce"] = option(
+        "rloo",
+        "reward minus a baseline. rloo: the siblings' mean reward in the group without this rollout, unbiased; eq94: "
+        "the paper's formula, unbiased without whitening; group_norm: eq94 / group's std; reinforce: no baseline",
     )
 
 
@@ -105,9 +118,7 @@ class StridedEBFTConfig(EBFTConfig):
         0, "tokens of a completion before its first anchor (raw text has no prompt: it is all completion)", minimum=0
     )
     generate_max_len: int = option(8, "tokens of a rollout", minimum=1)
-    n_samples_per_prompt: int = option(
-        4, "rollouts at each anchor, at least 2; with 2 the diversity reward has no baseline (eq 94)", minimum=1
-    )
+    n_samples_per_prompt: int = option(4, "rollouts at each anchor, at least 2 (group_norm: 3)", minimum=1)
     max_packed_tokens: int | None = option(
         None,
         "most tokens of a row, document and rollouts, in one forward; further rollouts run in further forwards, each "
@@ -120,9 +131,7 @@ class StridedEBFTConfig(EBFTConfig):
 class StructuredEBFTConfig(EBFTConfig):
     """The algorithm in structured mode."""
 
-    num_generations: int = option(
-        4, "completions of each prompt, at least 2; with 2 the diversity reward has no baseline (eq 94)", minimum=1
-    )
+    num_generations: int = option(4, "completions of each prompt, at least 2 (group_norm: 3)", minimum=1)
     max_completion_length: int = option(
         256, "most tokens of a completion in each turn, end-of-text token included", minimum=1
     )
@@ -156,8 +165,9 @@ class StructuredEBFTConfig(EBFTConfig):
     mask_truncated: bool = option(False, "leave completions that reached their limit out of the policy gradient")
     vllm_importance_cap: float | None = option(
         2.0,
-        "weight tokens by min(trainer's probability / server's, cap): the server sampled them; null: no weights",
-        above=0,
+        "weight tokens by min(trainer's probability / server's, cap): the server sampled them; null: no weights. Below "
+        "1 it would scale down tokens on which both agree",
+        minimum=1,
     )
     vllm_sync_interval: int = option(1, "send the weights to the server every so many steps", minimum=1)
     async_prefetch: bool = option(

@@ -76,7 +76,7 @@ def read_settings(kind: type, file: str, overrides: typing.Sequence[str] = ()):
             if not isinstance(node.get(name), dict):
                 node[name] = {}
             node = node[name]
-        node[path[-1]] = _parse_yaml(text, f"command line: {override!r}")
+        node[path[-1]] = _parse_override(text, alternatives(_hint_at(kind, path)), f"command line: {override!r}")
         overridden_keys.append(dotted)
     try:
         return _build(kind, tree, "")
@@ -88,26 +88,106 @@ def read_settings(kind: type, file: str, overrides: typing.Sequence[str] = ()):
         raise UserError(f"{'command line' if overridden else file}: {error}") from None
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# YAML
+
+
+@dataclasses.dataclass(frozen=True)
+class _Written:
+    """A number or a bool of YAML, with the text that was written. A setting that takes text takes that text."""
+
+    value: object
+    text: str
+
+
 class _StrictLoader(yaml.SafeLoader):
-    """Refuses a key that is given twice, where YAML would silently keep the last one."""
+    """Refuses a key that is given twice, where YAML would silently keep the last one. Dates are text."""
+
+    yaml_implicit_resolvers: ClassVar[dict] = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        keys = [_as_text(self.construct_object(key, deep=True)) for key, _ in node.value]
         twice = [key for key in keys if keys.count(key) > 1]
         if twice:
             raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]!r} is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
+        return {_as_text(key): value for key, value in super().construct_mapping(node, deep).items()}
+
+
+def _keeping_the_text(construct):
+    def constructor(loader, node):
+        try:
+            return _Written(construct(loader, node), node.value)
+        except ValueError:  # a whole number of more digits than Python reads
+            return node.value
+
+    return constructor
 
 
 EMPTY = object()  # `key:` without a value; a written null is None
 _StrictLoader.add_constructor("tag:yaml.org,2002:null", lambda loader, node: None if node.value else EMPTY)
+for _name in ("int", "float", "bool"):
+    _construct = getattr(yaml.SafeLoader, f"construct_yaml_{_name}")
+    _StrictLoader.add_constructor(f"tag:yaml.org,2002:{_name}", _keeping_the_text(_construct))
 
 
 def _parse_yaml(text: str, source: str):
     try:
         return yaml.load(text, _StrictLoader)
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist
-        raise UserError(f"{source}: is not valid YAML: {error}") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"{source}: is not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _parse_override(text: str, kinds: tuple, source: str):
+    """The value of an override. kinds: the types that the setting may have; none for a key that does not exist.
+
+    Text stands for itself where YAML would read something else into it (*, &, @, a comment, a mapping). Quotes around
+    the whole of it are YAML's, null is null, and [a, b] is a list where the setting takes one.
+    """
+    if kinds and str not in kinds:
+        return _parse_yaml(text, source)
+    takes_list = any(typing.get_origin(kind) is list for kind in kinds)
+    try:
+        node = yaml.compose(text, _StrictLoader)
+    except yaml.YAMLError:
+        return text
+    if takes_list and isinstance(node, yaml.SequenceNode) and node.end_mark.index == len(text.rstrip()):
+        return _parse_yaml(text, source)
+    quoted = isinstance(node, yaml.ScalarNode) and node.style in ("'", '"') and text[:1] == node.style
+    if quoted and node.end_mark.index == len(text):
+        return node.value
+    null = isinstance(node, yaml.ScalarNode) and node.tag == "tag:yaml.org,2002:null" and node.value == text
+    return None if null or not text else text
+
+
+def _hint_at(cls, path: list[str]):
+    """The type hint of the setting at a dotted path, or an empty union where there is no such setting."""
+    for name in path[:-1]:
+        hint = typing.get_type_hints(cls).get(name) if name in _fields(cls) else None
+        cls = next((kind for kind in alternatives(hint) if dataclasses.is_dataclass(kind)), None)
+        if cls is None:
+            return typing.Never
+    return typing.get_type_hints(cls)[path[-1]] if path[-1] in _fields(cls) else typing.Never
+
+
+def _as_text(value):
+    """What a setting of the type text takes."""
+    return value.text if isinstance(value, _Written) else value
+
+
+def _as_value(value):
+    """What all other settings take, and messages show."""
+    if isinstance(value, list):
+        return [_as_value(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _as_value(item) for key, item in value.items()}
+    return None if value is EMPTY else value.value if isinstance(value, _Written) else value
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Types
 
 
 def _fields(cls) -> dict[str, dataclasses.Field]:
@@ -153,12 +233,15 @@ def _build(cls, tree: dict, prefix: str):
 
 def _build_section(cls, value, dotted: str):
     if not isinstance(value, dict):
-        raise ConfigError(dotted, f"{value!r} is not a section; allowed: a mapping with {', '.join(_fields(cls))}")
+        shown = _as_value(value)
+        raise ConfigError(dotted, f"{shown!r} is not a section; allowed: a mapping with {', '.join(_fields(cls))}")
     return _build(cls, value, f"{dotted}.")
 
 
 def alternatives(hint) -> tuple:
     """The types that a setting may have."""
+    if hint is typing.Never:
+        return ()
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
         return typing.get_args(hint)
     return (hint,)
@@ -167,14 +250,17 @@ def alternatives(hint) -> tuple:
 def _convert(value, hint, bounds, key: str):
     """Checks a value against its type hint, and numbers against their bounds.
 
-    YAML reads 1e-5 (without a point) as text; it is taken as a number.
+    YAML reads 1e-5 (without a point) as text; it is taken as a number. Text may look like a number, a bool or a date.
     """
+    written, value = value, _as_value(value)
     for kind in alternatives(hint):
         if kind is type(None) and value is None:
             return None
-        if typing.get_origin(kind) is Literal and value in typing.get_args(kind):
-            return value
-        if kind in (str, bool) and isinstance(value, kind):
+        if typing.get_origin(kind) is Literal and _as_text(written) in typing.get_args(kind):
+            return _as_text(written)
+        if kind is str and isinstance(_as_text(written), str):
+            return _as_text(written)
+        if kind is bool and isinstance(value, bool):
             return value
         if kind is int and isinstance(value, int) and not isinstance(value, bool):
             return _within(value, bounds, key)
@@ -184,7 +270,7 @@ def _convert(value, hint, bounds, key: str):
                 return _within(number, bounds, key)
         if typing.get_origin(kind) is list and isinstance(value, list):
             (inner,) = typing.get_args(kind)
-            return [_convert(item, inner, bounds, f"{key}[{index}]") for index, item in enumerate(value)]
+            return [_convert(item, inner, bounds, f"{key}[{index}]") for index, item in enumerate(written)]
     allowed = " or ".join(describe_type(kind) for kind in alternatives(hint))
     choices = [str(choice) for choice in typing.get_args(hint)] if typing.get_origin(hint) is Literal else []
     close = difflib.get_close_matches(str(value), choices, n=1)

@@ -6,22 +6,19 @@ of a raw text, each answer of a conversation. All other tokens (prompt, later me
     [ prompt | answer <end> | user's message | answer <end> ]    spans: both answers, each with its end-of-text token
 """
 
-import datetime
-import re
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-import jinja2
+from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase
 
 from ..config.modes import Config
 from ..config.settings import UserError
-from .sources import Source
+from .control import ControlTokens
+from .sources import UNREADABLE, Source
+from .templates import ChatTemplate
 from .transforms import END_OF_THINKING, OF_MESSAGES, START_OF_THINKING, BadRow, shorten
-
-# For chat templates that write the date (Llama 3.2's default day). With today's date, a run would not repeat tomorrow.
-TEMPLATE_DAY = datetime.date(2024, 7, 26)
-THINKING_PART = re.compile(r"<think>\s*(</think>\s*)?")  # empty thinking that a template adds, or opens
-ANSWER = "\u2063answer\u2063"  # stands for an answer in a rendered conversation, and is found again in it
 
 Tokens = list[int]
 
@@ -44,7 +41,8 @@ class _Pieces:
     """The text of a document before it is tokenised.
 
     opening: raw text, or the prompt; special: whether the tokenizer adds its special tokens to it; answers: the parts
-    that are learnt; between[k]: the text between answers k and k + 1. The columns are for error messages.
+    that are learnt; between[k]: the text between answers k and k + 1. The columns are for error messages. control: the
+    column and the control token that stands in it as ordinary text, if there is one.
     """
 
     opening: str
@@ -53,6 +51,7 @@ class _Pieces:
     between: list[str] = field(default_factory=list)
     prompt_column: str = ""
     answer_columns: list[str] = field(default_factory=list)
+    control: tuple[str, str] | None = None
 
 
 class Tokenizing:
@@ -60,7 +59,7 @@ class Tokenizing:
 
     def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, source: Source):
         self.config, self.tokenizer, self.source = config, tokenizer, source
-        self.trims = None  # whether the chat template strips white space around an answer; None: not known yet
+        self.template, self.control, self.told = ChatTemplate(config, tokenizer), ControlTokens(tokenizer), False
         self.adds_end = tokenizer("x")["input_ids"][-1:] == [tokenizer.eos_token_id]
         tokens = tokenizer.convert_ids_to_tokens(tokenizer("x", add_special_tokens=False)["input_ids"])
         # SentencePiece puts a space before each text. A text that continues another one must not get it.
@@ -73,15 +72,23 @@ class Tokenizing:
         transform that fails or returns something else than it should.
         """
         found = [self._checked(self._pieces, row, number) for row, number in zip(rows, numbers, strict=True)]
-        usable = [pieces for pieces in found if isinstance(pieces, _Pieces)]
-        special = iter(self._ids([pieces.opening for pieces in usable if pieces.special], True))
-        rendered = iter(self._ids([pieces.opening for pieces in usable if not pieces.special], False))
-        further = iter(self._ids_of_rest([text for pieces in usable for text in pieces.answers + pieces.between]))
+        tokens = {}
+        for apart in (False, True):
+            group = [
+                pieces for pieces in found if isinstance(pieces, _Pieces) and (pieces.control is not None) == apart
+            ]
+            special = iter(self._ids([pieces.opening for pieces in group if pieces.special], True, apart))
+            rendered = iter(self._ids([pieces.opening for pieces in group if not pieces.special], False, apart))
+            texts = [text for pieces in group for text in pieces.answers + pieces.between]
+            further = iter(self._ids_of_rest(texts, apart))
+            for pieces in group:
+                opening = next(special if pieces.special else rendered)
+                answers, between = [next(further) for _ in pieces.answers], [next(further) for _ in pieces.between]
+                tokens[id(pieces)] = opening, answers, between
+        self._tell(found, numbers)
 
         def assemble(pieces: _Pieces) -> Document:
-            opening = next(special if pieces.special else rendered)
-            answers, between = [next(further) for _ in pieces.answers], [next(further) for _ in pieces.between]
-            return self._document(opening, answers, between, pieces)
+            return self._document(*tokens[id(pieces)], pieces)
 
         return [
             self._checked(assemble, pieces, number) if isinstance(pieces, _Pieces) else pieces
@@ -99,34 +106,53 @@ class Tokenizing:
         except UserError as error:
             raise UserError(f"{error} ({self.source}, row {number})") from None
 
-    def _ids(self, texts: list[str], special: bool) -> list[Tokens]:
+    def _tell(self, found: list, numbers: list[int]) -> None:
+        """Says once where a control token stands in a text, since it is not what such a text may be meant for."""
+        for pieces, number in zip(found, numbers, strict=True):
+            if not self.told and isinstance(pieces, _Pieces) and pieces.control is not None:
+                column, token = pieces.control
+                self.told = True
+                PartialState().print(
+                    f"data: {self.source}, row {number}, column {column!r}: {token} stands in the text, and is "
+                    "tokenised as ordinary text, in all rows; data.allow_control_tokens: true takes it as the token"
+                )
+
+    def _ids(self, texts: list[str], special: bool, apart: bool) -> list[Tokens]:
+        """Token ids. special: with the tokenizer's special tokens; apart: control tokens in a text are ordinary."""
         if not texts:
             return []
-        limit = {}
+        limit = None
         if special and self.config.mode == "strided":  # a prompt that is cut here is refused later
-            limit = dict(truncation=True, max_length=self.config.data.sequence_length + self.adds_end)
-        found = self.tokenizer(texts, add_special_tokens=special, **limit)["input_ids"]
+            limit = self.config.data.sequence_length + self.adds_end
+        if apart:
+            found = [tokens if limit is None else tokens[:limit] for tokens in self.control.encode(texts, special)]
+        else:
+            cut = {} if limit is None else dict(truncation=True, max_length=limit)
+            found = self.tokenizer(texts, add_special_tokens=special, **cut)["input_ids"]
         if special and self.adds_end:  # _document appends the end token, where there is one
             return [tokens[:-1] for tokens in found]
         return found
 
-    def _ids_of_rest(self, texts: list[str]) -> list[Tokens]:
+    def _ids_of_rest(self, texts: list[str], apart: bool) -> list[Tokens]:
         """Token ids of texts that continue another text."""
         if not self.adds_space:
-            return self._ids(texts, False)
-        before = len(self._ids(["\n"], False)[0])
-        return [tokens[before:] for tokens in self._ids([f"\n{text}" for text in texts], False)]
+            return self._ids(texts, False, apart)
+        before = len(self._ids(["\n"], False, False)[0])
+        return [tokens[before:] for tokens in self._ids([f"\n{text}" for text in texts], False, apart)]
 
     # --- a row's text -------------------------------------------------------------------------------------------------
 
     def _pieces(self, row: dict) -> _Pieces | str:
-        example = self._example(row)
+        if (reason := row.get(UNREADABLE)) is not None:
+            raise BadRow("text", reason)
+        example = self._example({name: value for name, value in row.items() if name != UNREADABLE})
         if example is None:
             return ""
         prompt_column, completion_column = self.source.transform.places(self.source.columns)
         if "text" in example:
-            return _Pieces(example["text"], special=True, prompt_column=prompt_column)
-        prompt, turns = example["prompt"], example.get("turns") or []
+            control = self._control_token([(prompt_column, example["text"])])
+            return _Pieces(example["text"], special=True, prompt_column=prompt_column, control=control)
+        prompt, turns, tools = example["prompt"], example.get("turns") or [], example.get("tools")
         answers = [example["completion"], *(turn["completion"] for turn in turns)]
         further = [turn["prompt"] for turn in turns]
         if self.source.transform.name in OF_MESSAGES:
@@ -134,13 +160,16 @@ class Tokenizing:
         else:
             later = [f"{self.source.columns.turns or 'turns'}[{number}].completion" for number in range(len(turns))]
         where = prompt_column, [completion_column, *later]
+        texts = [(prompt_column, prompt), *zip(where[1], answers, strict=True)]
+        texts += [*zip(later, further, strict=True), (self.source.columns.tools, tools)]
+        control = self._control_token(texts)
         templated = self.source.apply_chat_template and isinstance(prompt, str)
         if templated:
             prompt = [{"role": "user", "content": prompt.strip()}]
         if isinstance(prompt, str):
-            return _Pieces(prompt, True, answers, further, *where)
-        opening, between = self._rendered(prompt, further, prompt_column)
-        if self.trims or templated:  # white space between a text prompt and its answer is not part of the answer
+            return _Pieces(prompt, True, answers, further, *where, control)
+        opening, answers, between = self._in_template(prompt, answers, further, tools, prompt_column, control)
+        if self.template.trims or templated:  # white space between a text prompt and its answer is not part of it
             answers = [answer.strip() for answer in answers]
         if opening.rstrip().endswith(START_OF_THINKING):  # the template opens the thinking, and the answer continues it
             if not all(END_OF_THINKING in answer for answer in answers):
@@ -150,7 +179,35 @@ class Tokenizing:
                     "learnt as if it were; take the transform reasoning, or another template",
                 )
             answers = [answer.lstrip().removeprefix(START_OF_THINKING).lstrip("\n") for answer in answers]
-        return _Pieces(opening, False, answers, between, *where)
+        return _Pieces(opening, False, answers, between, *where, control)
+
+    def _in_template(self, prompt: list, answers: list, further: list, tools, column: str, control) -> tuple:
+        """Opening, answers and the texts between them, as the chat template writes them."""
+        later = [[{"role": "user", "content": words}] if isinstance(words, str) else words for words in further]
+        if control is None:
+            return self.template.rendered(prompt, answers, later, tools, column)
+        hidden = [_replaced(value, self.control.hide) for value in (prompt, answers, later, tools)]
+        opening, written, between = self.template.rendered(*hidden, column)
+        exchange = self.control.exchange  # an answer that is text is put there as it is
+        answers = [
+            answer if isinstance(answer, str) else exchange(made) for answer, made in zip(answers, written, strict=True)
+        ]
+        return exchange(opening), answers, [exchange(text) for text in between]
+
+    def _control_token(self, texts: list[tuple[str, object]]) -> tuple[str, str] | None:
+        """The first column in which a control token stands as text, and the token. None where they are allowed.
+
+        Raises BadRow where such a text cannot be tokenised as ordinary text.
+        """
+        first = None
+        for column, value in () if self.config.data.allow_control_tokens else texts:
+            for text in _strings(value):
+                token = self.control.in_text(text)
+                if token is not None and (why := self.control.why_not(text)) is not None:
+                    remedy = "data.allow_control_tokens: true takes it as the control token"
+                    raise BadRow(column, f"the control token {token} stands in the text, and {why}; {remedy}")
+                first = first or (token and (column, token))
+        return first
 
     def _example(self, row: dict) -> dict | None:
         transform = self.source.transform
@@ -198,76 +255,6 @@ class Tokenizing:
                 raise UserError(f"{where} {name} {shorten(value)}, which is not text")
             if not value.strip():
                 raise BadRow(name, f"{shorten(value)} is empty")
-
-    # --- the chat template --------------------------------------------------------------------------------------------
-
-    def _rendered(self, messages: list[dict], further: list[str], column: str) -> tuple[str, list[str]]:
-        """The prompt in the chat template, and the text that the template puts between one answer and the next."""
-        if not messages or not all(map(_is_message, messages)):
-            raise BadRow(column, f"{shorten(messages)} is not a list of messages (role, content)")
-        if not messages[-1]["content"].strip():
-            raise BadRow(column, f"the last message is empty: {shorten(messages[-1])}")
-        if self.tokenizer.chat_template is None:
-            raise UserError(
-                "model.tokenizer: the rows hold messages, and the tokenizer has no chat template; take the tokenizer "
-                "of an instruction-tuned model, or a transform that makes a prompt of plain text"
-            )
-        try:
-            opening, gaps = self._chat(messages, True), []
-            if self.trims is None:
-                self._check_template(messages, opening)
-            messages = list(messages)
-            for words in further:
-                messages += [{"role": "assistant", "content": ANSWER}, {"role": "user", "content": words}]
-                gaps.append(self._gap(messages, True))
-        except (ValueError, TypeError, jinja2.TemplateError) as error:
-            raise BadRow(column, f"the tokenizer's chat template cannot render {shorten(messages)}: {error}") from None
-        return opening, gaps
-
-    def _chat(self, messages: list[dict], generation_prompt: bool, **settings) -> str:
-        if self.config.data.enable_thinking is not None:
-            settings = {"enable_thinking": self.config.data.enable_thinking} | settings
-        settings |= {"add_generation_prompt": generation_prompt, "strftime_now": TEMPLATE_DAY.strftime}
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, **settings)
-
-    def _check_template(self, messages: list[dict], opening: str) -> None:
-        """Finds out whether the template strips answers, and raises UserError for a template that cannot be used.
-
-        It cannot be used when an answered conversation does not begin with the rendered prompt, or when it lacks the
-        switch that data.enable_thinking sets.
-        """
-        if self.config.data.enable_thinking is not None:
-            on, off = (self._chat(messages, True, enable_thinking=switch) for switch in (True, False))
-            if on == off:
-                raise UserError(
-                    "data.enable_thinking: the tokenizer's chat template has no such switch: it writes the same with "
-                    "true and with false; leave it out"
-                )
-        answered = [*messages, {"role": "assistant", "content": ANSWER}]
-        self._gap(answered, False)
-        written = self._chat(answered, False).partition(ANSWER)[0]
-        before, asked = (THINKING_PART.sub("", text) for text in (written, opening))
-        if before != asked:
-            puts, asks = shorten(before[-30:]), shorten(asked[-30:])
-            raise UserError(
-                f"model.tokenizer: the chat template puts {puts} before an answer, and asks for one with {asks}: "
-                "it has no use for add_generation_prompt; take a tokenizer whose template has"
-            )
-        spaced = f" {ANSWER} "
-        self.trims = spaced not in self._chat([*messages, {"role": "assistant", "content": spaced}], False)
-
-    def _gap(self, messages: list[dict], generation_prompt: bool) -> str:
-        """The text that the template puts after the last answer, without the end-of-text token that ends the answer.
-
-        Raises UserError when the template ends an answer with another token.
-        """
-        gap, end = self._chat(messages, generation_prompt).rpartition(ANSWER)[2], self.tokenizer.eos_token
-        if not gap.startswith(end):
-            raise UserError(
-                f"model.eos_token: the chat template does not end an answer with {end!r} but with {shorten(gap[:20])}; "
-                "name the token that ends an answer"
-            )
-        return gap.removeprefix(end)
 
     # --- tokens -------------------------------------------------------------------------------------------------------
 
@@ -346,5 +333,22 @@ class Tokenizing:
         raise BadRow(pieces.answer_columns[0], words)
 
 
-def _is_message(message) -> bool:
-    return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
+def _strings(value) -> Iterator[str]:
+    """Every text in a value: a prompt, messages, tools."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from itertools.chain(_strings(key), _strings(item))
+    elif isinstance(value, list):
+        for item in value:
+            yield from _strings(item)
+
+
+def _replaced(value, function: Callable[[str], str]):
+    """The value with another text in place of each of its texts."""
+    if isinstance(value, str):
+        return function(value)
+    if isinstance(value, dict):
+        return {_replaced(key, function): _replaced(item, function) for key, item in value.items()}
+    return [_replaced(item, function) for item in value] if isinstance(value, list) else value

@@ -117,13 +117,14 @@ class Completion:
     """Everything that was sampled after a prompt.
 
     logprobs: the sampler's, at the sampling temperature (0 where it gives none); written: whether the policy wrote the
-    token; truncated: whether the last turn stopped at the limit.
+    token; truncated: whether any turn stopped at the limit; cut_off: whether the last one did.
     """
 
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     written: list[bool] = field(default_factory=list)
     truncated: bool = False
+    cut_off: bool = False
 
     def add(self, tokens: list[int], logprobs: list[float] | None, written: bool) -> None:
         """Appends a turn, or the tokens between two turns."""
@@ -153,7 +154,7 @@ def converse(
         else:
             for row in rows:
                 for completion in completions[row]:
-                    end = [eos_token_id] * completion.truncated  # an answer that was cut off gets an end
+                    end = [eos_token_id] * completion.cut_off  # an answer that was cut off gets an end
                     completion.add(end + conversations[row].between[turn - 1], None, written=False)
             pairs = [(row, completion) for row in rows for completion in completions[row]]
             contexts = [conversations[row].prompt + completion.tokens for row, completion in pairs]
@@ -163,7 +164,7 @@ def converse(
         for row, group in zip(rows, answers, strict=True):
             for completion, (tokens, logprobs, truncated) in zip(completions[row], group, strict=True):
                 completion.add(tokens, logprobs, written=True)
-                completion.truncated = truncated
+                completion.cut_off, completion.truncated = truncated, completion.truncated or truncated
     return completions
 
 

@@ -16,10 +16,12 @@ import datasets
 from ..config.data import ColumnsConfig
 from ..config.modes import Config
 from ..config.settings import UserError
+from .files import check_file, field_of
 from .transforms import Transform, load_transform
 
 LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow", ".txt": "text"}
 PACKED = (".jsonl", ".json", ".csv", ".txt")  # these are also read as .gz
+UNREADABLE = "why this file cannot be read"  # a column beside text
 LOADING_ERRORS = (OSError, EOFError, ValueError, RuntimeError, NotImplementedError)
 LOADING_ERRORS += (zlib.error, datasets.exceptions.DatasetsError)
 
@@ -166,18 +168,30 @@ def _open_folder(folder: Path, source: Source, streaming: bool):
         )
     if kinds & LOADERS.keys():
         return _open_files(files, source, streaming)
-    return _part(_file_texts(files, source), source, streaming)
+    return _part(_file_texts(files), source, streaming)
 
 
 def _open_files(files: list[Path], source: Source, streaming: bool):
-    _check_local_split(source)
     if not any(file.stat().st_size for file in files):
         raise UserError(f"{source.key}: {', '.join(map(str, files))} (split {source.split!r}) is empty")
+    files = [file for file in files if file.stat().st_size]
+    kind, (split, bracket, part) = kind_of(files[0]), source.split.partition("[")
+    for file in files:
+        check_file(file, kind, source.key)
+    fields = {field_of(file, kind, split, source.key) for file in files}
+    if len(fields) > 1:
+        raise UserError(
+            f"{source.key}: {source}: some of its files are lists of rows, others are objects that hold them"
+        )
+    (field,) = fields
+    if field is None or field == "data":
+        _check_local_split(source)
     return datasets.load_dataset(
-        LOADERS[kind_of(files[0])],
+        LOADERS[kind],
         data_files={"train": [glob.escape(str(file)) for file in files]},
-        split=source.split,
+        split=f"train{bracket}{part}",
         streaming=streaming,
+        **({} if field is None else {"field": field}),
     )
 
 
@@ -223,21 +237,27 @@ def stdlib_files() -> list[Path]:
     return sorted(file for file in root.rglob("*.py") if not left_out & set(file.relative_to(root).parts))
 
 
-def _file_texts(files: list[Path], source: Source | None) -> datasets.Dataset:
-    """A row for each file, with the column text. Empty files are left out."""
-    texts = []
+def _file_texts(files: list[Path]) -> datasets.Dataset:
+    """A row for each file, with the column text. Empty files are left out.
+
+    A file that is no UTF-8 text is a bad row: its text is empty, and the column UNREADABLE says why.
+    """
+    texts, reasons = [], []
     for file in files:
+        reason, text = None, ""
         try:
-            texts.append(file.read_text(encoding="utf-8"))
-        except UnicodeDecodeError:
-            wrong = f"{file} in {source} is not UTF-8 text"
-            raise UserError(f"{source.key}: {wrong}; narrow {source.key}.file_pattern") from None
-    return datasets.Dataset.from_dict({"text": [text for text in texts if text.strip()]})
+            text = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            reason = f"{file} is not UTF-8 text (byte {error.start}); convert it, or leave it out"
+        if text.strip() or reason is not None:
+            texts.append(text)
+            reasons.append(reason)
+    return datasets.Dataset.from_dict({"text": texts} | ({UNREADABLE: reasons} if any(reasons) else {}))
 
 
 def stdlib_modules() -> datasets.Dataset:
     """The source code of the standard library, one module a row (text)."""
-    return _file_texts(stdlib_files(), None)
+    return _file_texts(stdlib_files())
 
 
 def stdlib_functions() -> datasets.Dataset:

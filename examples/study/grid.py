@@ -16,7 +16,7 @@ from ebft_utils.models import unpacked_model
 RESULTS = HERE / "results"
 LENGTHS = (8, 16, 32, 64)  # tokens of a rollout, in CFM by length
 SEEDS = (0, 1, 2)
-# held-out documents with a larger share of 16-token windows that stand in training documents too do not count:
+# A held-out document does not count when a larger share of its 16-token windows stands in training documents too:
 # templates, as in encodings/
 MOST_COPIED = 0.5
 KINDS = {"lora": [], "full": ["lora=null"]}
@@ -34,18 +34,11 @@ RATES = {
     },
     "full": {"sft": (1e-5, 3e-5, 1e-4, 3e-4, 1e-3), "ebft_0": (3e-6, 2e-5, 1e-4), "ebft_0.1": (3e-6, 2e-5, 1e-4, 3e-4)},
 }
-STRUCTURED = {
-    "lora": {method: (1e-4, 5e-4, 2e-3) for method in ("sft", "ebft_0", "ebft_0.1")}
-}  # as RATES, in structured mode
-LARGER = {
-    "lora": {"sft": (1e-3, 2e-3, 4e-3), "ebft_0": (2e-4, 5e-4, 2e-3), "ebft_0.1": (5e-4, 2e-3)}
-}  # as RATES, of strided_larger.yaml
-SWEPT = {
-    "sft": "sft",
-    "ebft_0": "ebft_0",
-    "ebft_0.03": "ebft_0.1",
-    "ebft_0.1": "ebft_0.1",
-}  # whose sweep gives a method's learning rate
+# as RATES, in structured mode, and of strided_larger.yaml
+STRUCTURED = {"lora": {method: (1e-4, 5e-4, 2e-3) for method in ("sft", "ebft_0", "ebft_0.1")}}
+LARGER = {"lora": {"sft": (1e-3, 2e-3, 4e-3), "ebft_0": (2e-4, 5e-4, 2e-3), "ebft_0.1": (5e-4, 2e-3)}}
+# method -> whose sweep gives its learning rate
+SWEPT = {"sft": "sft", "ebft_0": "ebft_0", "ebft_0.03": "ebft_0.1", "ebft_0.1": "ebft_0.1"}
 ABLATIONS = {
     "whitening_sample": ["ebft.whitening=sample"],
     "whitening_none": ["ebft.use_whitening=false"],
@@ -92,28 +85,20 @@ def config_class(base: str) -> type[StridedConfig | StructuredConfig]:
 
 def sweep(base: str = "strided.yaml", prefix: str = "", kinds=RATES, steps: int = 6) -> list[Run]:
     """Each method at several learning rates, one seed, a shorter run."""
-    return [
-        Run(
-            f"{prefix}sweep-{kind}-{method}-{rate:g}",
-            base,
-            (
-                *KINDS[kind],
-                *METHODS[method],
-                f"train.learning_rate={rate}",
-                f"train.max_steps={steps}",
-                "train.seed=100",
-            ),
-            "validation",
-        )
-        for kind, methods in kinds.items()
-        for method, rates in methods.items()
-        for rate in rates
-    ]
+    runs = []
+    for kind, methods in kinds.items():
+        for method, rates in methods.items():
+            for rate in rates:
+                overrides = (*KINDS[kind], *METHODS[method], f"train.learning_rate={rate}")
+                overrides += (f"train.max_steps={steps}", "train.seed=100")
+                runs.append(Run(f"{prefix}sweep-{kind}-{method}-{rate:g}", base, overrides, "validation"))
+    return runs
 
 
 def chosen_rate(kind: str, method: str, prefix: str = "", kinds=RATES) -> float:
-    """The learning rate with the best value of what the method is trained for, on the fresh validation documents:
-    rl_coef * reward / tokens of a rollout - ce_coef * cross-entropy.
+    """The learning rate with the best value of what the method is trained for.
+
+    That is rl_coef * reward / tokens of a rollout - ce_coef * cross-entropy, on the validation documents that count.
     """
     reached = {}
     for rate in kinds[kind][SWEPT[method]]:
@@ -122,10 +107,8 @@ def chosen_rate(kind: str, method: str, prefix: str = "", kinds=RATES) -> float:
             raise UserError(f"{file.name} is missing in {RESULTS}: run the part {prefix.replace('-', '_')}sweep first")
         done = json.loads(file.read_text())
         config = load_config(str(HERE / done["base"]), done["overrides"], config_class(done["base"]))
-        ebft, length = (
-            config.ebft,
-            config.ebft.max_completion_length if config.mode == "structured" else config.ebft.generate_max_len,
-        )
+        ebft = config.ebft
+        length = ebft.max_completion_length if config.mode == "structured" else ebft.generate_max_len
         reward, cross_entropy = (mean_of_fresh(done["measured"], name) for name in ("reward_pass@1", "cross_entropy"))
         reached[rate] = ebft.rl_coef * reward / length - ebft.ce_coef * cross_entropy
     return max(reached, key=reached.get)
@@ -149,38 +132,25 @@ def mean_of_fresh(measured: dict[str, list], metric: str) -> float:
 
 def main_runs() -> list[Run]:
     """The comparison: methods x (LoRA, full) x seeds, and the base model."""
-    runs = [
-        Run("lora-base", "strided.yaml", (), "everything"),
-        Run("full-base", "strided.yaml", ("lora=null",), "everything"),
-    ]  # which round differently
+    runs = [Run("lora-base", "strided.yaml", (), "everything")]
+    runs += [Run("full-base", "strided.yaml", ("lora=null",), "everything")]  # it rounds differently
     for seed in SEEDS:
         for kind in KINDS:
+            measure = "everything" if kind == "lora" else "without_lengths"
             for method, settings in METHODS.items():
                 rate = chosen_rate(kind, method)
                 overrides = (*KINDS[kind], *settings, f"train.learning_rate={rate}", f"train.seed={seed}")
-                runs.append(
-                    Run(
-                        f"main-{kind}-{method}-seed{seed}",
-                        "strided.yaml",
-                        overrides,
-                        "everything" if kind == "lora" else "without_lengths",
-                    )
-                )
+                runs.append(Run(f"main-{kind}-{method}-seed{seed}", "strided.yaml", overrides, measure))
     return runs
 
 
 def compute_runs() -> list[Run]:
     """SFT for as long as EBFT takes: about eight times the documents."""
-    rate = chosen_rate("lora", "sft")
-    return [
-        Run(
-            f"compute-lora-sft-seed{seed}",
-            "strided.yaml",
-            (*METHODS["sft"], f"train.learning_rate={rate}", "train.max_steps=64", f"train.seed={seed}"),
-            "everything",
-        )
-        for seed in SEEDS
-    ]
+    runs, rate = [], chosen_rate("lora", "sft")
+    for seed in SEEDS:
+        overrides = (*METHODS["sft"], f"train.learning_rate={rate}", "train.max_steps=64", f"train.seed={seed}")
+        runs.append(Run(f"compute-lora-sft-seed{seed}", "strided.yaml", overrides, "everything"))
+    return runs
 
 
 def ablation_runs() -> list[Run]:
@@ -188,51 +158,34 @@ def ablation_runs() -> list[Run]:
 
     All are measured with the settings of strided.yaml.
     """
-    rate = chosen_rate("lora", "ebft_0")
-    return [
-        Run(
-            f"ablation-{name}-seed{seed}",
-            "strided.yaml",
-            (*METHODS["ebft_0"], f"train.learning_rate={rate}", f"train.seed={seed}", *settings),
-            "held_out",
-        )
-        for name, settings in ABLATIONS.items()
-        for seed in (SEEDS if name == "whitening_sample" else SEEDS[:1])
-    ]
+    runs, rate = [], chosen_rate("lora", "ebft_0")
+    for name, settings in ABLATIONS.items():
+        for seed in SEEDS if name == "whitening_sample" else SEEDS[:1]:
+            overrides = (*METHODS["ebft_0"], f"train.learning_rate={rate}", f"train.seed={seed}", *settings)
+            runs.append(Run(f"ablation-{name}-seed{seed}", "strided.yaml", overrides, "held_out"))
+    return runs
 
 
 def pass_at_k_runs() -> list[Run]:
     """HumanEval's pass@1 and pass@10: only with --execute, because it runs what the models write."""
-    trained = [
-        Run(
-            f"pass_at_k-lora-{method}-seed0",
-            "strided.yaml",
-            (*settings, f"train.learning_rate={chosen_rate('lora', method)}", "train.seed=0"),
-            "pass_at_k",
-        )
-        for method, settings in METHODS.items()
-    ]
-    return [Run("pass_at_k-base", "strided.yaml", (), "pass_at_k"), *trained]
+    runs = [Run("pass_at_k-base", "strided.yaml", (), "pass_at_k")]
+    for method, settings in METHODS.items():
+        overrides = (*settings, f"train.learning_rate={chosen_rate('lora', method)}", "train.seed=0")
+        runs.append(Run(f"pass_at_k-lora-{method}-seed0", "strided.yaml", overrides, "pass_at_k"))
+    return runs
 
 
 def gradient_runs() -> list[Run]:
     """How noisy the gradient is at the base model, document by document: no training."""
-    variants = {
-        "sft": METHODS["sft"],
-        "ebft_0": METHODS["ebft_0"],
-        **{name: [*METHODS["ebft_0"], *settings] for name, settings in ABLATIONS.items()},
-    }
-    more = {name: variants[name] for name in ("embed_completion_mean", "ebft_0")}
-    return [
-        *(
-            Run(f"gradient-{name}", "strided.yaml", (*settings, *ONE_DOCUMENT), "gradients")
-            for name, settings in variants.items()
-        ),
-        *(
-            Run(f"gradient-{name}-192", "strided.yaml", (*settings, *ONE_DOCUMENT), "more_gradients")
-            for name, settings in more.items()
-        ),
-    ]
+    variants = {"sft": METHODS["sft"], "ebft_0": METHODS["ebft_0"]}
+    variants |= {name: [*METHODS["ebft_0"], *settings] for name, settings in ABLATIONS.items()}
+    runs = []
+    for name, settings in variants.items():
+        runs.append(Run(f"gradient-{name}", "strided.yaml", (*settings, *ONE_DOCUMENT), "gradients"))
+    for name in ("embed_completion_mean", "ebft_0"):
+        overrides = (*variants[name], *ONE_DOCUMENT)
+        runs.append(Run(f"gradient-{name}-192", "strided.yaml", overrides, "more_gradients"))
+    return runs
 
 
 def lora_runs(base: str, prefix: str, kinds: dict, measure: str) -> list[Run]:
@@ -241,14 +194,8 @@ def lora_runs(base: str, prefix: str, kinds: dict, measure: str) -> list[Run]:
     for seed in SEEDS:
         for method in kinds["lora"]:
             rate = chosen_rate("lora", method, prefix, kinds)
-            runs.append(
-                Run(
-                    f"{prefix}lora-{method}-seed{seed}",
-                    base,
-                    (*METHODS[method], f"train.learning_rate={rate}", f"train.seed={seed}"),
-                    measure,
-                )
-            )
+            overrides = (*METHODS[method], f"train.learning_rate={rate}", f"train.seed={seed}")
+            runs.append(Run(f"{prefix}lora-{method}-seed{seed}", base, overrides, measure))
     return runs
 
 
@@ -268,8 +215,9 @@ def larger_sweep() -> list[Run]:
 
 
 def larger_runs() -> list[Run]:
-    """The comparison with features whose gradient can be seen in fewer groups: features are means over a rollout, twice
-    the groups a step, four times the documents.
+    """The comparison with features whose gradient can be seen in fewer groups.
+
+    Features are means over a rollout; twice the groups a step, four times the documents.
     """
     return lora_runs("strided_larger.yaml", "larger-", LARGER, "everything")
 

@@ -57,41 +57,25 @@ class Trained:
         structured = config.mode == "structured"
         self.tokenizer = load_tokenizer(config.model)
         self.rows, held_out = load_rows(config, self.tokenizer, *([conversation_of] if structured else []))
-        self.validation, self.test = (
-            Rows(held_out.documents, held_out.members[first::2], form=held_out.form) for first in (0, 1)
-        )
+        halves = held_out.members[0::2], held_out.members[1::2]
+        self.validation, self.test = (Rows(held_out.documents, members, form=held_out.form) for members in halves)
         causal_lm = load_policy(config)
         set_attention(config, causal_lm, self.accelerator.device)
         train, policy = config.train, StridedPolicy(causal_lm)
         trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(
-            trained, lr=train.learning_rate, betas=(train.adam_beta1, train.adam_beta2), weight_decay=train.weight_decay
-        )
+        settings = dict(betas=(train.adam_beta1, train.adam_beta2), weight_decay=train.weight_decay)
+        optimizer = torch.optim.AdamW(trained, lr=train.learning_rate, **settings)
         self.policy, self.optimizer = prepare_policy(self.accelerator, policy, optimizer)
-        self.network = load_feature_network(
-            self.accelerator.unwrap_model(self.policy).causal_lm, config, self.accelerator.device
-        )
+        causal_lm_of_policy = self.accelerator.unwrap_model(self.policy).causal_lm
+        self.network = load_feature_network(causal_lm_of_policy, config, self.accelerator.device)
         self.policy.train()
         if structured:
-            batches = partial(
-                train_structured.step_batches,
-                config,
-                self.accelerator,
-                self.rows,
-                pad_token_id=self.tokenizer.pad_token_id,
-            )
-            rollouts = Rollouts(
-                config,
-                self.accelerator,
-                self.policy,
-                self.tokenizer,
-                stop_token_ids(causal_lm, self.tokenizer),
-                None,
-                batches,
-            )
-            self.structured = train_structured.Run(
-                config, self.accelerator, self.policy, self.network, self.tokenizer, self.rows, rollouts, None
-            )
+            pad_token_id, stop_ids = self.tokenizer.pad_token_id, stop_token_ids(causal_lm, self.tokenizer)
+            step_batches = train_structured.step_batches
+            batches = partial(step_batches, config, self.accelerator, self.rows, pad_token_id=pad_token_id)
+            places = config, self.accelerator, self.policy
+            rollouts = Rollouts(*places, self.tokenizer, stop_ids, None, batches)
+            self.structured = train_structured.Run(*places, self.network, self.tokenizer, self.rows, rollouts, None)
 
     def take_step(self, step: int) -> dict[str, float]:
         """An optimizer step (counted from 0) at its learning rate."""
@@ -99,9 +83,8 @@ class Trained:
             group["lr"] = learning_rate(self.config, step)
         if self.config.mode == "structured":
             return train_structured.take_step(self.structured, step, self.update)[0]
-        batches = train_strided.step_batches(
-            self.config, self.accelerator, self.rows, step, self.tokenizer.pad_token_id
-        )
+        pad_token_id = self.tokenizer.pad_token_id
+        batches = train_strided.step_batches(self.config, self.accelerator, self.rows, step, pad_token_id)
         sums, loss, _ = train_strided.train_step(self.config, self.accelerator, self.policy, self.network, batches)
         self.update(loss)
         return step_metrics(self.accelerator, sums, len(batches))
@@ -110,9 +93,10 @@ class Trained:
         """As in the training loop. Raises UserError when loss or gradient is not finite: such a run is no result."""
         self.grad_norm = clip_gradients(self.accelerator, self.policy, self.config.train.max_grad_norm)
         if not (math.isfinite(loss) and math.isfinite(self.grad_norm)):
+            rate = self.config.train.learning_rate
             raise UserError(
-                f"loss {loss}, gradient norm {self.grad_norm}: not finite at train.learning_rate"
-                f" {self.config.train.learning_rate}; take the rate out of RATES"
+                f"loss {loss}, gradient norm {self.grad_norm}: not finite at train.learning_rate {rate}; "
+                "take the rate out of RATES"
             )
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -123,42 +107,35 @@ class Trained:
 
 
 def held_out(trained: Trained, run: Run, rows: Rows | None = None) -> dict[str, list]:
-    """Cross-entropy, CFM (whitened, and unbiased in the raw space), reward: the scripts' own evaluation, with the
-    settings of the base file: one ruler for all runs.
+    """Cross-entropy, CFM (whitened, and unbiased in the raw space) and reward.
+
+    The scripts' own evaluation, with the settings of the base file: one ruler for all runs.
     """
     rows = trained.test if rows is None else rows
     with StopSignals() as signals:
         if trained.config.mode == "structured":
             table = train_structured.evaluate(trained.structured, rows, 0, signals)
         else:
-            table = train_strided.evaluate(
-                run.config(),
-                trained.accelerator,
-                trained.policy,
-                trained.network,
-                rows,
-                trained.tokenizer.pad_token_id,
-                signals,
-            )
+            models = trained.accelerator, trained.policy, trained.network
+            pad_token_id = trained.tokenizer.pad_token_id
+            table = train_strided.evaluate(run.config(), *models, rows, pad_token_id, signals)
     if table is None or signals.received:
         raise Stopped(signals.received)
-    return {name: rounded(values) for name, values in table.items()} | {
-        "copied_share": copied_share(trained.rows, rows)
-    }
+    measured = {name: rounded(values) for name, values in table.items()}
+    return {**measured, "copied_share": copied_share(trained.rows, rows)}
 
 
 def copied_share(rows: Rows, held_out: Rows, width: int = 16) -> list:
     """Of each held-out document, the share of its windows of 16 tokens that stand in a training document too.
 
-    (Whole copies are not trained on anyway.)
+    Whole copies are not trained on anyway.
     """
 
     def windows(source: Rows) -> list[list[tuple]]:
         documents = documents_from(source.documents[[number for members in source.members for number in members]])
-        return [
-            [tuple(document.tokens[start : start + width]) for start in range(max(1, len(document.tokens) - width + 1))]
-            for document in documents
-        ]
+        tokens = [document.tokens for document in documents]
+        starts = [range(max(1, len(row) - width + 1)) for row in tokens]
+        return [[tuple(row[start : start + width]) for start in own] for row, own in zip(tokens, starts, strict=True)]
 
     known = {window for document in windows(rows) for window in document}
     shares = [sum(window in known for window in document) / len(document) for document in windows(held_out)]
@@ -180,40 +157,37 @@ def without_lengths(trained: Trained, run: Run) -> dict[str, list]:
     return held_out(trained, run) | human_eval(trained, run)
 
 
+def batch_of(trained: Trained, config: StridedConfig, rows: Rows, row_ids: list[int]):
+    """A batch on the device, and of it what a forward takes."""
+    batch = train_strided.batch_of(config, rows, row_ids, row_ids, trained.tokenizer.pad_token_id)
+    batch = batch.to(trained.accelerator.device)
+    documents = dict(document_ids=batch.document_ids, segment_ids=batch.segment_ids)
+    return batch, {**documents, "anchors": batch.anchors, "valid": batch.valid}
+
+
 @torch.no_grad()
 def cfm_by_length(trained: Trained, run: Run) -> dict[str, list]:
-    """CFM of the first 8, 16, 32 and 64 tokens of the same rollouts: at the same places, so that the lengths can be
-    compared.
+    """CFM of the first 8, 16, 32 and 64 tokens of the same rollouts.
+
+    They are at the same places, so that the lengths can be compared.
     """
     config = run.config("ebft.context_length=32", "ebft.stride=32", f"ebft.generate_max_len={max(LENGTHS)}")
     accelerator, ebft, found = trained.accelerator, config.ebft, {}
     policy = accelerator.unwrap_model(trained.policy).eval()
-    row_ids = list(range(len(trained.test)))
-    batch = train_strided.batch_of(config, trained.test, row_ids, row_ids, trained.tokenizer.pad_token_id).to(
-        accelerator.device
-    )
-    place = dict(
-        document_ids=batch.document_ids, segment_ids=batch.segment_ids, anchors=batch.anchors, valid=batch.valid
-    )
-    uniforms = rollout_uniforms(
-        config.eval.seed, batch.keys, batch.anchors.shape[1], ebft.n_samples_per_prompt, ebft.generate_max_len
-    ).to(accelerator.device)
+    batch, place = batch_of(trained, config, trained.test, list(range(len(trained.test))))
+    sizes = batch.anchors.shape[1], ebft.n_samples_per_prompt, ebft.generate_max_len
+    uniforms = rollout_uniforms(config.eval.seed, batch.keys, *sizes).to(accelerator.device)
     with precision(accelerator, policy):
         rollouts = policy.generate(**place, temperature=ebft.temperature, uniforms=uniforms)
         for length in LENGTHS:
             short = rollouts[..., :length]
             features, truth = strided_features(trained.network, rollouts=short, embed_method=ebft.embed_method, **place)
             features = share_equal_rollouts(features, short)
-            whitened = feature_matching_rewards(
-                features, truth, whitening=ebft.whitening, alignment_coef=1.0, diversity_coef=1.0
-            ).cfm
-            for name, cfm in (
-                (f"cfm_unbiased@{length}", unbiased_cfm(features, truth)),
-                (f"cfm_loss@{length}", whitened),
-            ):
-                found[name] = rounded(
-                    torch.stack([torch.where(batch.valid, cfm, 0.0).double().sum(1), batch.valid.double().sum(1)])
-                )
+            coefficients = dict(whitening=ebft.whitening, alignment_coef=1.0, diversity_coef=1.0)
+            whitened = feature_matching_rewards(features, truth, **coefficients).cfm
+            for name, cfm in (("cfm_unbiased", unbiased_cfm(features, truth)), ("cfm_loss", whitened)):
+                totals = torch.where(batch.valid, cfm, 0.0).double().sum(1)
+                found[f"{name}@{length}"] = rounded(torch.stack([totals, batch.valid.double().sum(1)]))
     policy.train()
     return found
 
@@ -221,53 +195,49 @@ def cfm_by_length(trained: Trained, run: Run) -> dict[str, list]:
 @torch.no_grad()
 def human_eval(trained: Trained, run: Run, num_problems: int = 64) -> dict[str, list]:
     """Cross-entropy of HumanEval's canonical solutions, given their prompts."""
-    config = run.config(
-        "eval.dataset=human_eval",
-        "eval.transform=prompt_completion",
-        f"eval.num_documents={num_problems}",
-        "data.sequence_length=512",
-        "eval.only=true",
-    )
+    source = ("eval.dataset=human_eval", "eval.transform=prompt_completion", f"eval.num_documents={num_problems}")
+    config = run.config(*source, "data.sequence_length=512", "eval.only=true")
     _, problems = load_rows(config, trained.tokenizer)
-    order = sorted(
-        range(len(problems)), key=lambda row: len(problems[row][0].tokens)
-    )  # of like length, for little padding
+    # of like length, for little padding
+    order = sorted(range(len(problems)), key=lambda row: len(problems[row][0].tokens))
     accelerator, table = trained.accelerator, torch.zeros(2, len(problems), dtype=torch.float64)
     policy = accelerator.unwrap_model(trained.policy).eval()
     for start in tqdm(range(0, len(order), 8), desc="HumanEval", leave=False):
         row_ids = order[start : start + 8]
-        batch = train_strided.batch_of(config, problems, row_ids, row_ids, trained.tokenizer.pad_token_id).to(
-            accelerator.device
-        )
-        place = dict(
-            document_ids=batch.document_ids, segment_ids=batch.segment_ids, anchors=batch.anchors, valid=batch.valid
-        )
+        batch, place = batch_of(trained, config, problems, row_ids)
         _, logps = policy(**place, rollouts=None, temperature=1.0, document_grad=False)
         targets = train_strided.document_targets(batch)
-        table[:, row_ids] = torch.stack(
-            [torch.where(targets, -logps, 0.0).double().sum(1), targets.double().sum(1)]
-        ).cpu()
+        totals = torch.where(targets, -logps, 0.0).double().sum(1)
+        table[:, row_ids] = torch.stack([totals, targets.double().sum(1)]).cpu()
     policy.train()
     return {"human_eval_cross_entropy": rounded(table)}
 
 
-@torch.no_grad()
 def pass_at_k(
     trained: Trained, run: Run, num_problems: int = 164, num_samples: int = 10, num_tokens: int = 192
 ) -> dict[str, list]:
-    """HumanEval: how many of a problem's completions pass its tests. They are run in another process, see execute.py."""
-    problems, tokenizer, accelerator = (
-        list(read_problems().values())[:num_problems],
-        trained.tokenizer,
-        trained.accelerator,
-    )
-    policy, stop_ids = (
-        accelerator.unwrap_model(trained.policy).eval(),
-        torch.tensor(stop_token_ids(trained.policy.causal_lm, tokenizer), device=accelerator.device),
-    )
+    """HumanEval: how many of a problem's completions pass its tests; another process runs them (execute.py)."""
+    problems = list(read_problems().values())[:num_problems]
+    samples = completions(trained, problems, num_samples, num_tokens)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "samples.jsonl")
+        file.write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+        command = [sys.executable, "-I", str(Path(__file__).with_name("execute.py")), str(file)]
+        place = dict(cwd=folder, env={"TMPDIR": folder}, timeout=20 * len(samples))
+        output = subprocess.run(command, check=True, capture_output=True, text=True, **place).stdout
+    passed = json.loads(output)
+    numbers = [float(sum(passed[problem["task_id"]])) for problem in problems]
+    return {"human_eval_passed": [numbers, [float(num_samples)] * len(problems)]}
+
+
+@torch.no_grad()
+def completions(trained: Trained, problems: list[dict], num_samples: int, num_tokens: int) -> list[dict]:
+    """HumanEval's samples: task_id and completion, which ends before the next thing at the top of the file."""
+    tokenizer, accelerator, samples = trained.tokenizer, trained.accelerator, []
+    policy = accelerator.unwrap_model(trained.policy).eval()
+    stop_ids = torch.tensor(stop_token_ids(trained.policy.causal_lm, tokenizer), device=accelerator.device)
     prompts = [tokenizer(problem["prompt"].rstrip("\n")).input_ids for problem in problems]
     order = sorted(range(len(problems)), key=lambda number: len(prompts[number]))
-    samples = []
     for start in tqdm(range(0, len(order), 8), desc="completions", leave=False):
         numbers = order[start : start + 8]
         lengths = torch.tensor([len(prompts[number]) for number in numbers])
@@ -275,80 +245,49 @@ def pass_at_k(
         for row, number in enumerate(numbers):
             document_ids[row, : lengths[row]] = torch.tensor(prompts[number])
         segment_ids = torch.where(torch.arange(document_ids.shape[1]) < lengths.unsqueeze(-1), 0, -1)
-        place = dict(
-            document_ids=document_ids,
-            segment_ids=segment_ids,
-            anchors=lengths.unsqueeze(-1),
-            valid=torch.ones(len(numbers), 1, dtype=torch.bool),
-        )
-        uniforms = rollout_uniforms(0, numbers, 1, num_samples, num_tokens)
+        place = dict(document_ids=document_ids, segment_ids=segment_ids, anchors=lengths.unsqueeze(-1))
+        place |= dict(valid=torch.ones(len(numbers), 1, dtype=torch.bool))
+        place |= dict(uniforms=rollout_uniforms(0, numbers, 1, num_samples, num_tokens))
+        place = {name: tensor.to(accelerator.device) for name, tensor in place.items()}
         with precision(accelerator, policy):
-            place = {name: tensor.to(accelerator.device) for name, tensor in place.items()}
-            written = policy.generate(
-                **place,
-                temperature=trained.config.ebft.temperature,
-                uniforms=uniforms.to(accelerator.device),
-                stop_ids=stop_ids,
-            )
-        ended = (
-            torch.isin(written, stop_ids).int().cummax(-1).values.squeeze(1).tolist()
-        )  # what stands behind a stop token means nothing
+            written = policy.generate(**place, temperature=trained.config.ebft.temperature, stop_ids=stop_ids)
+        # what stands behind a stop token means nothing
+        ended = torch.isin(written, stop_ids).int().cummax(-1).values.squeeze(1).tolist()
         for row, number in enumerate(numbers):
             kept = [
                 [token for token, end in zip(*pair, strict=True) if not end]
                 for pair in zip(written[row, 0].tolist(), ended[row], strict=True)
             ]
-            texts = tokenizer.batch_decode(kept)
-            samples += [
-                {"task_id": problems[number]["task_id"], "completion": re.split(r"\n(?=\S)", text, maxsplit=1)[0]}
-                for text in texts
-            ]
+            for text in tokenizer.batch_decode(kept):
+                completion = re.split(r"\n(?=\S)", text, maxsplit=1)[0]
+                samples.append({"task_id": problems[number]["task_id"], "completion": completion})
     policy.train()
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "samples.jsonl")
-        file.write_text("".join(json.dumps(sample) + "\n" for sample in samples))
-        command = [sys.executable, "-I", str(Path(__file__).with_name("execute.py")), str(file)]
-        output = subprocess.run(
-            command,
-            cwd=folder,
-            env={"TMPDIR": folder},
-            check=True,
-            capture_output=True,
-            text=True,
-            timeout=20 * len(samples),
-        ).stdout
-    passed = json.loads(output)
-    return {
-        "human_eval_passed": [
-            [float(sum(passed[problem["task_id"]])) for problem in problems],
-            [float(num_samples)] * len(problems),
-        ]
-    }
+    return samples
 
 
 def gradients(trained: Trained, run: Run, num_documents: int = 48) -> dict[str, list]:
-    """Inner products of the gradients of single documents, with each other (own), with those of the cross-entropy on
-    the same documents (with_sft), and of those (sft).
+    """Inner products of the gradients of single documents.
 
-    From them follow the size of the signal (mean over pairs of different documents) and of the noise (report.py). Kept
-    of each matrix (documents, documents): sums of rows, sums of columns, diagonal.
+    own: with each other; with_sft: with the gradients of the cross-entropy on the same documents; sft: of those alone.
+    From them follow the size of the signal (mean over pairs of different documents) and of the noise (estimates.py).
+    Kept of each matrix (documents, documents): sums of rows, sums of columns, diagonal, sums of the squares of rows.
     """
     own = _gradients_of(trained, trained.config, num_documents)
     supervised = _gradients_of(trained, run.config(*METHODS["sft"], *ONE_DOCUMENT), num_documents)
     matrices = {"own": own @ own.T, "with_sft": own @ supervised.T, "sft": supervised @ supervised.T}
-    return {
-        name: rounded(torch.stack([matrix.sum(1), matrix.sum(0), matrix.diagonal()]))
-        for name, matrix in matrices.items()
-    }
+    found = {}
+    for name, matrix in matrices.items():
+        sums = [matrix.sum(1), matrix.sum(0), matrix.diagonal(), matrix.square().sum(1)]
+        found[name] = rounded(torch.stack(sums))
+    return found
 
 
 def _gradients_of(trained: Trained, config: StridedConfig, num_documents: int) -> torch.Tensor:
     """(documents, trained weights), float32."""
     parameters, found = [parameter for parameter in trained.policy.parameters() if parameter.requires_grad], []
+    pad_token_id = trained.tokenizer.pad_token_id
     for document in tqdm(range(num_documents), desc="gradients", leave=False):
-        batches = train_strided.step_batches(
-            config, trained.accelerator, trained.rows, document, trained.tokenizer.pad_token_id
-        )
+        batches = train_strided.step_batches(config, trained.accelerator, trained.rows, document, pad_token_id)
         train_strided.train_step(config, trained.accelerator, trained.policy, trained.network, batches)
         found.append(torch.cat([parameter.grad.flatten() for parameter in parameters]).cpu())
         trained.optimizer.zero_grad()

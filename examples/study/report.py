@@ -136,9 +136,8 @@ def gradient_table(results: Results) -> list[str]:
     for (setting, measured), found in gradients(results).items():
         (signal, error), (noise, _), (documents, spread) = (found[name] for name in ("signal", "noise", "documents"))
         is_seen = signal > 2 * error
-        needed = (
-            f"{documents:.0f} ± {spread:.0f}" if is_seen else f"more than {noise / (max(signal, 0) + 2 * error):.0f}"
-        )
+        bound = f"more than {noise / (max(signal, 0) + 2 * error):.0f}"
+        needed = f"{documents:.0f} ± {spread:.0f}" if is_seen else bound
         cosine = shown(*found["cosine"]) if is_seen else ""
         cells = [f"{measured}", f"{signal:.3g} ± {error:.2g}", f"{noise:.3g}", needed, cosine]
         rows.append([setting_of(setting, code="`"), *cells])
@@ -195,9 +194,9 @@ def missing(results: Results) -> list[str]:
             names += [run.name for run in runs() if run.name not in results.runs]
         except UserError:  # its learning rates are not chosen yet
             names.append(f"all of the part {part}")
-    return (
-        ["", "Not run yet:", *(f"- {name}" for name in names), ""] if names else ["", "All of its runs are here.", ""]
-    )
+    if not names:
+        return ["", "All of its runs are here.", ""]
+    return ["", "Not run yet:", *(f"- {name}" for name in names), ""]
 
 
 def tables(results: Results) -> dict[str, list[str]]:

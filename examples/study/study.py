@@ -6,13 +6,13 @@ EBFT against supervised fine-tuning, from the same start, on the same documents,
     python examples/study/study.py sweep main          some parts of it; see PARTS in grid.py
     python examples/study/study.py --list              what would be run
 
-Each run is a configuration (strided.yaml or structured.yaml, and what grid.py adds), a seed and a learning rate; it is
+Each run is a configuration (strided.yaml or structured.yaml, and what grid.py adds), a seed and a learning rate. It is
 trained with `train_step` of the training scripts, without their checkpoints and logs, and measured in the same process.
-Its result is one small file in results/: the settings that differ from its base file, the log, and each held-out
-document's numbers. A run that has one is not run again, so the study can be stopped and continued.
+Its result is one small file in results/: the settings that differ from its base file, the log, and the numbers of each
+held-out document. A run that has a result is not run again, so the study can be stopped and continued.
 
-Order: the learning rates are chosen first (part `sweep`, on the validation half of the held-out documents); everything
-else is measured on the other half.
+The learning rates are chosen first (part `sweep`, on the validation half of the held-out documents). Everything else
+is measured on the other half.
 """
 
 import argparse
@@ -66,10 +66,8 @@ def is_done(run: grid.Run) -> bool:
         return False
     done = json.loads(run.file.read_text())
     if (done["base"], tuple(done["overrides"])) != (run.base, run.overrides):
-        raise UserError(
-            f"{run.file}: holds the result of {' '.join(done['overrides'])}, and {run.name} is now"
-            f" {' '.join(run.overrides)}; move the file away"
-        )
+        there, here = " ".join(done["overrides"]), " ".join(run.overrides)
+        raise UserError(f"{run.file}: holds the result of {there}, and {run.name} is now {here}; move the file away")
     return True
 
 
@@ -82,24 +80,17 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(grid.PARTS)}; none: all of them")
     parser.add_argument("--list", action="store_true", help="only say what would be run")
-    parser.add_argument(
-        "--only",
-        metavar="TEXT",
-        default="",
-        help="only runs with TEXT in their names, to share the work between machines",
-    )
-    parser.add_argument(
-        "--execute", action="store_true", help="allow the part pass_at_k to run code that the models wrote (execute.py)"
-    )
+    words = "only runs with TEXT in their names, to share the work between machines"
+    parser.add_argument("--only", metavar="TEXT", default="", help=words)
+    words = "allow the part pass_at_k to run code that the models wrote (execute.py)"
+    parser.add_argument("--execute", action="store_true", help=words)
     arguments = parser.parse_args(argv)
     for part in arguments.parts:
         if part not in grid.PARTS:
             parser.error(f"{part!r} is no part; allowed: {', '.join(grid.PARTS)}")
         if part == "pass_at_k" and not (arguments.execute or arguments.list):
-            parser.error(
-                "pass_at_k runs code that a language model wrote, with your rights: add --execute where that is"
-                " acceptable"
-            )
+            remedy = "add --execute where that is acceptable"
+            parser.error(f"pass_at_k runs code that a language model wrote, with your rights: {remedy}")
     for part in arguments.parts or [part for part in grid.PARTS if part != "pass_at_k" or arguments.execute]:
         missing = [run for run in grid.PARTS[part]() if arguments.only in run.name and not is_done(run)]
         print(f"{part}: {len(missing)} runs to do")

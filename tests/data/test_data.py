@@ -1,9 +1,6 @@
 """From raw text to batches: sources, rows, packing, anchors, order, and the random numbers of the rollouts."""
 
 import json
-import os
-
-os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 import datasets
 import pytest
@@ -14,12 +11,12 @@ from transformers import PreTrainedTokenizerFast
 from ebft_utils.config.data import ColumnsConfig, EvalConfig, TextDataConfig
 from ebft_utils.config.modes import StridedConfig
 from ebft_utils.config.sections import ModelConfig, StridedEBFTConfig, TrainConfig
-from ebft_utils.config.settings import UserError
 from ebft_utils.data.batches import make_batch, rollout_uniforms
 from ebft_utils.data.documents import Document
 from ebft_utils.data.rows import Rows, load_rows, pack_documents, rows_of_step
 from ebft_utils.data.sources import load_table, training_sources
 from ebft_utils.data.tables import load_documents, table_of
+from helpers import refusal, write_rows
 
 EOS, PAD = 0, 1
 
@@ -38,21 +35,12 @@ def words(*numbers: int) -> str:
 
 
 def write_jsonl(path, values, column="text"):
-    path.write_text("".join(json.dumps({column: value}) + "\n" for value in values))
-    return path
+    return write_rows(path, [{column: value} for value in values])
 
 
 def texts_of(source, split="train", text_column="text", file_pattern="*.py") -> list:
-    config = config_of(
-        source, data={"split": split, "columns": ColumnsConfig(text=text_column), "file_pattern": file_pattern}
-    )
-    return load_table(*training_sources(config))[text_column][:]
-
-
-def refusal(function, *arguments, **options) -> str:
-    with pytest.raises(UserError) as caught:
-        function(*arguments, **options)
-    return str(caught.value)
+    data = {"split": split, "columns": ColumnsConfig(text=text_column), "file_pattern": file_pattern}
+    return load_table(*training_sources(config_of(source, data=data)))[text_column][:]
 
 
 def config_of(source, *, data=None, evaluation=None, ebft=None, train=None) -> StridedConfig:
@@ -91,16 +79,10 @@ def test_load_texts_of_every_file_format(tmp_path, kind):
     assert "'tset[:1]'" in refusal(texts_of, path, "tset[:1]")
 
 
-@pytest.mark.parametrize(
-    "split, expected",
-    [
-        ("train", [0, 1, 2, 3]),
-        ("train[:50%]", [0, 1]),
-        ("train[50%:]", [2, 3]),
-        ("train[1:3]", [1, 2]),
-        ("train[-1:]", [3]),
-    ],
-)
+SPLITS = {"train": [0, 1, 2, 3], "train[:50%]": [0, 1], "train[50%:]": [2, 3], "train[1:3]": [1, 2], "train[-1:]": [3]}
+
+
+@pytest.mark.parametrize("split, expected", SPLITS.items())
 def test_splits_of_files_and_of_folders(tmp_path, split, expected):
     """Guards against a split that is applied to one kind of source only, or rounds differently."""
     folder = tmp_path / "sources"
@@ -116,13 +98,8 @@ def test_folder_of_source_files(tmp_path):
     documents.
     """
     (tmp_path / "b").mkdir()
-    for name, text in {
-        "z.py": "zz\n",
-        "b/a.py": "import a\n",
-        "c.py": "c",
-        "empty.py": " \n",
-        "note.md": "no code",
-    }.items():
+    files = {"z.py": "zz\n", "b/a.py": "import a\n", "c.py": "c", "empty.py": " \n", "note.md": "no code"}
+    for name, text in files.items():
         (tmp_path / name).write_text(text)
     assert texts_of(tmp_path) == ["import a\n", "c", "zz\n"]
     assert texts_of(tmp_path, file_pattern="*.md") == ["no code"]
@@ -136,9 +113,7 @@ def test_folder_of_row_files(tmp_path):
 
 
 def test_standard_library():
-    """Guards against tests or installed packages being taken for the standard library, and against an order that
-    varies.
-    """
+    """Guards against tests or installed packages being taken for the standard library, and an order that varies."""
     first = texts_of("python_stdlib", "train[:5]")
     assert len(first) == 5 and first == texts_of("python_stdlib", "train")[:5]
     whole = texts_of("python_stdlib")
@@ -147,14 +122,12 @@ def test_standard_library():
     assert not any("import pytest" in text for text in whole)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["zero.jsonl", "zero.txt", "zero.csv", "zero.parquet", "header.csv", "blank.jsonl", "empty_folder", "no_rows"],
-)
+ZEROS = ["zero.jsonl", "zero.txt", "zero.csv", "zero.parquet"]
+
+
+@pytest.mark.parametrize("name", [*ZEROS, "header.csv", "blank.jsonl", "empty_folder", "no_rows"])
 def test_empty_dataset_is_called_empty(tmp_path, name):
-    """Guards against an empty file that ends in a traceback (StopIteration), or in 'An error occurred while generating
-    the dataset'.
-    """
+    """Guards against a traceback (StopIteration), or 'An error occurred while generating the dataset', for no rows."""
     path = tmp_path / name
     split = "train"
     if name == "empty_folder":
@@ -169,14 +142,14 @@ def test_empty_dataset_is_called_empty(tmp_path, name):
     assert any(words in message for words in ("is empty", "0 bytes", "corresponds to no data"))
 
 
-@pytest.mark.parametrize(
-    "name, content, words",
-    [
-        ("broken.jsonl", '{"text": "a"}\n{not json}\n', ["JSON parse error"]),
-        ("latin.txt", "café\n".encode("latin-1"), ["codec can't decode"]),
-        ("broken.parquet", "this is no parquet file", ["magic bytes"]),
-    ],
-)
+UNREADABLE = [
+    ("broken.jsonl", '{"text": "a"}\n{not json}\n', ["JSON parse error"]),
+    ("latin.txt", "café\n".encode("latin-1"), ["codec can't decode"]),
+    ("broken.parquet", "this is no parquet file", ["magic bytes"]),
+]
+
+
+@pytest.mark.parametrize("name, content, words", UNREADABLE)
 def test_unreadable_file_says_why(tmp_path, name, content, words):
     """Guards against a message that hides the cause behind 'An error occurred while generating the dataset'."""
     path = tmp_path / name
@@ -187,16 +160,11 @@ def test_unreadable_file_says_why(tmp_path, name, content, words):
 
 
 def test_missing_things_are_named(tmp_path):
-    """Guards against a missing file being looked for on the hub, and against messages that name neither source nor
-    remedy.
-    """
+    """Guards against a missing file being looked for on the hub, and messages that name neither source nor remedy."""
     path = write_jsonl(tmp_path / "texts.jsonl", ["a"], column="body")
     (tmp_path / "notes.md").write_text("text")
-    assert (
-        refusal(texts_of, path)
-        == f"data: {str(path)!r} has no column 'text'; it has body: set data.columns.text, or another data.transform"
-        " than text"
-    )
+    remedy = "set data.columns.text, or another data.transform than text"
+    assert refusal(texts_of, path) == f"data: {str(path)!r} has no column 'text'; it has body: {remedy}"
     assert "does not exist" in refusal(texts_of, tmp_path / "none.jsonl")
     message = refusal(texts_of, tmp_path / "notes.md")
     assert "notes.md" in message and ".jsonl" in message
@@ -205,9 +173,8 @@ def test_missing_things_are_named(tmp_path):
     assert "Unrecognized instruction format" in refusal(texts_of, path, "train[:many]")
     message = refusal(texts_of, tmp_path, file_pattern="*")  # a .jsonl beside a .md: rows or documents?
     assert "several kinds" in message and ".jsonl" in message and ".md" in message
-    assert str(tmp_path) in refusal(texts_of, tmp_path, file_pattern="/*.py") and "~nouser" in refusal(
-        texts_of, "~nouser/texts.jsonl"
-    )
+    assert str(tmp_path) in refusal(texts_of, tmp_path, file_pattern="/*.py")
+    assert "~nouser" in refusal(texts_of, "~nouser/texts.jsonl")
 
 
 def test_source_file_that_is_not_text(tmp_path):
@@ -232,38 +199,26 @@ def test_truncation_and_end_of_document_token(tmp_path, tokenizer):
     without EOS.
     """
     path = write_jsonl(tmp_path / "texts.jsonl", [words(*range(10, 10 + length)) for length in (7, 8, 9, 20, 4)])
-    assert documents_of(path, tokenizer) == [
-        [*range(10, 17), EOS],
-        [*range(10, 18)],
-        [*range(10, 18)],
-        [*range(10, 18)],
-        [*range(10, 14), EOS],
-    ]
-    assert documents_of(path, tokenizer, append_eos=False) == [
-        [*range(10, 17)],
-        [*range(10, 18)],
-        [*range(10, 18)],
-        [*range(10, 18)],
-        [*range(10, 14)],
-    ]
+    seven, cut, four = [*range(10, 17)], [*range(10, 18)], [*range(10, 14)]
+    assert documents_of(path, tokenizer) == [[*seven, EOS], cut, cut, cut, [*four, EOS]]
+    assert documents_of(path, tokenizer, append_eos=False) == [seven, cut, cut, cut, four]
 
 
 def test_text_column(tmp_path, tokenizer):
     """Guards against reading `text` whatever data.columns.text says."""
-    path = tmp_path / "texts.jsonl"
-    path.write_text(json.dumps({"text": words(3, 3, 3, 3), "body": words(4, 5, 6, 7)}) + "\n")
+    path = write_rows(tmp_path / "texts.jsonl", [{"text": words(3, 3, 3, 3), "body": words(4, 5, 6, 7)}])
     assert documents_of(path, tokenizer, text_column="body") == [[4, 5, 6, 7, EOS]]
 
 
-@pytest.mark.parametrize(
-    "bad, parts",
-    [
-        (None, ["None is not text"]),
-        (5, ["5 is not text"]),
-        ("", ["'' is empty", "data.on_bad_row: skip"]),
-        (words(3, 4), ["3 tokens", "needs 4"]),
-    ],
-)
+BAD = [
+    (None, ["None is not text"]),
+    (5, ["5 is not text"]),
+    ("", ["'' is empty", "data.on_bad_row: skip"]),
+    (words(3, 4), ["3 tokens", "needs 4"]),
+]
+
+
+@pytest.mark.parametrize("bad, parts", BAD)
 def test_bad_row_is_named(tmp_path, tokenizer, bad, parts):
     """Guards against a bad row that trains on nothing, or an error that does not say which of a million rows it is."""
     good = 5 if isinstance(bad, int) else words(10, 11, 12, 13)
@@ -299,13 +254,8 @@ def test_no_row_long_enough(tmp_path, tokenizer):
     """Guards against training on nothing when every row was skipped."""
     path = write_jsonl(tmp_path / "texts.jsonl", [words(10), words(10, 11), None])
     message = refusal(documents_of, path, tokenizer, on_bad_row="skip")
-    assert (
-        str(path) in message
-        and "no row that can be used" in message
-        and "row 0" in message
-        and "2 tokens" in message
-        and "needs 4" in message
-    )
+    parts = [str(path), "no row that can be used", "row 0", "2 tokens", "needs 4"]
+    assert [part for part in parts if part not in message] == []
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -333,25 +283,23 @@ def packed(documents: datasets.Dataset, sequence_length: int, seed: int) -> Rows
 
 
 def test_make_batch_by_hand():
-    """Guards against left padding, padding that is no segment -1, and anchors taken from the longest row of the batch."""
+    """Guards against left padding, padding that is no segment -1, and anchors of the longest row in all rows."""
     rows = rows_from([[10, 11, 12, 13, 14, 15, 16]], [[20, 21, 22, 23]], [[30, 31, 32, 33, 34]])
-    batch = make_batch(rows, [1, 0], [1, 0], PAD, context_length=2, min_completion_prefix=0, stride=2, num_generated=2)
+    anchors = dict(context_length=2, min_completion_prefix=0, stride=2, num_generated=2)
+    batch = make_batch(rows, [1, 0], [1, 0], PAD, **anchors)
     assert batch.row_ids == [1, 0]
     assert batch.document_ids.tolist() == [[20, 21, 22, 23, PAD, PAD, PAD], [10, 11, 12, 13, 14, 15, 16]]
     assert batch.segment_ids.tolist() == [[0, 0, 0, 0, -1, -1, -1], [0] * 7]
     # row 1: windows [22 23]; row 0: [12 13], [14 15]; the window at 6 would reach past the end
     assert batch.valid.tolist() == [[True, False], [True, True]]
     assert batch.anchors.tolist()[0][0] == 2 and batch.anchors.tolist()[1] == [2, 4]
-    single = make_batch(rows, [1], [1], PAD, context_length=2, min_completion_prefix=0, stride=2, num_generated=2)
-    assert (
-        single.document_ids.tolist() == [[20, 21, 22, 23]] and single.anchors.tolist() == [[2]] and single.valid.all()
-    )
+    single = make_batch(rows, [1], [1], PAD, **anchors)
+    assert single.document_ids.tolist() == [[20, 21, 22, 23]]
+    assert single.anchors.tolist() == [[2]] and single.valid.all()
 
 
 def test_make_batch_of_packed_rows_by_hand():
-    """Guards against windows over a document's end, and anchors that count from the row's start instead of the
-    document's.
-    """
+    """Guards against windows over a document's end, and anchors that count from the row's start, not the document's."""
     rows = rows_from([[10, 11, 12, 13, 14], [20, 21, 22, 23, 24, 25]], [[30, 31, 32, 33]])
     batch = make_batch(rows, [0, 1], [0, 1], PAD, context_length=3, min_completion_prefix=0, stride=1, num_generated=2)
     assert batch.document_ids.tolist() == [[10, 11, 12, 13, 14, 20, 21, 22, 23, 24, 25], [30, 31, 32, 33] + [PAD] * 7]
@@ -365,21 +313,11 @@ def groups_of(rows: Rows, row_ids: list[int], **anchors) -> list[tuple]:
     """(visible prefix, ground truth) of each valid anchor, as tokens: what a group is, wherever its document stands."""
     batch = make_batch(rows, row_ids, row_ids, PAD, **anchors)
     found = []
-    for ids, segments, places, valid in zip(
-        batch.document_ids.tolist(),
-        batch.segment_ids.tolist(),
-        batch.anchors.tolist(),
-        batch.valid.tolist(),
-        strict=True,
-    ):
-        for anchor, counts in zip(places, valid, strict=True):
-            if counts:
-                prefix = [
-                    token
-                    for token, segment in zip(ids[:anchor], segments[:anchor], strict=True)
-                    if segment == segments[anchor]
-                ]
-                found.append((tuple(prefix), tuple(ids[anchor : anchor + anchors["num_generated"]])))
+    for row, slot in batch.valid.nonzero().tolist():
+        ids, segments, anchor = batch.document_ids[row], batch.segment_ids[row], int(batch.anchors[row, slot])
+        prefix = ids[:anchor][segments[:anchor] == segments[anchor]]
+        truth = ids[anchor : anchor + anchors["num_generated"]]
+        found.append((tuple(prefix.tolist()), tuple(truth.tolist())))
     return sorted(found)
 
 
@@ -423,11 +361,8 @@ def step_of(num_rows: int, step: int, rows_per_step: int, seed: int) -> list[int
 def test_every_row_once_an_epoch(num_rows, rows_per_step):
     """Guards against a dropped remainder, and against epochs that begin anew in the middle of a batch."""
     num_epochs = 4
-    series = [
-        row
-        for step in range(-(-num_epochs * num_rows // rows_per_step))
-        for row in step_of(num_rows, step, rows_per_step, seed=5)
-    ]
+    steps = range(-(-num_epochs * num_rows // rows_per_step))
+    series = [row for step in steps for row in step_of(num_rows, step, rows_per_step, seed=5)]
     epochs = [series[start : start + num_rows] for start in range(0, num_epochs * num_rows, num_rows)]
     assert [sorted(epoch) for epoch in epochs] == [list(range(num_rows))] * num_epochs
     assert len({tuple(epoch) for epoch in epochs}) == num_epochs  # each epoch in another order
@@ -436,9 +371,8 @@ def test_every_row_once_an_epoch(num_rows, rows_per_step):
 def test_order_does_not_depend_on_how_steps_are_cut():
     """Guards against an order that changes with batch size or number of processes."""
     halves = [step_of(11, step, 2, seed=1) for step in range(20)]
-    assert [step_of(11, step, 4, seed=1) for step in range(10)] == [
-        halves[2 * step] + halves[2 * step + 1] for step in range(10)
-    ]
+    wholes = [step_of(11, step, 4, seed=1) for step in range(10)]
+    assert wholes == [halves[2 * step] + halves[2 * step + 1] for step in range(10)]
 
 
 def test_order_changes_with_the_seed_only():
@@ -453,9 +387,7 @@ def test_order_changes_with_the_seed_only():
 
 
 def test_uniforms_belong_to_the_row():
-    """Guards against rollouts that depend on the other rows of the batch, their order, or how many anchors the longest
-    of them has.
-    """
+    """Guards against rollouts that depend on the batch's other rows, their order, or how many anchors they have."""
     together = rollout_uniforms(0, [7, 2, 9], 5, 4, 6)
     assert together.shape == (3, 5, 4, 6)
     assert torch.equal(together[1], rollout_uniforms(0, [2], 5, 4, 6)[0])
@@ -464,9 +396,7 @@ def test_uniforms_belong_to_the_row():
 
 
 def test_uniforms_are_uniform_and_differ():
-    """Guards against siblings, anchors, rows, steps or seeds that share their numbers: they would all draw the same
-    rollout.
-    """
+    """Guards against siblings, anchors, rows, steps or seeds that share their numbers, and so draw the same rollout."""
     shape = (10, 8, 25)
     draws = [rollout_uniforms(seed, [key], *shape) for seed, key in [(0, 0), (1, 0), (0, 1), (1, 1), (2, 2)]]
     numbers = torch.cat(draws).flatten()
@@ -494,17 +424,10 @@ def test_held_out_documents_are_never_trained_on(thirty, tokenizer, packing):
     """Guards against leakage, lost documents, and a held-out set that changes with train.seed (runs could not be
     compared).
     """
-    held = {}
+    held, data = {}, {"packing": packing, "sequence_length": 24}
     for seed in (0, 1):
-        train, held_out = load_rows(
-            config_of(
-                thirty,
-                data={"packing": packing, "sequence_length": 24},
-                evaluation={"num_documents": 6},
-                train={"seed": seed},
-            ),
-            tokenizer,
-        )
+        config = config_of(thirty, data=data, evaluation={"num_documents": 6}, train={"seed": seed})
+        train, held_out = load_rows(config, tokenizer)
         assert len(held_out) == 6 and all(len(row) == 1 for row in contents(held_out))
         assert names(train) & names(held_out) == set()
         assert names(train) | names(held_out) == set(range(100, 130))
@@ -520,20 +443,15 @@ def test_copies_of_held_out_documents_are_not_trained_on(tmp_path, tokenizer, so
     path = write_jsonl(tmp_path / "twice.jsonl", [words(*[100 + number // 2] * 6) for number in range(20)])
     evaluation = {"num_documents": 5, **({"dataset": str(path), "split": "train"} if source == "its own" else {})}
     train, held_out = load_rows(config_of(path, evaluation=evaluation), tokenizer)
-    assert (
-        len(held_out) == 5
-        and names(train) & names(held_out) == set()
-        and names(train) | names(held_out) == set(range(100, 110))
-    )
+    assert len(held_out) == 5 and names(train) & names(held_out) == set()
+    assert names(train) | names(held_out) == set(range(100, 110))
     assert "copies of held-out ones" in capsys.readouterr().out
 
 
 def test_held_out_documents_change_with_the_evaluation_seed(thirty, tokenizer):
     """Guards against always holding out the first documents."""
-    held = [
-        names(load_rows(config_of(thirty, evaluation={"num_documents": 6, "seed": seed}), tokenizer)[1])
-        for seed in (0, 0, 1)
-    ]
+    configs = [config_of(thirty, evaluation={"num_documents": 6, "seed": seed}) for seed in (0, 0, 1)]
+    held = [names(load_rows(config, tokenizer)[1]) for config in configs]
     assert held[0] == held[1] != held[2]
     assert held[0] != set(range(100, 106))
 
@@ -541,22 +459,17 @@ def test_held_out_documents_change_with_the_evaluation_seed(thirty, tokenizer):
 def test_evaluation_dataset_of_its_own(thirty, tmp_path, tokenizer):
     """Guards against training documents being taken away, or evaluated on, when eval.dataset is given."""
     other = write_jsonl(tmp_path / "other.jsonl", [words(*[500 + number] * 5) for number in range(8)])
-    train, held_out = load_rows(
-        config_of(thirty, evaluation={"num_documents": 5, "dataset": str(other), "split": "train"}), tokenizer
-    )
+    evaluation = {"dataset": str(other), "split": "train"}
+    train, held_out = load_rows(config_of(thirty, evaluation={**evaluation, "num_documents": 5}), tokenizer)
     assert names(train) == set(range(100, 130))
     assert len(names(held_out)) == 5 and names(held_out) <= set(range(500, 508))
-    _, everything = load_rows(
-        config_of(thirty, evaluation={"num_documents": 8, "dataset": str(other), "split": "train"}), tokenizer
-    )
+    _, everything = load_rows(config_of(thirty, evaluation={**evaluation, "num_documents": 8}), tokenizer)
     assert names(everything) == set(range(500, 508))
 
 
 @pytest.mark.parametrize("only", [False, True])
 def test_default_number_of_held_out_documents(thirty, tmp_path, tokenizer, only):
-    """Guards against a small data set being refused, and against eval.only choosing other documents than the ones that
-    training held out.
-    """
+    """Guards against a small data set being refused, and eval.only choosing other documents than training held out."""
     train, held_out = load_rows(config_of(thirty, evaluation={"num_documents": None, "only": only}), tokenizer)
     assert contents(held_out) == contents(load_rows(config_of(thirty, evaluation={"num_documents": 3}), tokenizer)[1])
     few = write_jsonl(tmp_path / "few.jsonl", [words(*[500 + number] * 5) for number in range(8)])
@@ -581,9 +494,6 @@ def test_too_few_documents_to_hold_out(thirty, tmp_path, tokenizer):
     message = refusal(load_rows, config_of(thirty, evaluation={"num_documents": 30}), tokenizer)
     assert "eval.num_documents" in message and "30" in message and str(thirty) in message
     other = write_jsonl(tmp_path / "other.jsonl", [words(*range(10, 15))] * 3)
-    message = refusal(
-        load_rows,
-        config_of(thirty, evaluation={"num_documents": 4, "dataset": str(other), "split": "train"}),
-        tokenizer,
-    )
+    evaluation = {"num_documents": 4, "dataset": str(other), "split": "train"}
+    message = refusal(load_rows, config_of(thirty, evaluation=evaluation), tokenizer)
     assert "eval.num_documents" in message and "4" in message and str(other) in message and "3" in message

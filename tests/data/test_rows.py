@@ -1,6 +1,4 @@
-"""Which rows a step trains on: mixtures, streams, and both after a resume and on several processes; completions in
-strided mode; the dry run.
-"""
+"""Which rows a step trains on: mixtures and streams, also after a resume and on several processes; the dry run."""
 
 import json
 import math
@@ -27,18 +25,15 @@ from helpers import (
     error_of,
     steps_of,
     training,
+    write_rows,
 )
-
-ADAMW = dict(betas=(0.9, 0.95), weight_decay=0.0)
+from train_strided import main
 
 
 def rows_named(first: int, number: int, seed: tuple[int, ...] = (0,)) -> Rows:
     """Rows of one token each: first, first + 1, .."""
-    return Rows(
-        table_of([Document([first + index], [(0, 1)]) for index in range(number)]),
-        [[index] for index in range(number)],
-        seed,
-    )
+    documents = table_of([Document([first + index], [(0, 1)]) for index in range(number)])
+    return Rows(documents, [[index] for index in range(number)], seed)
 
 
 def tokens_at(rows, positions) -> list[int]:
@@ -49,15 +44,15 @@ def tokens_at(rows, positions) -> list[int]:
 # Mixtures
 
 
-@pytest.mark.parametrize(
-    "weights_, expected",
-    [
-        ([1.0, 1.0], [500, 500]),
-        ([3.0, 1.0], [750, 250]),
-        ([1.0, 1.0, 1.0], [334, 333, 333]),
-        ([0.6991, 0.2998, 0.0011], [699, 300, 1]),
-    ],
-)
+SHARES = [
+    ([1.0, 1.0], [500, 500]),
+    ([3.0, 1.0], [750, 250]),
+    ([1.0, 1.0, 1.0], [334, 333, 333]),
+    ([0.6991, 0.2998, 0.0011], [699, 300, 1]),
+]
+
+
+@pytest.mark.parametrize("weights_, expected", SHARES)
 def test_every_source_has_its_share(weights_, expected):
     """Guards against shares that are right on average only, or weights that are taken as probabilities."""
     sources = [rows_named(10_000 * (number + 1), 7) for number in range(len(weights_))]
@@ -78,9 +73,8 @@ def test_a_mixture_is_each_source_in_its_own_order():
         own = [token for token in series if start <= token < start + 100]
         assert own == tokens_at(source, range(len(own)))
         size = len(source)
-        assert all(
-            sorted(own[at : at + size]) == list(range(start, start + size)) for at in range(0, len(own) - size, size)
-        )
+        epochs = [own[at : at + size] for at in range(0, len(own) - size, size)]
+        assert all(sorted(epoch) == list(range(start, start + size)) for epoch in epochs)
     assert [mixed[row][0].tokens[0] for step in range(10) for row in rows_of_step(mixed, step, 250)] == series
     assert series != tokens_at(MixedRows([first, second], [0.4, 0.6], seed=6), range(2500))
     assert series[:1000] != [token for token in series[1000:2000]]
@@ -103,17 +97,14 @@ def stream_of(contents: list[int | None], block_size: int, keep: int = 8, opened
         return [Document([row["token"]], [(0, 1)]) for row in rows if row["token"] is not None]
 
     def pack(documents, seed):
-        order = torch.randperm(
-            len(documents), generator=torch.Generator().manual_seed(hash(tuple(seed)) % 2**31)
-        ).tolist()
-        return [[documents[index]] for index in order]
+        generator = torch.Generator().manual_seed(hash(tuple(seed)) % 2**31)
+        return [[documents[index]] for index in torch.randperm(len(documents), generator=generator).tolist()]
 
     return StreamedRows("data: 'it'", open_at, make, pack, block_size, (0,), keep)
 
 
 def test_a_stream_gives_every_usable_row_once_an_epoch():
-    """Guards against lost rows at a block's or the stream's end, blocks that are never shuffled, and epochs in one
-    order.
+    """Guards against lost rows at a block's or the stream's end, unshuffled blocks, and epochs in one order.
 
     Some blocks are empty.
     """
@@ -149,9 +140,7 @@ def test_a_stream_goes_on_from_a_checkpoint(position):
 
 
 def test_a_stream_keeps_only_what_is_asked_for():
-    """Guards against a stream that holds all it has read, and against dropping the step that is still at work while the
-    next is prepared.
-    """
+    """Guards against a stream that holds all it has read, or drops the step at work while the next is prepared."""
     rows = stream_of(list(range(1000)), block_size=10, keep=30)
     for step in range(60):
         ahead = tokens_at(rows, range(10 * (step + 1), 10 * (step + 2)))
@@ -170,14 +159,8 @@ def test_a_mixture_of_streams_goes_on():
     """Guards against one source of several that begins anew."""
 
     def mixture():
-        return MixedRows(
-            [
-                stream_of([number for number in range(100, 113)], 4),
-                stream_of([number for number in range(200, 207)], 4),
-            ],
-            [0.3, 0.7],
-            seed=1,
-        )
+        streams = [stream_of(list(range(100, 113)), 4), stream_of(list(range(200, 207)), 4)]
+        return MixedRows(streams, [0.3, 0.7], seed=1)
 
     unbroken, before, after = tokens_at(mixture(), range(200)), mixture(), mixture()
     tokens_at(before, range(90))
@@ -197,17 +180,11 @@ def test_a_stream_holds_the_documents_of_its_file(write_config, text_file):
     assert held == documents[:5]
     expected = sorted(document for document in documents if document not in held)
     for epoch in range(2):
-        assert (
-            sorted(stream[stream.row_at(epoch * len(expected) + index)][0].tokens for index in range(len(expected)))
-            == expected
-        )
-    assert (
-        stream.fingerprint()
-        == load_rows(config, tokenizer)[0].fingerprint()
-        != load_rows(load_config(str(write_config(**{**changes, "data__shuffle_buffer": 8}))), tokenizer)[
-            0
-        ].fingerprint()
-    )
+        positions = range(epoch * len(expected), (epoch + 1) * len(expected))
+        assert sorted(stream[stream.row_at(position)][0].tokens for position in positions) == expected
+    other = load_config(str(write_config(**{**changes, "data__shuffle_buffer": 8})))
+    again, different = (load_rows(each, tokenizer)[0].fingerprint() for each in (config, other))
+    assert stream.fingerprint() == again != different
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -217,22 +194,12 @@ def test_a_stream_holds_the_documents_of_its_file(write_config, text_file):
 @pytest.fixture
 def mix(text_file, tmp_path) -> list[dict]:
     """The text, and prompts with completions, by weight."""
-    rows = tmp_path / "prompts.jsonl"
-    rows.write_text(
-        "".join(
-            json.dumps({"question": f"{number} and one", "answer": f" make {number + 1}, as everybody knows"}) + "\n"
-            for number in range(15)
-        )
-    )
-    return [
-        {"dataset": str(text_file), "weight": 2},
-        {
-            "dataset": str(rows),
-            "weight": 1,
-            "transform": "prompt_completion",
-            "columns": {"prompt": "question", "completion": "answer"},
-        },
-    ]
+    pairs = [(f"{number} and one", f" make {number + 1}, as everybody knows") for number in range(15)]
+    rows = [{"question": question, "answer": answer} for question, answer in pairs]
+    path = write_rows(tmp_path / "prompts.jsonl", rows)
+    columns = {"prompt": "question", "completion": "answer"}
+    prompts = {"dataset": str(path), "weight": 1, "transform": "prompt_completion", "columns": columns}
+    return [{"dataset": str(text_file), "weight": 2}, prompts]
 
 
 @pytest.fixture
@@ -254,9 +221,10 @@ def mixed(train, mix):
     return run
 
 
-@pytest.mark.parametrize(
-    "changes", [{}, {"data__packing": True, "data__sequence_length": 96}], ids=["documents", "packed"]
-)
+PACKED = {"data__packing": True, "data__sequence_length": 96}
+
+
+@pytest.mark.parametrize("changes", [{}, PACKED], ids=["documents", "packed"])
 def test_a_resumed_stream_equals_the_unbroken_run(mixed, changes, model_folder):
     """To the last bit, with a mixture of two streams that begin anew several times."""
     whole = mixed("whole", **changes)
@@ -288,13 +256,8 @@ def test_a_stream_on_two_processes_equals_one(mixed, start, write_config, tmp_pa
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_stream_that_breaks_off_saves_what_was_trained(start, write_config, tmp_path, processes):
     """A bad row in the middle: one message with its number, and all steps before it are in a checkpoint."""
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text(
-        "".join(
-            json.dumps({"text": f"row {number} is long enough" if number != 17 else None}) + "\n"
-            for number in range(40)
-        )
-    )
+    texts = [f"row {number} is long enough" if number != 17 else None for number in range(40)]
+    rows = write_rows(tmp_path / "rows.jsonl", [{"text": text} for text in texts])
     changes = dict(
         data__dataset=str(rows),
         data__streaming=True,
@@ -308,39 +271,26 @@ def test_a_stream_that_breaks_off_saves_what_was_trained(start, write_config, tm
     code, output = end_of(start(*launch))
     assert code != 0
     assert_holds(error_of(output), "row 17", "'text'", "None is not text", "step 8 is saved")
-    assert (tmp_path / "run" / "checkpoint-8" / "SHA256SUMS").is_file() and steps_of(tmp_path / "run") == list(
-        range(1, 9)
-    )
+    assert (tmp_path / "run" / "checkpoint-8" / "SHA256SUMS").is_file()
+    assert steps_of(tmp_path / "run") == list(range(1, 9))
 
 
 def test_completions_alone_are_learnt(train, tmp_path, model_folder):
-    """SFT on prompts and completions in strided mode against a loop over documents, with the cross-entropy of the
-    completion and its end-of-text token.
+    """SFT on prompts and completions in strided mode against a loop over documents.
+
+    The loop has the cross-entropy of the completion and its end-of-text token.
     """
-    pairs = [
-        (f"{number} and one" + " more" * (number % 3), f" make {number + 1}, as everybody knows") for number in range(8)
-    ]
-    rows = tmp_path / "pairs.jsonl"
-    rows.write_text(
-        "".join(json.dumps({"prompt": prompt, "completion": completion}) + "\n" for prompt, completion in pairs)
-    )
+    prompts = [f"{number} and one" + " more" * (number % 3) for number in range(8)]
+    pairs = [(prompt, f" make {number + 1}, as everybody knows") for number, prompt in enumerate(prompts)]
+    rows = [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]
+    rows = write_rows(tmp_path / "pairs.jsonl", rows)
     changes = dict(data__dataset=str(rows), data__transform="prompt_completion", data__sequence_length=96)
+    sft = ("ebft.rl_coef=0", "ebft.ce_coef=1", "train.learning_rate=1e-2")
+    sft += ("train.max_steps=1", "train.batch_size=4", "train.per_device_batch_size=2")
     for name, packing in (("alone", "false"), ("packed", "true")):
-        folder = train(
-            name,
-            "ebft.rl_coef=0",
-            "ebft.ce_coef=1",
-            "train.max_steps=1",
-            "train.batch_size=4",
-            "train.per_device_batch_size=2",
-            "train.learning_rate=1e-2",
-            f"data.packing={packing}",
-            **changes,
-        )
-        tokenizer, model = (
-            AutoTokenizer.from_pretrained(model_folder),
-            AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32),
-        )
+        folder = train(name, *sft, f"data.packing={packing}", **changes)
+        tokenizer = AutoTokenizer.from_pretrained(model_folder)
+        model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
         config = load_config(str(tmp_path / "config.yaml"), [f"data.packing={packing}"])
         chosen = rows_of_step(load_rows(config, load_tokenizer(config.model))[0], 0, 4)
         documents = [document for row in chosen for document in load_rows(config, load_tokenizer(config.model))[0][row]]
@@ -351,10 +301,8 @@ def test_completions_alone_are_learnt(train, tmp_path, model_folder):
             prompt = next(prompt for prompt, completion in pairs if text == prompt + completion + "<eos>")
             assert tokenizer.decode(document.tokens[:start]) == prompt and end == len(document.tokens)
             logps = model(torch.tensor([document.tokens])).logits[0, start - 1 : -1].log_softmax(-1)
-            total, number = (
-                total - logps.gather(-1, torch.tensor(document.tokens[start:])[:, None]).sum(),
-                number + end - start,
-            )
+            total -= logps.gather(-1, torch.tensor(document.tokens[start:])[:, None]).sum()
+            number += end - start
         (total / number).backward()
         assert training(folder)[0]["train/loss"] == pytest.approx((total / number).item(), abs=1e-5)
         norm = math.sqrt(sum(parameter.grad.square().sum().item() for parameter in model.parameters()))
@@ -372,60 +320,40 @@ def test_dry_run_counts(command, write_config, capsys, tmp_path, text_file):
     rows, _ = load_rows(config, load_tokenizer(config.model))
     tokens = [rows[row][0].tokens for row in range(len(rows))]
     anchors = sum(len(range(4, len(document) - 4 + 1, 4)) for document in tokens)
-    from train_strided import main
-
     capsys.readouterr()
     main(["--cfg", str(file), "--dry-run"])
     printed = capsys.readouterr().out
-    assert (
-        f"{len(tokens)} documents in {len(tokens)} rows to train on: {sum(map(len, tokens)):,} tokens,"
-        f" {sum(map(len, tokens)) - len(tokens):,} of them learnt; 4 held out" in printed
-    )
+    num_rows, total = len(tokens), sum(map(len, tokens))
+    rows = f"{num_rows} documents in {num_rows} rows to train on"
+    assert f"{rows}: {total:,} tokens, {total - num_rows:,} of them learnt; 4 held out" in printed
     assert f"{anchors:,} anchors (groups), {anchors / len(tokens):.1f} a row; 3 rollouts of 4 tokens at each" in printed
-    assert (
-        f"30 steps of 2 rows: {2 * anchors / len(tokens):.0f} groups" in printed
-        and f"{60 / len(tokens):.2f} epochs" in printed
-    )
-    model = AutoModelForCausalLM.from_pretrained(config.model.name_or_path)
-    assert (
-        f"{model.num_parameters():,} weights, {model.num_parameters():,} trained; largest row: {max(map(len, tokens))}"
-        " tokens" in printed
-    )
+    assert f"30 steps of 2 rows: {2 * anchors / num_rows:.0f} groups" in printed
+    assert f"{60 / num_rows:.2f} epochs" in printed
+    weights = f"{AutoModelForCausalLM.from_pretrained(config.model.name_or_path).num_parameters():,}"
+    largest = max(map(len, tokens))
+    assert f"{weights} weights, {weights} trained; largest row: {largest} tokens" in printed
     assert printed.count("example ") == 3 and not (tmp_path / "run").exists()
 
 
 def test_marks_stand_at_anchors_and_completions(write_config, model_folder):
     """Guards against marks that are a token off: what a reader believes of anchors comes from here."""
-    config = load_config(
-        str(
-            write_config(
-                ebft__min_completion_prefix=1, ebft__context_length=2, ebft__stride=3, ebft__generate_max_len=2
-            )
-        )
-    )
+    ebft = dict(ebft__min_completion_prefix=1, ebft__context_length=2, ebft__stride=3, ebft__generate_max_len=2)
+    config = load_config(str(write_config(**ebft)))
     tokenizer = load_tokenizer(config.model)
     letters = tokenizer.convert_tokens_to_ids(list("abcdefghijkl"))
     document = Document(letters, [(2, 6), (8, 12)])
     assert [list(places) for places in anchors_in(config, document.spans)] == [[3], [9]]
     assert marked(config, tokenizer, [document]) == "ab⟦c▸def⟧gh⟦i▸jkl⟧"
     raw = Document(letters, [(0, 12)])
-    assert [list(places) for places in anchors_in(config, raw.spans)] == [[2, 5, 8]] and marked(
-        config, tokenizer, [raw]
-    ) == "⟦ab▸cde▸fgh▸ijkl⟧"
+    assert [list(places) for places in anchors_in(config, raw.spans)] == [[2, 5, 8]]
+    assert marked(config, tokenizer, [raw]) == "⟦ab▸cde▸fgh▸ijkl⟧"
 
 
 def test_dry_run_of_a_stream_and_a_mixture(mixed, write_config, mix, capsys):
     """Guards against a count that reads the whole stream, and a mixture without its shares."""
-    from train_strided import main
-
-    file = write_config(
-        data__dataset="", data__mix=mix, data__shuffle_buffer=6, data__streaming=True, eval__num_documents=0
-    )
+    stream = dict(data__dataset="", data__mix=mix, data__shuffle_buffer=6, data__streaming=True)
+    file = write_config(**stream, eval__num_documents=0)
     main(["--cfg", str(file), "--dry-run"])
     printed = capsys.readouterr().out
-    assert (
-        "read so far (a stream is not counted)" in printed
-        and "66.7 %" in printed
-        and "33.3 %" in printed
-        and "epochs" not in printed
-    )
+    assert "read so far (a stream is not counted)" in printed and "epochs" not in printed
+    assert "66.7 %" in printed and "33.3 %" in printed

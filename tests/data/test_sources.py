@@ -259,7 +259,7 @@ def test_default_split_of_the_evaluation_dataset(tmp_path):
 
 
 def test_what_the_evaluation_takes_from_data(tmp_path):
-    """Guards against eval.dataset being read with defaults where data says something, or with data's where eval does."""
+    """Guards against eval.dataset being read with defaults where data says something, or data's where eval does."""
     data = {"transform": "chat", "columns": ColumnsConfig(messages="talk")}
     found = evaluation_source(structured("x", **data, file_pattern="*.json", evaluation={"dataset": "y"}))
     assert (found.key, found.transform.name, found.columns.messages) == ("eval", "chat", "talk")

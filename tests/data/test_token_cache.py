@@ -9,11 +9,10 @@ import datasets
 import pytest
 from tokenizers import processors
 
-from conversations import TEMPLATE
 from ebft_utils.config.data import ColumnsConfig
 from ebft_utils.data.documents import Tokenizing
 from ebft_utils.data.sources import load_table, training_sources
-from ebft_utils.data.tables import cache_key
+from ebft_utils.data.tables import cache_key, load_documents
 from helpers import ROOT, refusal, tiny_tokenizer, write_rows
 from loading import documents_of, strided, structured, texts_of
 
@@ -40,16 +39,9 @@ def tokenised(monkeypatch):
 def pairs(tmp_path):
     """Rows of prompt and completion, with other columns of the same kind."""
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    rows = [
-        {
-            "prompt": f"question {number}",
-            "completion": f"answer {number}",
-            "other": f"another {number}",
-            "messages": messages,
-        }
-        for number in range(5)
-    ]
-    return write_rows(tmp_path / "pairs.jsonl", rows)
+    kinds = {"prompt": "question", "completion": "answer", "other": "another"}
+    rows = [{key: f"{word} {number}" for key, word in kinds.items()} for number in range(5)]
+    return write_rows(tmp_path / "pairs.jsonl", [{**row, "messages": messages} for row in rows])
 
 
 OWN = "def transform(row, columns):\n    return {'prompt': row['prompt'], 'completion': row['completion'] + '!'}\n"
@@ -62,10 +54,9 @@ def test_the_second_load_tokenises_nothing(pairs, tokenizer, tokenised):
     """
     config = structured(pairs)
     first = documents_of(config, tokenizer)
-    assert tokenised == [5] and first["input_ids"][:] == [
-        tokenizer(f"question {number}")["input_ids"] + tokenizer(f"answer {number}")["input_ids"] + [0]
-        for number in range(5)
-    ]
+    texts = [(f"question {number}", f"answer {number}") for number in range(5)]
+    ids = [[*tokenizer(prompt)["input_ids"], *tokenizer(answer)["input_ids"], 0] for prompt, answer in texts]
+    assert tokenised == [5] and first["input_ids"][:] == ids
     for again in (
         config,
         structured(pairs, train={"learning_rate": 0.5, "output_dir": "elsewhere", "max_steps": 3, "seed": 8}),
@@ -78,30 +69,24 @@ def test_the_second_load_tokenises_nothing(pairs, tokenizer, tokenised):
 
 
 def test_strided_settings_that_change_no_token(pairs, tokenizer, tokenised):
-    """Guards against another stride or packing tokenising a corpus again; where the first anchor is decides which
-    documents have room, and does.
+    """Guards against another stride or packing tokenising a corpus again.
+
+    Where the first anchor is does so, because it decides which documents have room.
     """
-    data = {"transform": "prompt_completion"}
-    documents_of(strided(pairs, **data), tokenizer)
-    for again in (
-        {"ebft": {"stride": 7}},
-        {"packing": True},
-        {"ebft": {"n_samples_per_prompt": 9}},
-        {"train": {"learning_rate": 0.5, "output_dir": "elsewhere"}},
-    ):
-        documents_of(strided(pairs, **data, **again), tokenizer)
+
+    def load(**changes) -> None:
+        documents_of(strided(pairs, transform="prompt_completion", **changes), tokenizer)
+
+    load()
+    load(ebft={"stride": 7})
+    load(packing=True)
+    load(ebft={"n_samples_per_prompt": 9})
+    load(train={"learning_rate": 0.5, "output_dir": "elsewhere"})
     assert tokenised == [5]
-    for count, other in enumerate(
-        (
-            {"ebft": {"generate_max_len": 2}},
-            {"ebft": {"context_length": 2}},
-            {"ebft": {"min_completion_prefix": 1}},
-            {"append_eos": False},
-            {"sequence_length": 63},
-        ),
-        start=2,
-    ):
-        documents_of(strided(pairs, **data, **other), tokenizer)
+    anchors = ({"generate_max_len": 2}, {"context_length": 2}, {"min_completion_prefix": 1})
+    others = [*({"ebft": ebft} for ebft in anchors), {"append_eos": False}, {"sequence_length": 63}]
+    for count, other in enumerate(others, start=2):
+        load(**other)
         assert tokenised == [5] * count, other
 
 
@@ -130,36 +115,37 @@ def test_what_tokenises_again(pairs, tmp_path, tokenised, change):
     """
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = (
-        "{% for message in messages %}({{ message['content'] }}<eos>{% endfor %}{% if add_generation_prompt %}({%"
-        " endif %}"
+        "{% for message in messages %}({{ message['content'] }}<eos>{% endfor %}"
+        "{% if add_generation_prompt %}({% endif %}"
     )
     before, rows = texts_of(structured(pairs), tokenizer), [json.loads(line) for line in pairs.read_text().splitlines()]
     assert tokenised == [5]
     if CHANGES[change] is None:
         rows = [*rows[:4], {**rows[4], "completion": "answer 5"}] if change == "content" else [*rows, rows[0]]
-        os.utime(write_rows(pairs, rows), ns=(0, pairs.stat().st_mtime_ns + 10**9))  # where a file system counts in seconds
+        os.utime(
+            write_rows(pairs, rows), ns=(0, pairs.stat().st_mtime_ns + 10**9)
+        )  # where a file system counts in seconds
         settings, same = {}, False
     else:
         settings, same = CHANGES[change]
     changed = structured(write_rows(tmp_path / "other.jsonl", rows) if change == "another file" else pairs, **settings)
     after = texts_of(changed, tokenizer)
     assert (after == before) == same
-    assert tokenised == [5, {"a row more": 6, "max_documents": 4, "split": 4}.get(change, 5)] and tokenised[-1] == len(
-        after
-    )
+    assert tokenised == [5, {"a row more": 6, "max_documents": 4, "split": 4}.get(change, 5)]
+    assert tokenised[-1] == len(after)
     assert texts_of(changed, tokenizer) == after and len(tokenised) == 2
     if CHANGES[change] is not None:
         assert texts_of(structured(pairs), tokenizer) == before and len(tokenised) == 2
 
 
 def test_the_other_mode_tokenises_again(pairs, tokenizer, tokenised):
-    """Guards against the limits of one mode being taken for those of the other: a document without room for an anchor
-    is usable in structured mode.
+    """Guards against the limits of one mode being taken for those of the other.
+
+    A document without room for an anchor is usable in structured mode.
     """
     assert len(documents_of(structured(pairs), tokenizer)) == 5
-    assert "have no room for one anchor" in refusal(
-        documents_of, strided(pairs, transform="prompt_completion", ebft={"context_length": 50}), tokenizer
-    )
+    config = strided(pairs, transform="prompt_completion", ebft={"context_length": 50})
+    assert "have no room for one anchor" in refusal(documents_of, config, tokenizer)
     assert tokenised == [5, 5]
 
 
@@ -185,9 +171,8 @@ def changed_tokenizer(change: str):
     elif change == "template":
         tokenizer.chat_template = "{{ messages }}"
     elif change == "beginning":
-        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-            single="<pad> $A", special_tokens=[("<pad>", 1)]
-        )
+        begins = processors.TemplateProcessing(single="<pad> $A", special_tokens=[("<pad>", 1)])
+        tokenizer.backend_tokenizer.post_processor = begins
     return tokenizer
 
 
@@ -197,42 +182,35 @@ def test_another_tokenizer_tokenises_again(pairs, tokenised, change):
     first, second = tiny_tokenizer(), changed_tokenizer(change)
     before, after = (documents_of(structured(pairs), tokenizer)["input_ids"][:] for tokenizer in (first, second))
     assert tokenised == [5, 5] and (before != after) == (change != "template")
-    first(
-        ["a text"], truncation=True, max_length=3, padding=True
-    )  # what a call leaves behind in a tokenizer is no other tokenizer
+    # what a call leaves behind in a tokenizer is no other tokenizer
+    first(["a text"], truncation=True, max_length=3, padding=True)
     assert documents_of(structured(pairs), first)["input_ids"][:] == before and tokenised == [5, 5]
 
 
 def test_bad_rows_are_told_again_by_the_cache(tmp_path, tokenizer, tokenised, capsys):
-    """Guards against a warning that only the first of many runs gives, and against a refused load that leaves something
-    in the cache.
-    """
-    path = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": ""}])
+    """Guards against a warning that only the first of many runs gives, and a refused load that leaves something."""
+    path = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": text} for text in ("b", "")])
+    empty = "row 1, column 'completion': '' is empty"
     for _ in range(2):
-        assert "row 1, column 'completion': '' is empty" in refusal(documents_of, structured(path), tokenizer)
+        assert empty in refusal(documents_of, structured(path), tokenizer)
     assert tokenised == [2, 2]
     for _ in range(2):
         assert texts_of(structured(path, on_bad_row="skip"), tokenizer) == ["ab<eos>"]
-        assert (
-            capsys.readouterr().out
-            == f"data: 1 of 2 rows of {str(path)!r} left out: 1 like row 1, column 'completion': '' is empty\n"
-        )
+        assert capsys.readouterr().out == f"data: 1 of 2 rows of {str(path)!r} left out: 1 like {empty}\n"
     assert tokenised == [2, 2, 2]
 
 
 def keys_of(places: list[tuple[str, str, str]]) -> list[str]:
     """What tokenised tables of these (dataset, split, transform) are kept under."""
     configs = [strided(dataset, split=split, transform=transform) for dataset, split, transform in places]
-    return [
-        cache_key(config, tiny_tokenizer(), source, load_table(source))
-        for config in configs
-        for source in training_sources(config)
-    ]
+    sources = [(config, source) for config in configs for source in training_sources(config)]
+    return [cache_key(config, tiny_tokenizer(), source, load_table(source)) for config, source in sources]
 
 
-def test_another_process_finds_the_cache(pairs, tmp_path, cache):
-    """Guards against a key that holds something of one process (an address, the order of a set), with which every run
-    would tokenise again.
+def test_another_process_finds_the_cache(pairs, tmp_path):
+    """Guards against a key that holds something of one process (an address, the order of a set).
+
+    With it every run would tokenise again.
     """
     datasets.Dataset.from_list([{"prompt": "a", "completion": "b"}] * 4).save_to_disk(str(tmp_path / "saved"))
     (tmp_path / "mine.py").write_text(OWN)
@@ -243,14 +221,44 @@ def test_another_process_finds_the_cache(pairs, tmp_path, cache):
         (str(pairs), "train", own),
         ("python_stdlib", "train[:9]", "text"),
     ]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
-        "PYTHONHASHSEED": "5",
-        "HF_DATASETS_CACHE": str(cache / "second"),
-    }
-    script = f"import test_sources; print(*test_sources.keys_of({places!r}), sep='\\n')"
-    there = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120, env=environment
-    ).stdout.split()
+    folders = os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests" / "data")))
+    environment = {**os.environ, "PYTHONPATH": folders, "PYTHONHASHSEED": "5"}
+    script = f"import test_token_cache; print(*test_token_cache.keys_of({places!r}), sep='\\n')"
+    command, pipes = [sys.executable, "-c", script], {"capture_output": True, "text": True}
+    there = subprocess.run(command, **pipes, check=True, timeout=120, env=environment).stdout.split()
     assert there == keys_of(places) and len(set(there)) == 4
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A damaged cache
+
+
+DAMAGES = ["a bit", "half", "no sums", "other sums", "no file"]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_cache_is_made_again(pairs, tokenizer, tokenised, cache, capsys, damage):
+    """Guards against a traceback, and against training on other tokens without a word."""
+    config = structured(pairs)
+    before = load_documents(config, tokenizer, *training_sources(config))[:]
+    (file,) = (cache / "ebft").rglob("*.arrow")
+    sums, content = file.with_name("SHA256SUMS"), bytearray(file.read_bytes())
+    if damage == "a bit":
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    elif damage == "half":
+        file.write_bytes(content[: len(content) // 2])
+    elif damage == "no sums":  # a run that was killed before it wrote them
+        sums.unlink()
+    elif damage == "other sums":
+        sums.write_text("what is this\n")
+    else:
+        file.unlink()
+    capsys.readouterr()
+    number = len(tokenised)
+    assert load_documents(config, tokenizer, *training_sources(config))[:] == before
+    assert len(tokenised) > number
+    said = capsys.readouterr().out
+    assert f"{file.parent} is damaged" in said and "tokenised again" in said
+    load_documents(config, tokenizer, *training_sources(config))
+    assert "damaged" not in capsys.readouterr().out

@@ -1,12 +1,13 @@
 """Metric sums, standard errors, the metrics file and the rollout table."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
 
-from ebft_utils.run.metrics import MetricLogger, MetricSums, mean_with_error, rollout_table
+from ebft_utils.run.metrics import MetricLogger, MetricSums, mean_with_error, rollout_table, step_metrics
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Means
@@ -82,6 +83,17 @@ def test_metric_sums_ignore_what_is_masked(accelerator):
     assert sums.means(accelerator) == {"some": 2.5}
     assert not sums.sums["some"].requires_grad
     assert MetricSums().means(accelerator) == {}
+
+
+def test_a_small_spread_of_large_advantages():
+    """2 ± 3e-4: the squares differ in the ninth digit, which float32 does not have."""
+    alone = SimpleNamespace(num_processes=1, reduce=lambda tensor, reduction: tensor)
+    advantages = 2 + torch.tensor([[3e-4, -3e-4]]).expand(500, -1)
+    sums = MetricSums()
+    sums.add("advantage", advantages, torch.ones_like(advantages, dtype=torch.bool))
+    sums.add("advantage_square", advantages.double().square(), torch.ones_like(advantages, dtype=torch.bool))
+    sums.add_sum("tokens", torch.tensor(1.0), 1.0)
+    assert step_metrics(alone, sums, 1)["ebft/advantages_std"] == pytest.approx(3e-4, rel=1e-3)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
