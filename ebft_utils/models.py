@@ -346,8 +346,7 @@ def set_attention(config: Config, model: PreTrainedModel | PeftModel, device: to
             f"model.compile_decoding: true needs flex_attention, which cannot run on {device}: {reason}; leave it out"
         )
     else:
-        why = f"flex_attention cannot run: {reason}"
-        PartialState().print(f"model.attn_implementation: auto takes sdpa here, because {why}")
+        PartialState().print(f"model.attn_implementation: auto takes sdpa here: flex_attention cannot run: {reason}")
 
 
 def load_policy(config: Config) -> PreTrainedModel | PeftModel:
