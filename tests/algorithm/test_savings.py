@@ -133,9 +133,10 @@ def counted_savings(seen) -> list[float]:
 
 LARGE_REWARDS = {"ebft__alignment_coef": 1000.0, "ebft__use_whitening": False, "ebft__n_samples_per_prompt": 5}
 SAVINGS = {
-    "some": ({"ebft__generate_max_len": 1, "ebft__temperature": 0.3}, 0.2, 0.9),
+    "some": ({"ebft__generate_max_len": 1, "ebft__temperature": 0.3}, 0.1, 0.9),
     "none": ({"ebft__generate_max_len": 4, "ebft__temperature": 1.5}, 0.0, 0.0),
-    "all": ({"ebft__temperature": 1e-4}, 1.0, 1.0),
+    "all": ({"ebft__temperature": 1e-4, "ebft__advantage_estimator": "eq94"}, 1.0, 1.0),
+    "two of three equal ones": ({"ebft__temperature": 1e-4}, 2 / 3 - 1e-6, 2 / 3 + 1e-6),  # the third has an advantage
     "all, of large rewards": ({"ebft__temperature": 1e-4, **LARGE_REWARDS}, 1.0, 1.0),
 }
 
