@@ -248,7 +248,7 @@ def _file_texts(files: list[Path]) -> datasets.Dataset:
         try:
             text = file.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
-            reason = f"{file} is not UTF-8 text (byte {error.start}); convert it, or leave it out"
+            reason = f"{file} is not UTF-8 text (byte {error.start}); convert it, or narrow file_pattern"
         if text.strip() or reason is not None:
             texts.append(text)
             reasons.append(reason)

@@ -144,8 +144,8 @@ def test_empty_dataset_is_called_empty(tmp_path, name):
 
 UNREADABLE = [
     ("broken.jsonl", '{"text": "a"}\n{not json}\n', ["JSON parse error"]),
-    ("latin.txt", "café\n".encode("latin-1"), ["codec can't decode"]),
-    ("broken.parquet", "this is no parquet file", ["magic bytes"]),
+    ("latin.txt", "café\n".encode("latin-1"), ["not UTF-8", "iconv"]),
+    ("broken.parquet", "this is no parquet file", ["no Parquet file"]),
 ]
 
 
@@ -177,12 +177,12 @@ def test_missing_things_are_named(tmp_path):
     assert "~nouser" in refusal(texts_of, "~nouser/texts.jsonl")
 
 
-def test_source_file_that_is_not_text(tmp_path):
+def test_source_file_that_is_not_text(tmp_path, tokenizer):
     """Guards against a traceback, or a guess at the encoding, for one binary file among many."""
     (tmp_path / "good.py").write_text("a = 1")
     (tmp_path / "bad.py").write_bytes(b"\xff\xfe\x00")
-    message = refusal(texts_of, tmp_path)
-    assert str(tmp_path / "bad.py") in message and "UTF-8" in message and "data.file_pattern" in message
+    message = refusal(documents_of, tmp_path, tokenizer)
+    assert str(tmp_path / "bad.py") in message and "UTF-8" in message and "file_pattern" in message
 
 
 # ----------------------------------------------------------------------------------------------------------------------
