@@ -521,7 +521,7 @@ def test_evaluation_of_three_documents(runs, launch, size):
     found = evaluations(runs(launch, f"evaluation, {size} at a time"))
     assert [entry["step"] for entry in found] == [0, 1]
     assert [entry.keys() for entry in found] == [entry.keys() for entry in expected]
-    assert abs(found[1]["eval/cross_entropy"] - found[0]["eval/cross_entropy"]) > 1e-2
+    assert abs(found[1]["eval/cross_entropy"] - found[0]["eval/cross_entropy"]) > 5e-3
     close = partial(math.isclose, rel_tol=1e-5, abs_tol=1e-5)
     for left, right in zip(found, expected, strict=True):
         assert {name: (left[name], right[name]) for name in left if not close(left[name], right[name])} == {}
