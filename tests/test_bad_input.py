@@ -391,7 +391,7 @@ def test_resume_without_a_checkpoint(refused, write_config, tmp_path):
     assert_holds(message, "train.resume", "latest", tmp_path / "run", "no checkpoint")
     message = refused("--cfg", write_config(), f"train.resume={tmp_path}")
     assert_holds(message, "train.resume", tmp_path, "not a checkpoint")
-    assert_holds(refused("--cfg", write_config(), "train.resume=true"), "train.resume", "True", "text")
+    assert_holds(refused("--cfg", write_config(), "train.resume=true"), "train.resume", "true", "not a checkpoint")
 
 
 def test_half_written_checkpoints_do_not_count(refused, write_config, tmp_path):

@@ -50,8 +50,7 @@ def test_features_ignore_the_adapter(quickstart):
     inputs = (batch.document_ids, batch.segment_ids, rollouts, batch.anchors, batch.valid, config.ebft.embed_method)
     before, truth = strided_features(network, *inputs)
     assert before.shape == (2, batch.anchors.shape[1], 2, 3 * 576)
-    length = torch.full(truth.shape[:2], 3**0.5)  # three layers, each of length 1
-    torch.testing.assert_close(truth.norm(dim=-1), length)
+    torch.testing.assert_close(truth.norm(dim=-1), torch.ones(truth.shape[:2]))  # three layers, each of length 1/√3
     with torch.no_grad():
         for name, parameter in policy.named_parameters():
             if "lora_B" in name:
