@@ -1,5 +1,4 @@
-"""The script end to end on a tiny model: what a run leaves behind, that it can be continued, and that no split of the
-work changes its result.
+"""The script end to end on a tiny model: what a run leaves, that it can go on, that no split of the work changes it.
 
 Most runs call `train_strided.main` in this process (0.3 s instead of 6); the ones that must be real run the command.
 """
@@ -76,17 +75,14 @@ def test_the_command_trains_and_saves(run_script, write_config, model_folder, tm
     assert all(math.isfinite(value) for entry in entries for value in entry.values())
     assert [entry["train/learning_rate"] for entry in entries] == [1e-2] * 3
     assert all(0 < entry["ebft/valid_anchors"] <= 1 and 0 <= entry["ebft/duplicate_rollouts"] < 1 for entry in entries)
-    assert all(
-        entry["train/grad_norm"] > 0 and entry["train/tokens_per_second"] > 0 and entry["ebft/advantages_std"] > 0
-        for entry in entries
-    )
+    positive = ("train/grad_norm", "train/tokens_per_second", "ebft/advantages_std")
+    assert all(entry[name] > 0 for entry in entries for name in positive)
     assert [entry["step"] for entry in evaluations(folder)] == [0, 3]
 
     events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"tensors": 0}).Reload()
     for name in METRIC_NAMES:
-        assert [(event.step, event.value) for event in events.Scalars(name)] == [
-            (entry["step"], pytest.approx(entry[name], rel=1e-6)) for entry in entries
-        ]
+        expected = [(entry["step"], pytest.approx(entry[name], rel=1e-6)) for entry in entries]
+        assert [(event.step, event.value) for event in events.Scalars(name)] == expected
     (table,) = events.Tensors("rollouts/text_summary")
     header, _, *rows = table.tensor_proto.string_val[0].decode().split("\n")
     assert header == "| prefix | rollout | ground truth | reward |"
@@ -110,9 +106,8 @@ def test_print_config(write_config, capsys, tmp_path):
     """Guards against --print-config that starts a run, or prints the file instead of what it is merged with."""
     train_strided.main(["--cfg", str(write_config()), "--print-config", "train.seed=9"])
     printed = yaml.safe_load(capsys.readouterr().out)
-    assert (
-        printed["train"]["seed"] == 9 and printed["train"]["max_steps"] == 3 and printed["ebft"]["temperature"] == 0.6
-    )
+    assert printed["train"]["seed"] == 9 and printed["train"]["max_steps"] == 3
+    assert printed["ebft"]["temperature"] == 0.6
     assert not (tmp_path / "run").exists()
 
 
@@ -125,9 +120,7 @@ def interrupted(train, monkeypatch):
     """interrupted(NAME, 2, ...): a run that is stopped by Ctrl-C in its third step."""
 
     def run(name: str, after: int, *overrides: str, **changes) -> None:
-        step_of = train_strided.train_step
-
-        steps = iter(range(after))
+        step_of, steps = train_strided.train_step, iter(range(after))
 
         def stop(*arguments):
             if next(steps, None) is None:
@@ -147,14 +140,8 @@ def test_resumed_run_equals_the_unbroken_one(train, interrupted, tmp_path, mode)
     """Guards against lost optimizer state, a schedule or data order that starts anew, other rollouts, and metrics that
     are lost or written twice.
     """
-    changes = dict(
-        **mode,
-        train__max_steps=4,
-        train__lr_scheduler="cosine",
-        train__warmup_ratio=0.5,
-        train__learning_rate=1e-2,
-        ebft__ce_coef=0.1,
-    )
+    schedule = dict(train__lr_scheduler="cosine", train__warmup_ratio=0.5, train__learning_rate=1e-2)
+    changes = dict(**mode, **schedule, train__max_steps=4, ebft__ce_coef=0.1)
     whole = train("whole", **changes)
     interrupted("broken", 2, **changes)
     broken = tmp_path / "broken"
@@ -184,9 +171,7 @@ def test_steps_after_the_last_checkpoint_are_done_again(train, interrupted, tmp_
 
 
 def test_resumed_run_reports_the_evaluation_before_training(train, interrupted, tmp_path):
-    """Guards against a model card without a 'before', and a final evaluation without its changes, only because the run
-    was interrupted.
-    """
+    """Guards against a model card without a 'before', and a last evaluation without changes, after an interruption."""
     changes = dict(train__max_steps=2, eval__num_documents=4)
     whole = train("whole", **changes)
     interrupted("broken", 1, **changes)
@@ -241,24 +226,15 @@ def test_resume_from_an_earlier_checkpoint(train):
 
     `latest` must be this run's.
     """
-    folder = train("run", "train.save_steps=1", "train.max_steps=4", "train.save_total_limit=4")
-    train(
-        "run",
-        f"train.resume={folder / 'checkpoint-1'}",
-        "train.max_steps=4",
-        "train.save_steps=2",
-        "train.save_total_limit=1",
-    )
+    all_four = ("train.save_steps=1", "train.max_steps=4", "train.save_total_limit=4")
+    folder = train("run", *all_four)
+    last = ("train.max_steps=4", "train.save_steps=2", "train.save_total_limit=1")
+    train("run", f"train.resume={folder / 'checkpoint-1'}", *last)
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-4"]
     state = saved_tensors(folder / "checkpoint-4")
     assert all(torch.equal(state[f"model.causal_lm.{name}"], tensor) for name, tensor in weights(folder).items())
-    train("again", "train.save_steps=1", "train.max_steps=4", "train.save_total_limit=4")
-    again = train(
-        "again",
-        f"train.resume={folder.parent / 'again' / 'checkpoint-1'}",
-        "train.max_steps=2",
-        "train.save_total_limit=1",
-    )
+    again = train("again", *all_four)
+    train("again", f"train.resume={again / 'checkpoint-1'}", "train.max_steps=2", "train.save_total_limit=1")
     assert [path.name for path in again.glob("checkpoint-*")] == ["checkpoint-2"]
 
 
@@ -282,27 +258,25 @@ def test_half_written_checkpoint_is_ignored(train, interrupted, tmp_path):
 
 @pytest.fixture
 def plain_descent(monkeypatch):
-    """SGD in AdamW's place: updates are then proportional to the gradients, and a gradient that is wrong by a factor
-    shows in the weights.
-    """
-    monkeypatch.setattr(
-        torch.optim, "AdamW", lambda parameters, lr, betas, weight_decay: torch.optim.SGD(parameters, lr=lr)
-    )
+    """SGD in AdamW's place: updates are proportional to the gradients, so a wrong factor shows in the weights."""
+
+    def descent(parameters, lr, betas, weight_decay):
+        return torch.optim.SGD(parameters, lr=lr)
+
+    monkeypatch.setattr(torch.optim, "AdamW", descent)
 
 
 @MODES
 def test_gradient_accumulation_changes_nothing(train, plain_descent, mode):
-    """Guards against losses that are averaged over micro-batches (documents of different lengths would get different
-    weights), and rollouts that depend on the batch.
+    """Guards against losses that are averaged over micro-batches, and rollouts that depend on the batch.
+
+    With such losses documents of different lengths would get different weights.
     """
     changes = dict(**mode, train__max_steps=2, ebft__ce_coef=0.3, train__learning_rate=0.1)
-    runs = [
-        train(f"{size} at a time", "train.batch_size=4", f"train.per_device_batch_size={size}", **changes)
-        for size in (4, 1, 2)
-    ]
-    assert (
-        len({entry["ebft/valid_anchors"] for entry in training(runs[0]) + training(runs[1])}) > 1
-    )  # padding, so lengths, did differ
+    sizes = [(f"{size} at a time", f"train.per_device_batch_size={size}") for size in (4, 1, 2)]
+    runs = [train(name, "train.batch_size=4", size, **changes) for name, size in sizes]
+    # padding, so lengths, did differ
+    assert len({entry["ebft/valid_anchors"] for entry in training(runs[0]) + training(runs[1])}) > 1
     assert training(runs[0])[1]["train/grad_norm"] > 0.1
     for run in runs[1:]:
         assert_close_runs(runs[0], run)
@@ -310,8 +284,9 @@ def test_gradient_accumulation_changes_nothing(train, plain_descent, mode):
 
 @MODES
 def test_gradient_checkpointing_changes_nothing(train, plain_descent, mode):
-    """Guards against an empty KV cache in train mode (garbage rollouts), and adapters that get no gradient through a
-    checkpointed frozen embedding.
+    """Guards against an empty KV cache in train mode (garbage rollouts), and adapters without a gradient.
+
+    None comes through a checkpointed frozen embedding by itself.
     """
     changes = dict(**mode, train__max_steps=2, ebft__ce_coef=0.3, train__learning_rate=0.1)
     assert_close_runs(train("off", **changes), train("on", "model.gradient_checkpointing=true", **changes))
@@ -325,18 +300,8 @@ def two_processes():
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc_per_node",
-            "2",
-            "--master_port",
-            str(port),
-            str(ROOT / "train_strided.py"),
-            "--cfg",
-            str(file),
-        ]
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
+        command += [str(ROOT / "train_strided.py"), "--cfg", str(file)]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
         try:
             stdout, stderr = process.communicate(timeout=timeout)
@@ -371,18 +336,13 @@ def test_two_processes_equal_one(train, two_processes, write_config, tmp_path, m
 
 
 def test_two_processes_with_less_than_one_evaluation_batch_each(two_processes, write_config, tmp_path, train):
-    """Guards against a deadlock: the second process has nothing to evaluate, and DDP broadcasts buffers in the first
-    forward of the other one.
-    """
+    """Guards against a deadlock: the second process has nothing to evaluate, the other one's DDP broadcasts buffers."""
     changes = dict(eval__num_documents=2, eval__per_device_batch_size=2, train__max_steps=1, train__learning_rate=1e-5)
     one = train("one", "train.per_device_batch_size=2", **changes)
     two_processes(write_config(**changes, train__per_device_batch_size=1), timeout=40)
     for left, right in zip(logged(one), logged(tmp_path / "run"), strict=True):
-        assert {
-            name: value
-            for name, value in left.items()
-            if name.startswith("eval/") and not math.isclose(value, right[name], rel_tol=1e-4, abs_tol=1e-5)
-        } == {}
+        pairs = {name: (value, right[name]) for name, value in left.items() if name.startswith("eval/")}
+        assert {name: pair for name, pair in pairs.items() if not math.isclose(*pair, rel_tol=1e-4, abs_tol=1e-5)} == {}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -404,12 +364,9 @@ def summed_cross_entropy(model, ids: torch.Tensor) -> torch.Tensor:
 
 
 def test_cross_entropy_alone_is_plain_fine_tuning(train, model_folder, text_file):
-    """Guards against an SFT baseline that is not SFT: a naive loop over documents with AdamW must give the same
-    weights.
-    """
-    folder = train(
-        "sft", "ebft.rl_coef=0", "ebft.ce_coef=1", "train.max_steps=2", "train.batch_size=4", "train.learning_rate=1e-2"
-    )
+    """Guards against an SFT baseline that is not SFT: a naive loop over documents with AdamW gives the same weights."""
+    sft = ("ebft.rl_coef=0", "ebft.ce_coef=1", "train.learning_rate=1e-2")
+    folder = train("sft", *sft, "train.max_steps=2", "train.batch_size=4")
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     documents = naive_documents(text_file, AutoTokenizer.from_pretrained(model_folder))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, **ADAMW)
@@ -439,13 +396,8 @@ def test_one_step_is_the_naive_policy_gradient(train, plain_descent, monkeypatch
         return seen[-1][1]
 
     monkeypatch.setattr(train_strided, "sample_and_score", keep)
-    settings = (
-        "ebft.ce_coef=0",
-        "ebft.temperature=0.6",
-        "ebft.alignment_coef=0.7",
-        "ebft.diversity_coef=0.4",
-        "ebft.use_whitening=false",
-    )
+    settings = ("ebft.alignment_coef=0.7", "ebft.diversity_coef=0.4", "ebft.use_whitening=false")
+    settings += ("ebft.ce_coef=0", "ebft.temperature=0.6")
     folder = train("run", "train.max_steps=1", "train.learning_rate=0.1", *settings)
     ((batch, groups),) = seen
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
@@ -463,9 +415,8 @@ def test_one_step_is_the_naive_policy_gradient(train, plain_descent, monkeypatch
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     (entry,) = training(folder)
-    assert entry["train/loss"] == pytest.approx(loss.item(), abs=1e-5) and entry["ebft/rl_loss"] == pytest.approx(
-        loss.item(), abs=1e-5
-    )
+    assert entry["train/loss"] == pytest.approx(loss.item(), abs=1e-5)
+    assert entry["ebft/rl_loss"] == pytest.approx(loss.item(), abs=1e-5)
     assert entry["train/grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
     expected = {name: (parameter - 0.1 * parameter.grad).detach() for name, parameter in model.named_parameters()}
     assert_same_weights(weights(folder), expected)
@@ -521,9 +472,7 @@ def test_evaluated_cross_entropy_is_the_naive_one(evaluation, write_config, mode
 
 
 def test_training_evaluates_like_eval_only_and_is_not_disturbed_by_it(train, evaluation):
-    """Guards against an evaluation that leaves the model in another mode or uses up random numbers, and against two
-    evaluations that differ.
-    """
+    """Guards against an evaluation that changes the model's mode or the random numbers, and two that differ."""
     alone = evaluation("alone")
     changes = dict(train__max_steps=3, eval__num_documents=7)
     silent = train("silent", "eval.at_start=false", "eval.at_end=false", **changes)
@@ -545,31 +494,25 @@ def test_evaluation_of_a_checkpoint(train, evaluation):
 
 @MODES
 def test_evaluation_runs_in_the_chosen_precision(evaluation, mode):
-    """Guards against an evaluation that goes around the prepared module and so measures a float32 model that nobody
-    trains.
-    """
+    """Guards against an evaluation that goes around the prepared module, and measures a float32 model nobody trains."""
     low, exact = evaluation("bf16", "model.dtype=bfloat16", **mode), evaluation("fp32", **mode)
     assert 1e-6 < abs(low["eval/cross_entropy"] - exact["eval/cross_entropy"]) < 0.05
 
 
 def test_evaluation_metrics_by_hand():
-    """Guards against the error of a change being that of its levels. Two documents of one token.
+    """Guards against the error of a change being that of its levels.
 
-    2 and 5 now, 1 and 3 before.
+    Two documents of one token: 2 and 5 now, 1 and 3 before.
     """
-    after, before = (
-        {name: torch.tensor([totals, [1.0, 1.0]]) for name in train_strided.EVALUATED}
-        for totals in ([2.0, 5.0], [1.0, 3.0])
-    )
+    names = train_strided.EVALUATED
+    after = {name: torch.tensor([[2.0, 5.0], [1.0, 1.0]]) for name in names}
+    before = {name: torch.tensor([[1.0, 3.0], [1.0, 1.0]]) for name in names}
     found = evaluation_metrics(after, before)
-    for name in train_strided.EVALUATED:
-        assert found[f"eval/{name}"] == pytest.approx(3.5) and found[f"eval/{name}_se"] == pytest.approx(1.5)
-        assert found[f"eval/{name}_change"] == pytest.approx(1.5) and found[f"eval/{name}_change_se"] == pytest.approx(
-            0.5
-        )
-    assert found["eval/perplexity"] == pytest.approx(math.exp(3.5)) and found["eval/perplexity_se"] == pytest.approx(
-        1.5 * math.exp(3.5)
-    )
+    by_hand = {"": 3.5, "_se": 1.5, "_change": 1.5, "_change_se": 0.5}
+    for name in names:
+        assert {end: found[f"eval/{name}{end}"] for end in by_hand} == pytest.approx(by_hand)
+    assert found["eval/perplexity"] == pytest.approx(math.exp(3.5))
+    assert found["eval/perplexity_se"] == pytest.approx(1.5 * math.exp(3.5))
     assert not [name for name in evaluation_metrics(after, None) if "change" in name]
 
 
@@ -591,18 +534,14 @@ def test_one_held_out_document(train):
 
 @MODES
 def test_bfloat16_keeps_what_is_trained_in_float32(train, mode):
-    """Guards against weights or AdamW moments in bfloat16 (updates of 1e-6 round away), and against a dtype that
-    changes nothing.
-    """
+    """Guards against weights or AdamW moments in bfloat16 (updates of 1e-6 round away), and a dtype without effect."""
     changes = dict(**mode, ebft__ce_coef=0.3, train__learning_rate=1e-6, train__max_steps=2)
     folder, exact = train("bf16", "model.dtype=bfloat16", **changes), train("fp32", **changes)
     state = saved_tensors(folder / "checkpoint-2")
     assert {tensor.dtype for tensor in state.values()} == {torch.float32}
     num_weights = sum(name.startswith("model.") for name in state)
-    assert (
-        sum(name.endswith((".exp_avg", ".exp_avg_sq")) for name in state) == 2 * num_weights
-        and len(state) == 4 * num_weights
-    )
+    assert sum(name.endswith((".exp_avg", ".exp_avg_sq")) for name in state) == 2 * num_weights
+    assert len(state) == 4 * num_weights
     assert {tensor.dtype for tensor in weights(folder).values()} == {torch.float32}
     for low, high in zip(training(folder), training(exact), strict=True):
         assert 1e-6 < abs(low["ebft/ce_loss"] - high["ebft/ce_loss"]) < 0.1
@@ -612,31 +551,24 @@ def test_bfloat16_keeps_what_is_trained_in_float32(train, mode):
 
 
 def test_packing_trains_on_the_same_tokens(train, write_config):
-    """Guards against packed documents that see each other, or targets and anchors over a document's end: over all rows
-    at once nothing may change.
+    """Guards against packed documents that see each other, or targets and anchors over a document's end.
+
+    Over all rows at once nothing may change.
     """
     changes = dict(data__sequence_length=96, ebft__ce_coef=1.0, train__max_steps=1, train__warmup_ratio=0.0)
     config = load_config(str(write_config(**changes, data__packing=True, eval__num_documents=0)))
     rows, _ = load_rows(config, load_tokenizer(config.model))
     assert len(rows) < 40
-    packed = train(
-        "packed",
-        "data.packing=true",
-        f"train.batch_size={len(rows)}",
-        f"train.per_device_batch_size={len(rows)}",
-        **changes,
-    )
-    alone = train("alone", "train.batch_size=40", "train.per_device_batch_size=40", **changes)
+
+    def all_at_once(number: int) -> tuple[str, ...]:
+        return f"train.batch_size={number}", f"train.per_device_batch_size={number}"
+
+    packed = train("packed", "data.packing=true", *all_at_once(len(rows)), **changes)
+    alone = train("alone", *all_at_once(40), **changes)
     assert training(packed)[0]["ebft/ce_loss"] == pytest.approx(training(alone)[0]["ebft/ce_loss"], abs=1e-5)
     sft = dict(**changes, ebft__rl_coef=0.0)
-    packed = train(
-        "packed sft",
-        "data.packing=true",
-        f"train.batch_size={len(rows)}",
-        f"train.per_device_batch_size={len(rows)}",
-        **sft,
-    )
-    alone = train("alone sft", "train.batch_size=40", "train.per_device_batch_size=40", **sft)
+    packed = train("packed sft", "data.packing=true", *all_at_once(len(rows)), **sft)
+    alone = train("alone sft", *all_at_once(40), **sft)
     assert training(packed)[0]["train/grad_norm"] == pytest.approx(training(alone)[0]["train/grad_norm"], rel=1e-5)
 
 

@@ -12,9 +12,6 @@ from ebft_utils.config.modes import load_config
 from ebft_utils.run.loop import learning_rate
 from helpers import logged, training, weights
 
-ADAMW = dict(betas=(0.9, 0.95), weight_decay=0.0)
-
-
 VARIANTS = {
     "rloo": [],
     "group_norm": ["ebft.advantage_estimator=group_norm"],
@@ -59,9 +56,8 @@ def test_logged_loss_is_the_weighted_sum(train):
         )
     )
     assert entry["train/loss"] == pytest.approx(0.7 * entry["ebft/rl_loss"] + 0.2 * entry["ebft/ce_loss"], abs=1e-5)
-    assert entry["ebft/mean_reward"] == pytest.approx(
-        0.5 * entry["ebft/alignment"] - 0.25 * entry["ebft/diversity"], abs=1e-5
-    )
+    reward = 0.5 * entry["ebft/alignment"] - 0.25 * entry["ebft/diversity"]
+    assert entry["ebft/mean_reward"] == pytest.approx(reward, abs=1e-5)
 
 
 def test_seed_decides_and_nothing_else(train):
@@ -70,10 +66,8 @@ def test_seed_decides_and_nothing_else(train):
     torch.manual_seed(77)
     torch.rand(3)
     assert training(train("second", "train.max_steps=2", lora={"r": 2})) == training(first)
-    assert (
-        training(train("third", "train.max_steps=2", "train.seed=1", lora={"r": 2}))[0]["ebft/rl_loss"]
-        != training(first)[0]["ebft/rl_loss"]
-    )
+    third = train("third", "train.max_steps=2", "train.seed=1", lora={"r": 2})
+    assert training(third)[0]["ebft/rl_loss"] != training(first)[0]["ebft/rl_loss"]
 
 
 def test_a_document_gets_other_rollouts_each_time(train):
@@ -81,28 +75,13 @@ def test_a_document_gets_other_rollouts_each_time(train):
 
     (The policy stands still: rate 1e-20.)
     """
-    first, second = training(
-        train(
-            "run",
-            "data.max_documents=3",
-            "train.batch_size=3",
-            "train.per_device_batch_size=3",
-            "train.max_steps=2",
-            "train.learning_rate=1e-20",
-        )
-    )
+    still = ("data.max_documents=3", "train.learning_rate=1e-20")
+    three = ("train.batch_size=3", "train.per_device_batch_size=3", "train.max_steps=2")
+    first, second = training(train("run", *still, *three))
     assert first["ebft/ce_loss"] == pytest.approx(second["ebft/ce_loss"], abs=1e-6)  # the same three documents
     assert abs(first["ebft/alignment"] - second["ebft/alignment"]) > 1e-3
-    (both,) = training(
-        train(
-            "both",
-            "data.max_documents=3",
-            "train.batch_size=6",
-            "train.per_device_batch_size=6",
-            "train.max_steps=1",
-            "train.learning_rate=1e-20",
-        )
-    )
+    six = ("train.batch_size=6", "train.per_device_batch_size=6", "train.max_steps=1")
+    (both,) = training(train("both", *still, *six))
     assert both["ebft/alignment"] == pytest.approx((first["ebft/alignment"] + second["ebft/alignment"]) / 2, abs=1e-5)
 
 
@@ -118,33 +97,29 @@ def test_logging_and_table_steps(train):
 # (l) Learning rate
 
 
-@pytest.mark.parametrize(
-    "scheduler, warmup, expected",
-    [
-        ("constant", 0.0, [1, 1, 1, 1, 1, 1, 1, 1]),
-        ("constant", 0.25, [1 / 3, 2 / 3, 1, 1, 1, 1, 1, 1]),
-        ("linear", 0.0, [1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8]),
-        ("linear", 0.5, [1 / 5, 2 / 5, 3 / 5, 4 / 5, 1, 3 / 4, 2 / 4, 1 / 4]),
-        ("cosine", 0.0, [0.5 * (1 + math.cos(math.pi * step / 8)) for step in range(8)]),
-        ("cosine", 0.5, [1 / 5, 2 / 5, 3 / 5, 4 / 5, 1, 0.5 + 0.25 * 2**0.5, 0.5, 0.5 - 0.25 * 2**0.5]),
-        ("constant", 1.0, [step / 9 for step in range(1, 9)]),
-    ],
-)
+SCHEDULES = [  # scheduler, warm-up, rates of 8 steps
+    ("constant", 0.0, [1, 1, 1, 1, 1, 1, 1, 1]),
+    ("constant", 0.25, [1 / 3, 2 / 3, 1, 1, 1, 1, 1, 1]),
+    ("linear", 0.0, [1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8]),
+    ("linear", 0.5, [1 / 5, 2 / 5, 3 / 5, 4 / 5, 1, 3 / 4, 2 / 4, 1 / 4]),
+    ("cosine", 0.0, [0.5 * (1 + math.cos(math.pi * step / 8)) for step in range(8)]),
+    ("cosine", 0.5, [1 / 5, 2 / 5, 3 / 5, 4 / 5, 1, 0.5 + 0.25 * 2**0.5, 0.5, 0.5 - 0.25 * 2**0.5]),
+    ("constant", 1.0, [step / 9 for step in range(1, 9)]),
+]
+
+
+@pytest.mark.parametrize("scheduler, warmup, expected", SCHEDULES)
 def test_learning_rate_by_hand(write_config, scheduler, warmup, expected):
     """Guards against a first or last step at learning rate 0 (wasted), and a peak that is never reached."""
-    config = load_config(
-        str(write_config(train__max_steps=8, train__lr_scheduler=scheduler, train__warmup_ratio=warmup))
-    )
+    file = write_config(train__max_steps=8, train__lr_scheduler=scheduler, train__warmup_ratio=warmup)
+    config = load_config(str(file))
     assert [learning_rate(config, step) / 1e-3 for step in range(8)] == pytest.approx(expected, abs=1e-6)
 
 
 def test_logged_learning_rate_is_the_one_of_the_step(train):
-    """Guards against logging the next step's rate, and against a schedule that never reaches the optimizer: the weights
-    must show the same rates.
-    """
-    folder = train(
-        "run", "train.max_steps=4", "train.lr_scheduler=linear", "train.warmup_ratio=0", "train.learning_rate=1e-2"
-    )
+    """Guards against logging the next step's rate."""
+    linear = ("train.lr_scheduler=linear", "train.warmup_ratio=0", "train.learning_rate=1e-2")
+    folder = train("run", "train.max_steps=4", *linear)
     assert [entry["train/learning_rate"] for entry in training(folder)] == pytest.approx([1e-2, 7.5e-3, 5e-3, 2.5e-3])
 
 

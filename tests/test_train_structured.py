@@ -1,12 +1,9 @@
-"""train_structured.py end to end without a server: against the slow and obvious version of a step, however the work is
-split, and after a resume.
-"""
+"""train_structured.py end to end without a server: against an obvious step, however it is split, after a resume."""
 
-import json
+import itertools
 import math
 import os
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +16,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import train_structured
 from ebft_utils.algorithm.rewards import FeatureRewards, feature_matching_rewards
 from ebft_utils.run.metrics import MetricSums
-from helpers import ROOT, assert_equal_weights, assert_same_weights, evaluations, logged, weights
+from helpers import (
+    ROOT,
+    accelerate_launch,
+    assert_equal_weights,
+    assert_same_weights,
+    evaluations,
+    logged,
+    weights,
+    write_rows,
+)
 from real_vllm import prompts_file
 
 TIMES = {"time/generate", "time/wait", "time/features", "time/train", "time/step"}
@@ -35,25 +41,24 @@ def prompts(tmp_path_factory) -> Path:
 @pytest.fixture
 def descent(monkeypatch):
     """SGD: updates in proportion to gradients, so that a factor shows in the weights."""
-    monkeypatch.setattr(
-        torch.optim, "AdamW", lambda parameters, lr, betas, weight_decay: torch.optim.SGD(parameters, lr=lr)
-    )
+
+    def descent(parameters, lr, betas, weight_decay):
+        return torch.optim.SGD(parameters, lr=lr)
+
+    monkeypatch.setattr(torch.optim, "AdamW", descent)
 
 
 @pytest.fixture
 def run(tmp_path, model_folder, prompts):
     """run(NAME, override, .., section__key=value): runs the script in this process, returns its output folder."""
 
+    sampling = {"temperature": TEMPERATURE, "use_vllm": False}
+
     def file(name: str, **changes) -> Path:
         tree = {
             "model": {"name_or_path": str(model_folder)},
             "data": {"dataset": str(prompts), "max_prompt_length": 64},
-            "ebft": {
-                "num_generations": SAMPLES,
-                "max_completion_length": LENGTH,
-                "temperature": TEMPERATURE,
-                "use_vllm": False,
-            },
+            "ebft": {"num_generations": SAMPLES, "max_completion_length": LENGTH, **sampling},
             "train": {
                 "output_dir": str(tmp_path / name),
                 "max_steps": 2,
@@ -116,18 +121,22 @@ def test_what_the_clip_stops(advantage, ratio, share):
 # One step
 
 
+def logps_of(model, prompt: list[int], tokens: list[int], temperature: float) -> torch.Tensor:
+    """Log-probs of the tokens behind the prompt, with full logits. (tokens,)."""
+    logits = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
+    return (logits / temperature).log_softmax(-1).gather(-1, torch.tensor(tokens)[:, None])[:, 0]
+
+
 def naive_step(model_folder, completions, conversations, options: dict) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and gradients, each sequence alone, with full logits; completions[row][sample]."""
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
     estimates, ce, num_targets = [], 0.0, sum(len(row.truths[0]) for row in conversations)
     masked = options.get("mask_truncated", False)
-    counted = [[not (masked and sample.truncated) for sample in group] for group in completions]
-    num_tokens = sum(
-        len(sample.tokens)
-        for group, keep in zip(completions, counted, strict=True)
-        for sample, counts in zip(group, keep, strict=True)
-        if counts
-    )
+
+    def counts(sample) -> bool:
+        return not (masked and sample.truncated)
+
+    num_tokens = sum(len(sample.tokens) for group in completions for sample in group if counts(sample))
     num_completions = sum(map(len, completions))  # those that are left out too: the others' weight stays
 
     def states(tokens):
@@ -135,37 +144,20 @@ def naive_step(model_folder, completions, conversations, options: dict) -> tuple
             hidden = model(torch.tensor([tokens]), output_hidden_states=True).hidden_states
         return torch.cat([torch.nn.functional.normalize(hidden[layer][0, -1], dim=0) for layer in (1, 2, 3)])
 
-    for row, group, keep in zip(conversations, completions, counted, strict=True):
+    coefficients = dict(whitening="feature", alignment_coef=1.0, diversity_coef=1.0)
+    for row, group in zip(conversations, completions, strict=True):
         features = torch.stack([states(row.prompt + sample.tokens) for sample in group])
-        rewards = feature_matching_rewards(
-            features, states(row.prompt + row.truths[0]), whitening="feature", alignment_coef=1.0, diversity_coef=1.0
-        )
-        advantages = rewards.reward - rewards.baseline
-        for sample, advantage, counts in zip(group, advantages, keep, strict=True):
-            ids = torch.tensor([row.prompt + sample.tokens])
-            logps = (
-                (model(ids).logits[0, len(row.prompt) - 1 : -1] / TEMPERATURE)
-                .log_softmax(-1)
-                .gather(-1, ids[0, len(row.prompt) :, None])[:, 0]
-            )
+        rewards = feature_matching_rewards(features, states(row.prompt + row.truths[0]), **coefficients)
+        for sample, advantage in zip(group, rewards.reward - rewards.baseline, strict=True):
+            logps = logps_of(model, row.prompt, sample.tokens, TEMPERATURE)
             weight = {
                 "bnpo": 1 / num_tokens,
                 "grpo": 1 / (len(sample.tokens) * num_completions),
                 "dr_grpo": 1 / (num_completions * LENGTH),
             }[options.get("loss_type", "bnpo")]
-            estimates.append(
-                -counts * weight * advantage * (logps - logps.detach()).exp().sum()
-            )  # the ratio to the old policy: 1, with the gradient of logps
-        ids = torch.tensor([row.prompt + row.truths[0]])
-        ce = (
-            ce
-            - model(ids)
-            .logits[0, len(row.prompt) - 1 : -1]
-            .log_softmax(-1)
-            .gather(-1, ids[0, len(row.prompt) :, None])
-            .sum()
-            / num_targets
-        )
+            ratio = (logps - logps.detach()).exp()  # to the old policy: 1, with the gradient of logps
+            estimates.append(-counts(sample) * weight * advantage * ratio.sum())
+        ce = ce - logps_of(model, row.prompt, row.truths[0], 1.0).sum() / num_targets
     loss = sum(estimates) + 0.3 * ce
     loss.backward()
     return loss.item(), {name: parameter.grad for name, parameter in model.named_parameters()}
@@ -179,31 +171,18 @@ def test_a_step_equals_the_obvious_one(run, descent, monkeypatch, model_folder, 
     seen, step_of = [], train_structured.train_step
 
     def keep(context, batches, completions, update):
-        seen.append(
-            (
-                [sample for batch in completions for sample in batch],
-                [row for batch in batches for row in batch.conversations],
-            )
-        )
+        conversations = [row for batch in batches for row in batch.conversations]
+        seen.append(([sample for batch in completions for sample in batch], conversations))
         return step_of(context, batches, completions, update)
 
     monkeypatch.setattr(train_structured, "train_step", keep)
-    folder = run(
-        "step",
-        "train.max_steps=1",
-        "train.warmup_ratio=0",
-        "ebft.ce_coef=0.3",
-        *(f"ebft.{name}={value}" for name, value in options.items()),
-    )
+    settings = [f"ebft.{name}={value}" for name, value in options.items()]
+    folder = run("step", "train.max_steps=1", "train.warmup_ratio=0", "ebft.ce_coef=0.3", *settings)
     ((completions, conversations),) = seen
     assert {sample.truncated for group in completions for sample in group} == {True, False}
-    for group in completions:
-        for sample in group:
-            assert (
-                sample.truncated == (sample.tokens[-1] != 0)
-                and 0 not in sample.tokens[:-1]
-                and (len(sample.tokens) == LENGTH or not sample.truncated)
-            )
+    for sample in itertools.chain.from_iterable(completions):
+        assert sample.truncated == (sample.tokens[-1] != 0) and 0 not in sample.tokens[:-1]
+        assert len(sample.tokens) == LENGTH or not sample.truncated
     loss, gradients = naive_step(model_folder, completions, conversations, options)
     (entry,) = logged(folder)
     assert entry["train/loss"] == pytest.approx(loss, abs=1e-5)
@@ -236,18 +215,14 @@ def test_supervised_fine_tuning(run, monkeypatch):
     assert "ebft/mean_reward" not in entries[0] and entries[-1]["ebft/ce_loss"] < entries[0]["ebft/ce_loss"] - 0.3
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        ["ebft.advantage_estimator=group_norm"],
-        ["ebft.advantage_estimator=group_norm", "ebft.scale_rewards=false"],
-        ["ebft.advantage_estimator=reinforce"],
-    ],
-)
+GROUP_NORM, REINFORCE = "ebft.advantage_estimator=group_norm", "ebft.advantage_estimator=reinforce"
+
+
+@pytest.mark.parametrize("options", [[GROUP_NORM], [GROUP_NORM, "ebft.scale_rewards=false"], [REINFORCE]])
 def test_advantages(run, options):
     """Each estimator is what it says: their spread in the log."""
     spread = logged(run("run", "train.max_steps=1", *options))[0]["ebft/advantages_std"]
-    scaled = options == ["ebft.advantage_estimator=group_norm"]  # 3 rollouts, leave-one-out: A = 1.5 (r - mean) / std
+    scaled = options == [GROUP_NORM]  # 3 rollouts, leave-one-out: A = 1.5 (r - mean) / std
     assert (abs(spread - 1.5 * (2 / 3) ** 0.5) < 0.01) == scaled and spread > 0.05
 
 
@@ -270,24 +245,12 @@ def test_two_processes_equal_one(run, tmp_path, turns, launch, mode):
     """Real processes, several turns of different numbers."""
     mode = dict(mode, data__dataset=str(turns), data__columns={"turns": "more"})
     alone = run("alone", "train.per_device_batch_size=1", **mode)
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        str(ROOT / "accelerate_configs" / f"{launch}.yaml"),
-        "--num_processes",
-        "2",
-    ]
+    command = accelerate_launch(launch, "--num_processes", "2")
     command += [str(ROOT / "tests" / "fsdp2_on_cpu.py")] * (launch == "fsdp2")
-    command += [
-        str(ROOT / "train_structured.py"),
-        "--cfg",
-        str(run.file("pair", train__per_device_batch_size=1, **mode)),
-    ]
-    result = subprocess.run(
-        command, capture_output=True, text=True, cwd=ROOT, timeout=300, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    )
+    file = run.file("pair", train__per_device_batch_size=1, **mode)
+    command += [str(ROOT / "train_structured.py"), "--cfg", str(file)]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr
     assert_close_numbers(alone, tmp_path / "pair")
     assert_same_weights(weights(alone), weights(tmp_path / "pair"), 1e-5, share=0.002)
@@ -309,15 +272,11 @@ def test_resumed_is_unbroken(run, tmp_path, mode):
 
 def test_evaluation_does_not_depend_on_its_batches(run):
     """1, 2 and 3 rows at a time."""
-    found = [
-        evaluations(
-            run(f"eval {size}", "eval.num_documents=5", "train.max_steps=1", f"eval.per_device_batch_size={size}")
-        )[0]
-        for size in (1, 2, 3)
-    ]
-    assert found[0] == pytest.approx(found[1], rel=1e-5, abs=1e-5) and found[0] == pytest.approx(
-        found[2], rel=1e-5, abs=1e-5
-    )
+    found, five = [], ("eval.num_documents=5", "train.max_steps=1")
+    for size in (1, 2, 3):
+        found.append(evaluations(run(f"eval {size}", *five, f"eval.per_device_batch_size={size}"))[0])
+    for other in found[1:]:
+        assert found[0] == pytest.approx(other, rel=1e-5, abs=1e-5)
     assert found[0]["eval/reward_best_of_n"] > found[0]["eval/reward_pass@1"]
 
 
@@ -327,16 +286,9 @@ def test_evaluation_does_not_depend_on_its_batches(run):
 
 def test_several_turns(run, tmp_path, monkeypatch):
     """The policy answers each turn, rows have different numbers of them, and the user's tokens are not trained."""
-    rows = [
-        {
-            "prompt": f"p{row} ",
-            "completion": "yes",
-            "more": [{"prompt": f" and{turn} ", "completion": "no"} for turn in range(row % 3)],
-        }
-        for row in range(8)
-    ]
-    path = tmp_path / "turns.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    later = [{"prompt": f" and{turn} ", "completion": "no"} for turn in range(3)]
+    rows = [{"prompt": f"p{row} ", "completion": "yes", "more": later[: row % 3]} for row in range(8)]
+    path = write_rows(tmp_path / "turns.jsonl", rows)
     seen, step_of = [], train_structured.train_step
 
     def keep(context, batches, completions, update):
@@ -355,9 +307,8 @@ def test_several_turns(run, tmp_path, monkeypatch):
         foreign = [token for token, written in zip(sample.tokens, sample.written, strict=True) if not written]
         given = [token for gap in row.between for token in gap]
         assert [token for token in foreign if token != 0] == given and sum(sample.written) <= LENGTH * len(row.truths)
-    assert logged(folder)[0]["rollout/length"] == pytest.approx(
-        sum(sum(sample.written) for _, sample in seen[: 4 * SAMPLES]) / (4 * SAMPLES)
-    )
+    num_written = sum(sum(sample.written) for _, sample in seen[: 4 * SAMPLES])
+    assert logged(folder)[0]["rollout/length"] == pytest.approx(num_written / (4 * SAMPLES))
 
 
 def test_features_of_the_answer_alone(run, tmp_path, model_folder):
@@ -366,16 +317,12 @@ def test_features_of_the_answer_alone(run, tmp_path, model_folder):
     rewards = {}
     for span in ("answer", "all"):
         for thought in ("", "<think>a b</think>"):
-            path = tmp_path / "thinking.jsonl"
-            path.write_text(
-                "".join(
-                    json.dumps({"prompt": f"p{row} ", "completion": f"{thought}yes {row}"}) + "\n" for row in range(6)
-                )
-            )
+            rows = [{"prompt": f"p{row} ", "completion": f"{thought}yes {row}"} for row in range(6)]
+            path = write_rows(tmp_path / "thinking.jsonl", rows)
             assert len(tokenizer(thought + "yes 1")["input_ids"]) < LENGTH
-            rewards[span, thought] = logged(
-                run(f"{span} {len(thought)}", "train.max_steps=1", data__dataset=str(path), ebft__feature_span=span)
-            )[0]["ebft/mean_reward"]
+            changes = dict(data__dataset=str(path), ebft__feature_span=span)
+            (entry, *_) = logged(run(f"{span} {len(thought)}", "train.max_steps=1", **changes))
+            rewards[span, thought] = entry["ebft/mean_reward"]
     first, second = (rewards["answer", thought] for thought in ("", "<think>a b</think>"))
     assert first == pytest.approx(second, abs=1e-5)
     assert abs(rewards["all", ""] - rewards["all", "<think>a b</think>"]) > 1e-4
@@ -408,47 +355,23 @@ METRICS = {
 
 def test_numbers_of_a_step(run):
     """Guards against a metric that disappears, is not finite, or is summed where a mean is meant."""
-    for entry in logged(
-        run(
-            "names",
-            "ebft.ce_coef=0.2",
-            "ebft.rl_coef=0.7",
-            "ebft.alignment_coef=0.5",
-            "ebft.diversity_coef=0.25",
-            "ebft.use_whitening=false",
-        )
-    ):
+    coefficients = ("ebft.ce_coef=0.2", "ebft.rl_coef=0.7", "ebft.alignment_coef=0.5", "ebft.diversity_coef=0.25")
+    for entry in logged(run("names", *coefficients, "ebft.use_whitening=false")):
         assert entry.keys() == METRICS and all(math.isfinite(value) for value in entry.values())
         assert entry["train/loss"] == pytest.approx(0.7 * entry["ebft/rl_loss"] + 0.2 * entry["ebft/ce_loss"], abs=1e-5)
-        assert entry["ebft/mean_reward"] == pytest.approx(
-            0.5 * entry["ebft/alignment"] - 0.25 * entry["ebft/diversity"], abs=1e-5
-        )
-        assert (
-            1 <= entry["rollout/length"] <= LENGTH
-            and 0 <= entry["rollout/truncated"] <= 1
-            and entry["rollout/entropy"] > 0
-        )
-        assert (
-            entry["ebft/clipped"] == 0
-            and 0 <= entry["ebft/duplicate_rollouts"] < 1
-            and -2 <= entry["ebft/alignment"] <= 2
-        )
+        reward = 0.5 * entry["ebft/alignment"] - 0.25 * entry["ebft/diversity"]
+        assert entry["ebft/mean_reward"] == pytest.approx(reward, abs=1e-5)
+        assert 1 <= entry["rollout/length"] <= LENGTH and 0 <= entry["rollout/truncated"] <= 1
+        assert entry["rollout/entropy"] > 0 and entry["ebft/clipped"] == 0
+        assert 0 <= entry["ebft/duplicate_rollouts"] < 1 and -2 <= entry["ebft/alignment"] <= 2
 
 
 @pytest.fixture
 def turns(tmp_path) -> Path:
     """8 rows of 1 to 3 turns."""
-    rows = [
-        {
-            "prompt": f"p{row} ",
-            "completion": "yes",
-            "more": [{"prompt": f" and{turn} ", "completion": "no" * (turn + 1)} for turn in range(row % 3)],
-        }
-        for row in range(8)
-    ]
-    path = tmp_path / "rows_of_turns.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    later = [{"prompt": f" and{turn} ", "completion": "no" * (turn + 1)} for turn in range(3)]
+    rows = [{"prompt": f"p{row} ", "completion": "yes", "more": later[: row % 3]} for row in range(8)]
+    return write_rows(tmp_path / "rows_of_turns.jsonl", rows)
 
 
 def test_a_step_of_several_turns_equals_the_obvious_one(run, monkeypatch, model_folder, turns):
@@ -458,92 +381,49 @@ def test_a_step_of_several_turns_equals_the_obvious_one(run, monkeypatch, model_
     seen, step_of = [], train_structured.train_step
 
     def keep(context, batches, completions, update):
-        groups = [
-            train_structured.score(context, batch, group) for batch, group in zip(batches, completions, strict=True)
-        ]
-        seen.extend(
-            (row, group[index], advantages)
-            for batch, group, scored in zip(batches, completions, groups, strict=True)
-            for index, (row, advantages) in enumerate(
-                zip(batch.conversations, train_structured.advantages_of(context.config, scored.rewards), strict=True)
-            )
-        )
+        for batch, groups in zip(batches, completions, strict=True):
+            rewards = train_structured.score(context, batch, groups).rewards
+            advantages = train_structured.advantages_of(context.config, rewards)
+            seen.extend(zip(batch.conversations, groups, advantages, strict=True))
         return step_of(context, batches, completions, update)
 
     monkeypatch.setattr(train_structured, "train_step", keep)
-    (entry,) = logged(
-        run(
-            "turns",
-            "train.max_steps=1",
-            "ebft.ce_coef=0.3",
-            "ebft.max_completion_length=6",
-            data__dataset=str(turns),
-            data__columns={"turns": "more"},
-        )
-    )
+    settings = ("train.max_steps=1", "ebft.ce_coef=0.3", "ebft.max_completion_length=6")
+    (entry,) = logged(run("turns", *settings, data__dataset=str(turns), data__columns={"turns": "more"}))
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
-    rl, num_tokens, ce, num_targets = 0.0, 0, 0.0, 0
-
-    def logps(prompt, tokens, temperature):
-        ids = torch.tensor([prompt + tokens])
-        return (
-            (model(ids).logits[0, len(prompt) - 1 : -1] / temperature)
-            .log_softmax(-1)
-            .gather(-1, ids[0, len(prompt) :, None])[:, 0]
-        )
-
-    inserted = 0
+    rl, num_tokens, ce, num_targets, inserted = 0.0, 0, 0.0, 0, 0
     for row, samples, advantages in seen:
         for sample, advantage in zip(samples, advantages, strict=True):
             own = torch.tensor(sample.written)
             inserted += len(sample.tokens) - int(own.sum()) - sum(map(len, row.between))
-            values = logps(row.prompt, sample.tokens, TEMPERATURE)[own]
+            values = logps_of(model, row.prompt, sample.tokens, TEMPERATURE)[own]
             rl, num_tokens = rl - advantage * (values - values.detach()).exp().sum(), num_tokens + len(values)
-        tokens = [token for turn, gap in zip(row.truths, [*row.between, []], strict=True) for token in turn + gap]
-        own = torch.tensor(
-            [
-                own
-                for turn, gap in zip(row.truths, [*row.between, []], strict=True)
-                for own in [True] * len(turn) + [False] * len(gap)
-            ]
-        )
-        values = logps(row.prompt, tokens, 1.0)[own]
+        tokens, own = [], []
+        for turn, gap in zip(row.truths, [*row.between, []], strict=True):
+            tokens += turn + gap
+            own += [True] * len(turn) + [False] * len(gap)
+        values = logps_of(model, row.prompt, tokens, 1.0)[torch.tensor(own)]
         ce, num_targets = ce - values.sum(), num_targets + len(values)
     loss = rl / num_tokens + 0.3 * ce / num_targets
     loss.backward()
     norm = torch.stack([parameter.grad.norm() for parameter in model.parameters()]).norm().item()
     assert len({len(row.truths) for row, _, _ in seen}) > 1 and inserted > 0
-    assert entry["train/loss"] == pytest.approx(loss.item(), abs=1e-5) and entry["train/grad_norm"] == pytest.approx(
-        norm, rel=1e-4
-    )
-    assert entry["rollout/length"] == pytest.approx(num_tokens / (4 * SAMPLES)) and entry[
-        "ebft/ce_loss"
-    ] == pytest.approx(ce.item() / num_targets, abs=1e-5)
+    assert entry["train/loss"] == pytest.approx(loss.item(), abs=1e-5)
+    assert entry["train/grad_norm"] == pytest.approx(norm, rel=1e-4)
+    assert entry["rollout/length"] == pytest.approx(num_tokens / (4 * SAMPLES))
+    assert entry["ebft/ce_loss"] == pytest.approx(ce.item() / num_targets, abs=1e-5)
 
 
 @pytest.mark.parametrize("case", ["turns", "adaptive lengths"])
 def test_micro_batches_of_unlike_rows_change_nothing(run, descent, tmp_path, turns, case):
-    """Guards against completions that depend on the rows beside them: on how many turns those have, or on how long they
-    may become.
-    """
-    lengths = tmp_path / "lengths.jsonl"
-    lengths.write_text(
-        "".join(
-            json.dumps({"prompt": f"row {row}: ", "completion": "abcdefghij" * (4 + 2 * (row % 4))}) + "\n"
-            for row in range(8)
-        )
-    )
-    changes = {
-        "turns": dict(data__dataset=str(turns), data__columns={"turns": "more"}),
-        "adaptive lengths": dict(
-            data__dataset=str(lengths),
-            ebft__max_completion_length=110,
-            ebft__adaptive_max_tokens=True,
-            ebft__gt_length_multiplier=1.0,
-        ),
-    }[case]
+    """Guards against completions that depend on how many turns the rows beside them have, or how long those may be."""
+    changes, one_step = dict(data__dataset=str(turns), data__columns={"turns": "more"}), "train.max_steps=1"
+    if case == "adaptive lengths":
+        rows = [{"prompt": f"row {row}: ", "completion": "abcdefghij" * (4 + 2 * (row % 4))} for row in range(8)]
+        changes = dict(data__dataset=str(write_rows(tmp_path / "lengths.jsonl", rows)))
+        changes |= dict(ebft__max_completion_length=110, ebft__adaptive_max_tokens=True, ebft__gt_length_multiplier=1.0)
     whole, part = (
-        run(f"{size} rows", f"train.per_device_batch_size={size}", "train.max_steps=1", "ebft.ce_coef=0.1", **changes)
+        run(f"{size} rows", f"train.per_device_batch_size={size}", one_step, "ebft.ce_coef=0.1", **changes)
         for size in (4, 1)
     )
     assert_close_numbers(whole, part)

@@ -199,9 +199,7 @@ class EvalConfig(Section):
     )
     name: str | None = option(None, "configuration (subset) of eval.dataset")
     revision: str | None = option(None, "branch, tag or commit of eval.dataset")
-    split: str | None = option(
-        None, "rows of eval.dataset; null: test, if it has that split (local files and built-in sources: only train)"
-    )
+    split: str | None = option(None, "rows of eval.dataset; null: test, if it has that split, else train")
     transform: str | None = option(None, "like data.transform, for eval.dataset; null: the same")
     columns: ColumnsConfig | None = option(None, "like data.columns, for eval.dataset; null: the same")
     apply_chat_template: bool | None = option(None, "like data.apply_chat_template, for eval.dataset; null: the same")

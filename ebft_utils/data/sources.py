@@ -1,9 +1,11 @@
 """Where rows come from: hub, files, folders, and what lies on every machine already."""
 
 import ast
+import csv
 import glob
 import importlib.util
 import json
+import logging
 import os
 import sysconfig
 import textwrap
@@ -12,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
+from accelerate import PartialState
 
 from ..config.data import ColumnsConfig
 from ..config.modes import Config
 from ..config.settings import UserError
-from .files import check_file, field_of
+from .files import broken_line, fault_of, is_blank, wrapped_rows
 from .transforms import Transform, load_transform
 
 LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow", ".txt": "text"}
@@ -24,11 +27,15 @@ PACKED = (".jsonl", ".json", ".csv", ".txt")  # these are also read as .gz
 UNREADABLE = "why this file cannot be read"  # a column beside text
 LOADING_ERRORS = (OSError, EOFError, ValueError, RuntimeError, NotImplementedError)
 LOADING_ERRORS += (zlib.error, datasets.exceptions.DatasetsError)
+logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # the error says it too, in one line
 
 
 @dataclass(frozen=True)
 class Source:
-    """A dataset, and how its rows are read. key: its section of the configuration; weight: its share in data.mix."""
+    """A dataset, and how its rows are read. key: its section of the configuration; weight: its share in data.mix.
+
+    skips: whether a file of a folder that cannot be decoded is left out (data.on_bad_row).
+    """
 
     key: str
     dataset: str
@@ -41,6 +48,7 @@ class Source:
     file_pattern: str
     max_documents: int | None
     weight: float = 1.0
+    skips: bool = False
 
     def __str__(self) -> str:
         return repr(self.dataset)
@@ -71,9 +79,14 @@ def is_local(dataset: str) -> bool:
 def _source(key: str, section, config: Config, **more) -> Source:
     data = config.data
     splits = Path(os.path.expanduser(section.dataset), "dataset_dict.json")
-    has_test = "test" in json.loads(splits.read_text())["splits"] if splits.is_file() else not is_local(section.dataset)
-    templated = section.apply_chat_template if section.apply_chat_template is not None else data.apply_chat_template
     transform = load_transform(section.transform or data.transform, f"{key if section.transform else 'data'}.transform")
+    columns = section.columns or data.columns
+    has_test = not is_local(section.dataset)
+    if splits.is_file():
+        has_test = "test" in json.loads(splits.read_text())["splits"]
+    elif section.split is None and splits.parent.is_file():
+        has_test = "test" in _wrapped(splits.parent, transform, columns)
+    templated = section.apply_chat_template if section.apply_chat_template is not None else data.apply_chat_template
     return Source(
         key=key,
         dataset=section.dataset,
@@ -81,9 +94,10 @@ def _source(key: str, section, config: Config, **more) -> Source:
         revision=section.revision,
         split=section.split or ("test" if has_test else "train"),
         transform=transform,
-        columns=section.columns or data.columns,
+        columns=columns,
         apply_chat_template=templated,
         file_pattern=section.file_pattern or data.file_pattern,
+        skips=data.on_bad_row == "skip",
         **more,
     )
 
@@ -93,8 +107,9 @@ def load_table(source: Source, streaming: bool = False) -> datasets.Dataset | da
     try:
         table = _open(source, streaming)
     except LOADING_ERRORS as error:
-        reason = _reason(error, source)
-        raise UserError(f"{source.key}: {source} (split {source.split!r}) cannot be loaded: {reason}") from None
+        raise UserError(f"{source.key}: {reading_fault(error, source)}") from None
+    if table.column_names == []:
+        raise UserError(f"{source.key}: {source} (split {source.split!r}) is empty")
     if table.column_names is not None:  # a stream may not know its columns
         _check_columns(table.column_names, source)
     if streaming:
@@ -156,7 +171,7 @@ def _open_folder(folder: Path, source: Source, streaming: bool):
         if split not in splits:
             raise UserError(f"{source.key}.split: {source} has no split {split!r}; it has {', '.join(splits)}")
         return _part(splits[split], source, streaming, split)
-    files = sorted(file for file in folder.rglob(source.file_pattern) if file.is_file())
+    files = _matching(folder, source)
     pattern = f"{source.key}.file_pattern {source.file_pattern!r}"
     if not files:
         raise UserError(f"{source.key}: the folder {source.dataset} holds no file that matches {pattern}")
@@ -171,28 +186,85 @@ def _open_folder(folder: Path, source: Source, streaming: bool):
     return _part(_file_texts(files), source, streaming)
 
 
+def _matching(folder: Path, source: Source) -> list[Path]:
+    return sorted(file for file in folder.rglob(source.file_pattern) if file.is_file())
+
+
 def _open_files(files: list[Path], source: Source, streaming: bool):
-    if not any(file.stat().st_size for file in files):
-        raise UserError(f"{source.key}: {', '.join(map(str, files))} (split {source.split!r}) is empty")
-    files = [file for file in files if file.stat().st_size]
     kind, (split, bracket, part) = kind_of(files[0]), source.split.partition("[")
-    for file in files:
-        check_file(file, kind, source.key)
-    fields = {field_of(file, kind, split, source.key) for file in files}
+    files = _readable(files, kind, source, streaming)
+    wrapped = [_wrapped(file, source.transform, source.columns) for file in files]
+    fields = {_field(file, names, split, source) for file, names in zip(files, wrapped, strict=True)}
     if len(fields) > 1:
         raise UserError(
-            f"{source.key}: {source}: some of its files are lists of rows, others are objects that hold them"
+            f"{source.key}: {source}: some of its files are lists of rows, others are objects that hold them; "
+            f"narrow {source.key}.file_pattern to one form"
         )
     (field,) = fields
     if field is None or field == "data":
         _check_local_split(source)
+    settings = {} if field is None else {"field": field}
+    if kind == ".txt":
+        settings["encoding"] = "utf-8-sig"  # without the mark that some editors put before a text
     return datasets.load_dataset(
         LOADERS[kind],
         data_files={"train": [glob.escape(str(file)) for file in files]},
         split=f"train{bracket}{part}",
         streaming=streaming,
-        **({} if field is None else {"field": field}),
+        **settings,
     )
+
+
+def _readable(files: list[Path], kind: str, source: Source, streaming: bool) -> list[Path]:
+    """The files that hold something. A faulty one is refused, or left out of a folder (data.on_bad_row: skip)."""
+    held, num_files = [file for file in files if file.stat().st_size], len(files)
+    skips = source.skips and num_files > 1
+    found = {file: fault_of(file, kind, whole=skips and not streaming) for file in held}
+    faults = [fault for fault in found.values() if fault is not None]
+    if faults and not skips:
+        raise UserError(f"{source.key}: {faults[0]}")
+    if faults:
+        PartialState().print(f"data: {len(faults)} of {num_files} files of {source} left out: 1 like {faults[0]}")
+    kept = [file for file, fault in found.items() if fault is None and not is_blank(file, kind)]
+    if not kept and faults:
+        raise UserError(f"{source.key}: {source} has no file that can be read: {faults[0]}")
+    if not kept:
+        raise UserError(f"{source.key}: {', '.join(map(str, files))} (split {source.split!r}) is empty")
+    return kept
+
+
+def _wrapped(file: Path, transform: Transform, columns: ColumnsConfig) -> list[str]:
+    try:
+        return wrapped_rows(file, kind_of(file), list(transform.columns_needed(columns).values()))
+    except (OSError, EOFError, ValueError, zlib.error):  # what is wrong with the file is said when it is opened
+        return []
+
+
+def _field(file: Path, names: list[str], split: str, source: Source) -> str | None:
+    """The key of a .json file that holds the rows of a split. None: the file is rows."""
+    field = split if split in names else "data" if "data" in names else None
+    if names and field is None:
+        raise UserError(
+            f"{source.key}.split: {file} has rows under {', '.join(names)}, and none under {split!r}; take one of them"
+        )
+    return field
+
+
+def reading_fault(error: BaseException, source: Source, doing: str = "loaded") -> str:
+    """Why a dataset cannot be read, in one line. doing: what could not be done with it."""
+    path = Path(os.path.expanduser(source.dataset))
+    saved = any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))  # by save_to_disk
+    try:
+        files = _matching(path, source) if path.is_dir() and not saved else [path] if path.is_file() else []
+        faults = (fault_of(file, kind_of(file), whole=True) or broken_line(file, kind_of(file)) for file in files)
+        if (fault := next(filter(None, faults), None)) is not None:
+            return fault
+    except (*LOADING_ERRORS, csv.Error):  # the error itself says more
+        pass
+    if "corresponds to no data" in str(error):
+        return f"{source} (split {source.split!r}) is empty"
+    kind_of_error = "" if doing == "loaded" else f"{type(error).__name__}: "
+    return f"{source} (split {source.split!r}) cannot be {doing}: {kind_of_error}{_reason(error, source)}"
 
 
 def _check_local_split(source: Source, split: str = "train") -> None:
@@ -246,7 +318,7 @@ def _file_texts(files: list[Path]) -> datasets.Dataset:
     for file in files:
         reason, text = None, ""
         try:
-            text = file.read_text(encoding="utf-8")
+            text = file.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
             reason = f"{file} is not UTF-8 text (byte {error.start}); convert it, or narrow file_pattern"
         if text.strip() or reason is not None:

@@ -10,7 +10,7 @@ from accelerate import PartialState
 from ..config.modes import Config
 from ..config.settings import UserError
 from .documents import Document, Tokenizing
-from .sources import Source, load_table
+from .sources import Source, load_table, reading_fault
 from .tables import LeftOut, columns_read, table_of
 
 
@@ -145,6 +145,4 @@ class Stream:
         try:
             yield from stream
         except Exception as error:  # network, file system, decompression, parsers: nothing else runs in here
-            first_line = str(error).strip().partition("\n")[0]
-            reason = f"{type(error).__name__}: {first_line}"
-            raise UserError(f"{self.source.key}: {self.source} cannot be read on: {reason}") from None
+            raise UserError(f"{self.source.key}: {reading_fault(error, self.source, 'read on')}") from None

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from ..config.modes import Config
 from ..config.settings import UserError
 from .documents import Document, Tokenizing
-from .sources import UNREADABLE, Source, load_table
+from .sources import UNREADABLE, Source, load_table, reading_fault
 
 SUMS_FILE, LOCK_FILE = "SHA256SUMS", ".lock"
 COLUMNS = datasets.Features(
@@ -93,7 +93,10 @@ def load_documents(config: Config, tokenizer: PreTrainedTokenizerBase, source: S
             desc=f"tokenising {source.dataset}",
         )
 
-    documents = cached(folder, tokenised)
+    try:
+        documents = cached(folder, tokenised)
+    except UnicodeDecodeError as error:  # a file in another encoding, beyond its beginning
+        raise UserError(f"{source.key}: {reading_fault(error, source, 'read')}") from None
     lengths = np.array(documents["num_tokens"][:])
     kept = np.flatnonzero(lengths)
     if len(kept) < len(lengths):

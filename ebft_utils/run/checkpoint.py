@@ -92,6 +92,8 @@ def output_folder(config: Config, accelerator: Accelerator):
             problem = f"{folder} is not the same folder on all machines (not on {others})"
             problem += "; it must be on a shared file system"
     if problem is not None:
+        if lock is not None:
+            lock.close()
         raise UserError(f"train.output_dir: {problem}")
     try:
         yield folder

@@ -213,10 +213,10 @@ class TrainingLoop:
     def _save(self, **how) -> None:
         if self.run.step > self.saved:
             self.saved = self.run.step  # one attempt: a full disk stays full
-            if self.logger is not None:
-                self.logger.flush()  # no event of a saved step is lost by a kill
             target = save_checkpoint(self.config, self.accelerator, self.policy, self.optimizer, self.run, **how)
             self._print(f"saved {target}")
+            if self.logger is not None:
+                self.logger.flush()
 
     def _save_alone(self) -> None:
         """Saves on the main process without the others, where that is possible."""

@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import struct
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -107,8 +108,12 @@ class MetricLogger:
         self.writer.add_text(name, markdown, step)
 
     def flush(self) -> None:
-        """Gives TensorBoard's events to the operating system: a killed process does not lose them."""
-        self.writer.flush()
+        """Gives TensorBoard's events to the operating system: a killed process does not lose them.
+
+        An error (a full disk) does not end the run here: the numbers are in metrics.jsonl, the next event raises it.
+        """
+        with suppress(OSError):
+            self.writer.flush()
 
     def close(self) -> None:
         """Writes everything to disk and closes the files."""
@@ -161,6 +166,8 @@ def _continued_events(events: Path, kept: list[dict], first_step: int) -> Summar
     step, names = last_event(events)
     purge_step = min(step + 1 if names else step, first_step + 1)
     writer = SummaryWriter(str(events), purge_step=purge_step)
+    # once more, because TensorBoard takes the first mark of a folder for that of a new run, and drops nothing
+    writer.file_writer.add_event(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
     for entry in kept:
         for name, value in entry.items():
             if name != "step" and (entry["step"] >= purge_step or (entry["step"] == step and name not in names)):

@@ -143,7 +143,7 @@ def test_empty_dataset_is_called_empty(tmp_path, name):
 
 
 UNREADABLE = [
-    ("broken.jsonl", '{"text": "a"}\n{not json}\n', ["JSON parse error"]),
+    ("broken.jsonl", '{"text": "a"}\n{not json}\n', ["line 2, is not valid JSON"]),
     ("latin.txt", "café\n".encode("latin-1"), ["not UTF-8", "iconv"]),
     ("broken.parquet", "this is no parquet file", ["no Parquet file"]),
 ]

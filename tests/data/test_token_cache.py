@@ -1,9 +1,12 @@
 """When rows are tokenised again, and when the tokens of an earlier load are taken."""
 
+import fcntl
 import json
 import os
 import subprocess
 import sys
+import threading
+from pathlib import Path
 
 import datasets
 import pytest
@@ -13,7 +16,7 @@ from ebft_utils.config.data import ColumnsConfig
 from ebft_utils.data.documents import Tokenizing
 from ebft_utils.data.sources import load_table, training_sources
 from ebft_utils.data.tables import cache_key, load_documents
-from helpers import ROOT, refusal, tiny_tokenizer, write_rows
+from helpers import ROOT, assert_holds, refusal, tiny_tokenizer, write_rows
 from loading import documents_of, strided, structured, texts_of
 
 
@@ -262,3 +265,108 @@ def test_a_damaged_cache_is_made_again(pairs, tokenizer, tokenised, cache, capsy
     assert f"{file.parent} is damaged" in said and "tokenised again" in said
     load_documents(config, tokenizer, *training_sources(config))
     assert "damaged" not in capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Damaged caches
+
+
+def cache_of(documents) -> Path:
+    """The folder that a table lies in."""
+    return Path(documents.cache_files[0]["filename"]).parent
+
+
+def flipped(path: Path, place: float) -> None:
+    content = bytearray(path.read_bytes())
+    content[int(place * (len(content) - 1))] ^= 4
+    path.write_bytes(content)
+
+
+def assert_made_again(config, tokenizer, tokenised, capsys, ids, folder, *words) -> None:
+    """The next load names the damage and tokenises; the one after it takes the cache without a word."""
+    capsys.readouterr()
+    assert documents_of(config, tokenizer)["input_ids"][:] == ids and tokenised == [5, 5]
+    said = capsys.readouterr().out
+    assert said.startswith(f"data: the cache of tokens {folder} is damaged (") and said.count("\n") == 1
+    assert_holds(said, "thrown away, and tokenised again", *words)
+    assert documents_of(config, tokenizer)["input_ids"][:] == ids and tokenised == [5, 5]
+    assert capsys.readouterr().out == ""
+    assert {path.name for path in folder.iterdir()} == {"tokens.arrow", "SHA256SUMS", ".lock"}
+
+
+@pytest.mark.parametrize("place", [number / 16 for number in range(17)])
+def test_a_flipped_bit_tokenises_again(pairs, tokenizer, tokenised, capsys, place):
+    """Guards against other tokens than those of the text, without a word, and against a traceback out of arrow."""
+    config = structured(pairs)
+    documents = documents_of(config, tokenizer)
+    ids, folder = documents["input_ids"][:], cache_of(documents)
+    flipped(folder / "tokens.arrow", place)
+    assert_made_again(config, tokenizer, tokenised, capsys, ids, folder, "tokens.arrow is not what was written")
+
+
+@pytest.mark.parametrize(
+    "damage", ["no sums", "cut", "empty", "gone", "sums cut", "sums flipped", "sums of bytes", "sums a FIFO", "a link"]
+)
+def test_a_half_written_cache_tokenises_again(pairs, tokenizer, tokenised, capsys, damage):
+    """Guards against half a table of a run that was killed."""
+    config = structured(pairs)
+    documents = documents_of(config, tokenizer)
+    ids, folder = documents["input_ids"][:], cache_of(documents)
+    table, sums = folder / "tokens.arrow", folder / "SHA256SUMS"
+    (folder / "tmpabcdefgh").write_bytes(b"half a table")  # what datasets leaves
+    if damage == "no sums":
+        sums.unlink()
+    elif damage == "cut":
+        table.write_bytes(table.read_bytes()[:-100])
+    elif damage == "empty":
+        table.write_bytes(b"")
+    elif damage == "gone":
+        table.unlink()
+    elif damage == "sums cut":
+        sums.write_bytes(sums.read_bytes()[:30])
+    elif damage == "sums flipped":
+        flipped(sums, 0.1)
+    elif damage == "sums of bytes":
+        sums.write_bytes(b"\xff\xfe  tokens.arrow\n")
+    elif damage == "sums a FIFO":
+        sums.unlink()
+        os.mkfifo(sums)
+    else:
+        table.unlink()
+        table.symlink_to(folder)
+    assert_made_again(config, tokenizer, tokenised, capsys, ids, folder)
+
+
+def test_a_table_of_several_processes_is_checked_too(pairs, tokenizer, capsys):
+    """Guards against a checksum of the first part alone."""
+    config = structured(pairs, num_proc=2)
+    documents = documents_of(config, tokenizer)
+    ids, folder = documents["input_ids"][:], cache_of(documents)
+    parts = sorted(folder.glob("*.arrow"))
+    assert len(parts) == 2
+    capsys.readouterr()
+    assert documents_of(structured(pairs), tokenizer)["input_ids"][:] == ids and capsys.readouterr().out == ""
+    for damage in (lambda: flipped(parts[1], 0.5), parts[1].unlink):
+        damage()
+        assert documents_of(config, tokenizer)["input_ids"][:] == ids
+        assert f"{folder} is damaged" in capsys.readouterr().out
+
+
+def test_two_runs_tokenise_the_same_text_once(pairs, tokenizer, tokenised, tmp_path, capsys):
+    """Guards against a run that throws away the table which another one is just making."""
+    config = structured(pairs)
+    documents = documents_of(config, tokenizer)
+    ids, folder = documents["input_ids"][:], cache_of(documents)
+    (folder / "SHA256SUMS").rename(tmp_path / "sums")
+    with (folder / ".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+
+        def end() -> None:
+            (tmp_path / "sums").rename(folder / "SHA256SUMS")
+            fcntl.flock(lock, fcntl.LOCK_UN)
+
+        other = threading.Timer(1.0, end)
+        other.start()
+        assert documents_of(config, tokenizer)["input_ids"][:] == ids and tokenised == [5]
+        other.join()
+    assert f"another run is at work on the same tokens, in {folder}" in capsys.readouterr().out

@@ -1,13 +1,29 @@
 """Metric sums, standard errors, the metrics file and the rollout table."""
 
 import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
+from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
+from tensorboard.util.tensor_util import make_ndarray
 
-from ebft_utils.run.metrics import MetricLogger, MetricSums, mean_with_error, rollout_table, step_metrics
+from ebft_utils.run.metrics import (
+    MetricLogger,
+    MetricSums,
+    logged_entries,
+    mean_with_error,
+    rollout_table,
+    step_metrics,
+)
+from helpers import ROOT
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Means
@@ -150,6 +166,160 @@ def test_lines_are_json_whatever_the_value(tmp_path, value):
     logger.close()
     (line,) = read_lines(tmp_path)
     assert line["step"] == 1 and line["eval/cfm_loss"] == 0.5 and not isinstance(line.get("eval/cfm_loss_se"), float)
+
+
+@pytest.mark.parametrize(
+    "line", [b'{"step": 2, "lo', b"\xff\xfe", b"[2]", b'{"loss": 2.0}', b'{"step": "2"}', b"[" * 10**5]
+)
+def test_a_damaged_line_does_not_stop_the_resume(tmp_path, capsys, line):
+    """Guards against one bad byte that makes a run impossible to resume, and a line that is dropped without a word."""
+    content = b'{"step": 1, "loss": 1.0}\n' + line + b'\n{"step": 3, "loss": 3.0}\n'
+    (tmp_path / "metrics.jsonl").write_bytes(content)
+    assert [entry["step"] for entry in logged_entries(tmp_path, 3)] == [1, 3] and capsys.readouterr().out == ""
+    MetricLogger(tmp_path, first_step=3).close()
+    assert [entry["step"] for entry in read_lines(tmp_path)] == [1, 3]
+    copy = tmp_path / "metrics.jsonl.damaged"
+    assert copy.read_bytes() == content
+    said = capsys.readouterr().out
+    assert f"{tmp_path / 'metrics.jsonl'}: damaged lines are left out (2)" in said and str(copy) in said
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# TensorBoard's events
+
+
+def scalars(folder) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard shows: name -> (step, value) in its order."""
+    return {
+        name: [(event.step, make_ndarray(event.tensor_proto).item()) for event in events]
+        for name, events in shown(folder, "scalars")
+    }
+
+
+def texts(folder) -> list[int]:
+    """The steps that have a text."""
+    return [event.step for _, events in shown(folder, "text") for event in events]
+
+
+def shown(folder, plugin: str) -> list[tuple[str, list]]:
+    """The events of each name. They are all tensors to TensorBoard, which keeps them by plugin."""
+    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"tensors": 0}).Reload()
+    known = plugin in events.ActivePlugins()
+    return [(name, events.Tensors(name)) for name in events.PluginTagToContent(plugin)] if known else []
+
+
+def steps(last: int, loss: float = 1.0, first: int = 1) -> list[tuple[int, float]]:
+    return [(step, loss * step) for step in range(first, last + 1)]
+
+
+def log_steps(logger: MetricLogger, first: int, last: int) -> None:
+    for step in range(first, last + 1):
+        logger.log(step, {"loss": float(step), "reward": 2.0 * step})
+
+
+def newest(folder):
+    return sorted((folder / "tensorboard").glob("*"))[-1]
+
+
+@pytest.fixture
+def in_order(monkeypatch):
+    """The names of event files begin with the second: starts of a test are a second apart, as those of runs are."""
+    seconds = iter(range(10**9, 2 * 10**9))
+    monkeypatch.setattr(event_file_writer.time, "time", lambda: next(seconds))
+
+
+KILLED = """
+import os, signal, sys, time
+from pathlib import Path
+from ebft_utils.run.metrics import MetricLogger
+logger = MetricLogger(Path(sys.argv[1]))
+for step in range(1, 8):
+    logger.log(step, {"loss": float(step), "reward": 2.0 * step})
+    if step == int(sys.argv[2]):
+        logger.flush()
+        records = logger.writer.file_writer.event_writer._async_writer._writer
+        records.write = lambda data: time.sleep(100)  # a disk that is busy: what follows waits in the queue
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("flushed, first_step", [(2, 7), (2, 5), (5, 7), (5, 5), (6, 4)])
+def test_a_killed_run_lacks_no_event_once_it_is_resumed(tmp_path, flushed, first_step):
+    """Guards against a hole in the curves of a run that was killed with kill -9, and steps that are there twice.
+
+    flushed: the step after which the events were given to the operating system.
+    """
+    command = [sys.executable, "-c", KILLED, str(tmp_path), str(flushed)]
+    assert subprocess.run(command, cwd=ROOT, timeout=120).returncode == -signal.SIGKILL
+    assert len(scalars(tmp_path).get("loss", [])) < 7  # guards the test itself
+    time.sleep(1.1)  # event files are named by the second
+    logger = MetricLogger(tmp_path, first_step=first_step)
+    log_steps(logger, first_step + 1, 9)
+    logger.close()
+    assert scalars(tmp_path) == {"loss": steps(9), "reward": steps(9, 2.0)}
+
+
+@pytest.mark.parametrize("cut", range(1, 400, 23))
+def test_events_are_whole_wherever_they_break_off(tmp_path, in_order, cut):
+    """Guards against a step of which TensorBoard has one name and not the other.
+
+    cut: bytes that are lost at the end of the first file; the second start is killed before it has written anything but
+    a part of what was missing.
+    """
+    logger = MetricLogger(tmp_path)
+    log_steps(logger, 1, 5)
+    logger.close()
+    first = newest(tmp_path)
+    first.write_bytes(first.read_bytes()[:-cut])
+    MetricLogger(tmp_path, first_step=4).close()
+    second = newest(tmp_path)
+    assert second != first
+    second.write_bytes(second.read_bytes()[: -cut // 2])
+    logger = MetricLogger(tmp_path, first_step=4)
+    log_steps(logger, 5, 6)
+    logger.close()
+    assert scalars(tmp_path) == {"loss": steps(6), "reward": steps(6, 2.0)}
+
+
+def test_whole_events_are_not_written_again(tmp_path, in_order):
+    """Guards against texts that are lost, because they are in no other file."""
+    logger = MetricLogger(tmp_path)
+    for step in range(1, 6):
+        log_steps(logger, step, step)
+        logger.text(step, "rollouts", "| a |")
+        logger.log(step, {"eval/loss": float(step)})
+    logger.close()
+    logger = MetricLogger(tmp_path, first_step=3)
+    assert texts(tmp_path) == [1, 2, 3]
+    size = newest(tmp_path).stat().st_size
+    log_steps(logger, 4, 6)
+    logger.close()
+    assert size < 200  # no number of the steps before
+    assert scalars(tmp_path) == {"loss": steps(6), "reward": steps(6, 2.0), "eval/loss": steps(3)}
+
+
+def test_events_without_an_evaluation_get_it(tmp_path, in_order):
+    """Guards against a step that counts as whole because its training numbers are there."""
+    logger = MetricLogger(tmp_path)
+    log_steps(logger, 1, 3)
+    logger.flush()
+    whole = newest(tmp_path).read_bytes()
+    logger.log(3, {"eval/loss": float("nan")})
+    logger.close()
+    newest(tmp_path).write_bytes(whole)
+    MetricLogger(tmp_path, first_step=3).close()
+    found = scalars(tmp_path)
+    assert found["loss"] == steps(3) and [step for step, _ in found["eval/loss"]] == [3]
+
+
+def test_lost_events_are_all_written_again(tmp_path):
+    logger = MetricLogger(tmp_path)
+    logger.log(0, {"eval/loss": 0.5})
+    log_steps(logger, 1, 3)
+    logger.close()
+    shutil.rmtree(tmp_path / "tensorboard")
+    MetricLogger(tmp_path, first_step=3).close()
+    assert scalars(tmp_path) == {"eval/loss": [(0, 0.5)], "loss": steps(3), "reward": steps(3, 2.0)}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
