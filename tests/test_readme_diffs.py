@@ -8,7 +8,7 @@ import pytest
 from helpers import ROOT, logged, weights
 
 README = (ROOT / "README.md").read_text()
-FOUND = re.findall(r"\*\*The (\w+)\*\* \(`(train_\w+\.py)`\).*?```diff\n(.*?)```", README, flags=re.DOTALL)
+FOUND = re.findall(r"\*\*The (\w+)\*\* \(`(train_\w+\.py)`.*?```diff\n(.*?)```", README, flags=re.DOTALL)
 
 
 def applied(script: str, diff: str) -> str:
