@@ -228,18 +228,28 @@ def test_the_naive_baseline_is_a_smaller_diversity_coefficient(samples):
     assert float(setting.partition("=")[2]) == pytest.approx(2 / 3, abs=1e-6)
 
 
-@pytest.mark.parametrize("shift", [0.0, 0.5])
-def test_the_error_of_a_mean_over_pairs(shift):
-    """Against the spread of 2,000 simulated signals. The jackknife's is up to sqrt(2) too wide, where there is none."""
+@pytest.mark.parametrize(
+    ("shift", "ours", "jackknife"), [(0.5, (0.9, 1.1), (1.05, 1.2)), (0.0, (1.0, 1.5), (1.85, 2.1))]
+)
+def test_the_error_of_a_mean_over_pairs(shift, ours, jackknife):
+    """Guards against an error that is too small, or not there: its square against the variance of simulated signals.
+
+    Without any signal the jackknife's square is twice the variance.
+    """
     generator = torch.Generator().manual_seed(0)
     vectors = torch.randn(2000, 24, 6, generator=generator, dtype=torch.float64) + shift
     products = vectors @ vectors.mT
-    diagonal = products.diagonal(dim1=1, dim2=2)
-    sums, squares = products.sum(2) - diagonal, products.square().sum(2) - diagonal.square()
-    spread = (sums.sum(1) / (24 * 23)).var()
-    variances = [estimates.pair_mean_error(*pair) ** 2 for pair in zip(sums, squares, strict=True)]
-    variances = torch.tensor(variances).nan_to_num(0.0)
-    assert variances.mean().item() == pytest.approx(spread.item(), rel=0.1)
+    signals = products.sum((1, 2)) - products.diagonal(dim1=1, dim2=2).sum(1)
+    variance = (signals / (24 * 23)).var().item()
+    found = {3: [], 4: []}  # rows of the file: the jackknife's before there were sums of squares, and ours
+    for matrix in products:
+        rows = torch.stack([matrix.sum(1), matrix.sum(0), matrix.diagonal(), matrix.square().sum(1)])
+        for kept, errors in found.items():
+            measured = dict.fromkeys(("own", "with_sft", "sft"), rows[:kept].tolist())
+            errors.append(estimates.gradient_noise({"measured": measured})["signal"][1])
+    assert min(found[4]) > 0
+    for (low, high), errors in zip((jackknife, ours), found.values(), strict=True):
+        assert low < sum(error**2 for error in errors) / len(errors) / variance < high
 
 
 def test_statistics_by_hand():

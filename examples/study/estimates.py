@@ -121,15 +121,20 @@ def gradient_noise(run: dict) -> dict[str, tuple[float, float]]:
 def pair_mean_error(sums: Tensor, squares: Tensor) -> float:
     """Standard error of the mean U of a symmetric h(i, j) over all pairs i != j of n documents; n at least 4.
 
-    The variance U^2 - mean of h(i, j) h(k, l) over four different documents is unbiased: the latter estimates E[U]^2.
-    The jackknife's is up to twice as large (the error sqrt(2)), namely where E[h] is small beside the noise.
-    Args: sums, squares (n): for each i, of h and of h^2 over j != i. NaN when the estimate is negative.
+    Var U = 4 (n-2) / (n (n-1)) * A + 2 / (n (n-1)) * B, with A = Cov(h(i, j), h(i, k)) and B = Var h(i, j) (Hoeffding
+    1948). Both are estimated without bias; A is cut to 0 .. B / 2, where it must lie. The jackknife estimates up to
+    twice this variance, namely where E[h] is small beside the noise.
+    Args: sums, squares (n): for each i, of h and of h^2 over j != i.
     """
     number = len(sums)
-    mean = sums.sum() / (number * (number - 1))
+    pairs = number * (number - 1)
+    of_squares = squares.sum() / pairs  # mean of h(i, j)^2
+    of_neighbours = (sums.square().sum() - squares.sum()) / (pairs * (number - 2))  # of h(i, j) h(i, k)
     disjoint = sums.sum().square() - 4 * sums.square().sum() + 2 * squares.sum()
-    variance = mean.square() - disjoint / (number * (number - 1) * (number - 2) * (number - 3))
-    return variance.sqrt().item()
+    apart = disjoint / (pairs * (number - 2) * (number - 3))  # of h(i, j) h(k, l)
+    one_shared, same = of_neighbours - apart, of_squares - apart
+    one_shared = one_shared.clamp(min=0).minimum(same / 2)
+    return ((4 * (number - 2) * one_shared + 2 * same) / pairs).clamp(min=0).sqrt().item()
 
 
 def pass_at(k: int, passed: list[float], samples: list[float]) -> float:

@@ -28,7 +28,7 @@ GROUPS_PER_DOCUMENT = 15
 
 
 def plot_comparison(results: Results, folder: Path) -> None:
-    """Change since the base model of each method: a dot a seed, the mean with the error over documents."""
+    """Change since the base model of each method: a dot a seed, the mean with its error over documents and seeds."""
     metrics = {**CHANGES, **HUMAN_EVAL}
     size = (13, 3 * len(COMPARISONS))
     figure, axes = plt.subplots(len(COMPARISONS), len(metrics), figsize=size, layout="constrained")
@@ -47,7 +47,7 @@ def plot_comparison(results: Results, folder: Path) -> None:
             axis.axhline(0, color="black", lw=0.6)
             axis.set_xticks(range(len(methods)), [NAMES[method].replace(", ce_coef ", "\n") for method in methods])
             axis.set_title(f"{title}: {name}", fontsize=8)
-    title = "change since the base model (EBFT with its ce_coef; a dot a seed, bars ± one standard error)"
+    title = "change since the base model (a dot a seed, bars ± one standard error over documents and seeds)"
     figure.suptitle(title, fontsize=10)
     figure.savefig(folder / "comparison.png", dpi=110)
     plt.close(figure)
@@ -66,7 +66,7 @@ def plot_lengths(results: Results, base: str, prefix: str, file: Path) -> None:
                 found = [difference(runs, [results.runs[base]], metric)[:2] for metric in metrics]
                 axes[1].errorbar(grid.LENGTHS, *zip(*found, strict=True), fmt="o-", color=COLOURS[method], capsize=3)
     axes[1].axhline(0, color="black", lw=0.6)
-    titles = ("CFM, unbiased (LoRA)", "change since the base model, ± standard error over documents")
+    titles = ("CFM, unbiased (LoRA)", "change since the base model, ± standard error over documents, seeds")
     for axis, title in zip(axes, titles, strict=True):
         axis.set_xscale("log", base=2)
         axis.set_xticks(grid.LENGTHS, grid.LENGTHS)
@@ -109,7 +109,7 @@ def plot_gradients(results: Results, folder: Path) -> None:
     figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for place, ((setting, _), values) in enumerate(found.items()):
         (signal, error), (noise, _) = values["signal"], values["noise"]
-        sizes = (signal + error, signal, signal - error)
+        sizes = (signal + 2 * error, signal, signal - 2 * error)
         bounds = [noise / size * GROUPS_PER_DOCUMENT if size > 0 else math.inf for size in sizes]
         colour = COLOURS["sft"] if setting == "sft" else COLOURS["ebft_0"]
         axis.plot([bounds[0], min(bounds[2], 1e6)], [place, place], "-", color=colour)
@@ -121,7 +121,7 @@ def plot_gradients(results: Results, folder: Path) -> None:
     axis.set_xscale("log")
     labels = [f"{setting_of(name)} ({measured} documents)" for name, measured in found]
     axis.set_yticks(range(len(found)), labels, fontsize=8)
-    axis.set_xlabel("groups an update needs (± one standard error of the signal)", fontsize=9)
+    axis.set_xlabel("groups an update needs (± two standard errors of the signal)", fontsize=9)
     figure.savefig(folder / "gradients.png", dpi=110)
     plt.close(figure)
 

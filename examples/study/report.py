@@ -74,8 +74,9 @@ def changes(results: Results, prefixes: dict[str, str], base: str, columns: dict
         runs = results.seeds(prefix)
         if runs and base in results.runs:
             start = [results.runs[base]]
-            rows.append([label, *(shown_change(*difference(runs, start, metric)) for metric in columns)])
-    return table(["change since the base model", *columns.values()], rows)
+            cells = [shown_change(*difference(runs, start, metric)) for metric in columns]
+            rows.append([label, f"{len(runs)}", *cells])
+    return table(["change since the base model", "seeds", *columns.values()], rows)
 
 
 def against(
@@ -87,8 +88,8 @@ def against(
         runs, rivals = results.seeds(prefix), results.seeds(rival)
         if runs and rivals and prefix != rival:
             cells = [shown_change(*difference(runs, rivals[: len(runs)], metric)) for metric in columns]
-            rows.append([label, *cells])
-    return table([f"difference to {rival_name}", *columns.values()], rows)
+            rows.append([label, f"{len(runs)}", *cells])
+    return table([f"difference to {rival_name}", "seeds", *columns.values()], rows)
 
 
 def comparison(
@@ -131,18 +132,24 @@ def held_out_documents(results: Results) -> list[str]:
 
 
 def gradient_table(results: Results) -> list[str]:
-    """Signal and noise of the gradient, a row a setting; a signal below two standard errors gives a bound."""
+    """Signal and noise of the gradient, a row a setting, whether or not its signal stands out.
+
+    The documents that an update needs have an interval: noise divided by the signal's, ± two standard errors.
+    """
     rows = []
     for (setting, measured), found in gradients(results).items():
-        (signal, error), (noise, _), (documents, spread) = (found[name] for name in ("signal", "noise", "documents"))
-        is_seen = signal > 2 * error
-        bound = f"more than {noise / (max(signal, 0) + 2 * error):.0f}"
-        needed = f"{documents:.0f} ± {spread:.0f}" if is_seen else bound
-        cosine = shown(*found["cosine"]) if is_seen else ""
-        cells = [f"{measured}", f"{signal:.3g} ± {error:.2g}", f"{noise:.3g}", needed, cosine]
-        rows.append([setting_of(setting, code="`"), *cells])
-    head = ["", "documents measured", "signal", "noise", "documents an update needs", "cosine with SFT's gradient"]
-    return table(head, rows)
+        (signal, error), (noise, _) = found["signal"], found["noise"]
+        needed, low, high = (noise / size if size > 0 else math.inf for size in bounds_of(signal, error))
+        interval = f"{low:.0f} to {high:.0f}" if high < math.inf else f"{low:.0f} or more"
+        cells = [f"{measured}", f"{signal:.3g} ± {error:.2g}", f"{noise:.3g}", f"{needed:.0f}", interval]
+        rows.append([setting_of(setting, code="`"), *cells, shown(*found["cosine"])])
+    head = ["", "documents measured", "signal", "noise", "documents an update needs", "± two standard errors"]
+    return table([*head, "cosine with SFT's gradient"], rows)
+
+
+def bounds_of(signal: float, error: float) -> tuple[float, float, float]:
+    """A signal, and what it is at most and at least: two standard errors away."""
+    return signal, signal + 2 * error, signal - 2 * error
 
 
 def rates(results: Results, prefix: str, kinds: dict) -> list[str]:
