@@ -66,11 +66,11 @@ def server_arguments(config: StructuredConfig, model: str) -> list[str]:
 
 def main(argv: list[str]) -> None:
     """Becomes the server of a configuration."""
-    config = parse_command_line(argv, __doc__, StructuredConfig)
+    config, dry_run = parse_command_line(argv, __doc__, StructuredConfig)
     if config is None:
         return
     folder = Path(config.train.output_dir).expanduser() / "served_model"
-    if config.train.dry_run:  # nothing is unpacked
+    if dry_run:  # nothing is unpacked
         source, gguf_file = resolve_source(config.model.name_or_path)
         model = source if gguf_file is None else str(folder.resolve())
         print(shlex.join(["vllm", "serve", *server_arguments(config, model)]))

@@ -56,7 +56,7 @@ from ebft_utils.run.metrics import MetricLogger, MetricSums, logged_evaluations,
 from ebft_utils.run.preview import preview
 
 SHOWN = {"reward": "ebft/mean_reward", "cfm": "ebft/cfm_loss", "ce": "ebft/ce_loss", "tok/s": "train/tokens_per_second"}
-EVALUATED = ("cross_entropy", "cfm_loss", "cfm_unbiased", "reward_pass@1", "reward_best_of_n")
+EVALUATED = ("cross_entropy", "cfm_loss", "cfm_unbiased", "mean_reward", "reward_best_of_n")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -120,7 +120,7 @@ def sample_and_score(
     rewards = feature_matching_rewards(
         features,
         truth_features,
-        whitening=ebft.whitening if ebft.use_whitening else None,
+        whitening=None if ebft.whitening == "none" else ebft.whitening,
         alignment_coef=ebft.alignment_coef,
         diversity_coef=ebft.diversity_coef,
         whiten_tol=ebft.whiten_tol,
@@ -315,12 +315,12 @@ def sample_table(tokenizer, batch: Batch, groups: Groups, num_rows: int = 8) -> 
 def main(argv: list[str]) -> None:
     """The command."""
     # --- configuration ------------------------------------------------------------------------------------------------
-    config = parse_command_line(argv, __doc__)
+    config, dry_run = parse_command_line(argv, __doc__)
     if config is None:
         return
     accelerator = distributed.prepare_accelerator(config)
     distributed.micro_batches_per_step(config, accelerator)  # or it refuses
-    if config.train.dry_run:
+    if dry_run:
         accelerator.print(preview(config, accelerator))
         return
     torch.manual_seed(config.train.seed)  # the initial adapter; all else is drawn from (seed, step, row)

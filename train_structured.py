@@ -73,7 +73,7 @@ SHOWN = {
     "generate s": "time/generate",
     "step s": "time/step",
 }
-EVALUATED = ("cross_entropy", "cfm_loss", "cfm_unbiased", "reward_pass@1", "reward_best_of_n")
+EVALUATED = ("cross_entropy", "cfm_loss", "cfm_unbiased", "mean_reward", "reward_best_of_n")
 
 
 @dataclass
@@ -141,7 +141,7 @@ def score(run: Run, batch: PromptBatch, completions: list[list[Completion]]) -> 
     rewards = feature_matching_rewards(
         features,
         truth_features,
-        whitening=ebft.whitening if ebft.use_whitening else None,
+        whitening=None if ebft.whitening == "none" else ebft.whitening,
         alignment_coef=ebft.alignment_coef,
         diversity_coef=ebft.diversity_coef,
         whiten_tol=ebft.whiten_tol,
@@ -364,12 +364,12 @@ def sample_table(tokenizer, batch: PromptBatch, groups: Groups, num_rows: int = 
 def main(argv: list[str]) -> None:
     """The command."""
     # --- configuration ------------------------------------------------------------------------------------------------
-    config = parse_command_line(argv, __doc__, StructuredConfig)
+    config, dry_run = parse_command_line(argv, __doc__, StructuredConfig)
     if config is None:
         return
     accelerator = distributed.prepare_accelerator(config)
     distributed.micro_batches_per_step(config, accelerator)  # or it refuses
-    if config.train.dry_run:
+    if dry_run:
         accelerator.print(preview(config, accelerator))
         return
     torch.manual_seed(config.train.seed)  # the initial adapter; all else is drawn from (seed, step, row)

@@ -96,7 +96,7 @@ def test_the_command_trains_and_saves(run_script, write_config, model_folder, tm
     assert (trained - base).abs().max() > 1e-2
     assert load_config(str(folder / "final" / "training_config.yaml")) == load_config(str(file))
     card = (folder / "final" / "README.md").read_text()
-    for name in ("cross_entropy", "cfm_loss", "cfm_unbiased", "reward_pass@1", "reward_best_of_n", "perplexity"):
+    for name in ("cross_entropy", "cfm_loss", "cfm_unbiased", "mean_reward", "reward_best_of_n", "perplexity"):
         for entry in evaluations(folder):
             assert f"{entry['eval/' + name]:.4f} ± {entry['eval/' + name + '_se']:.4f}" in card
     assert str(model_folder) in card and "step 0" in card and "step 3" in card
@@ -396,7 +396,7 @@ def test_one_step_is_the_naive_policy_gradient(train, plain_descent, monkeypatch
         return seen[-1][1]
 
     monkeypatch.setattr(train_strided, "sample_and_score", keep)
-    settings = ("ebft.alignment_coef=0.7", "ebft.diversity_coef=0.4", "ebft.use_whitening=false")
+    settings = ("ebft.alignment_coef=0.7", "ebft.diversity_coef=0.4", "ebft.whitening=none")
     settings += ("ebft.ce_coef=0", "ebft.temperature=0.6")
     folder = train("run", "train.max_steps=1", "train.learning_rate=0.1", *settings)
     ((batch, groups),) = seen
@@ -444,9 +444,9 @@ def test_evaluation_is_repeatable_and_independent_of_the_batch(evaluation, mode)
     alone = evaluation("alone", "eval.per_device_batch_size=1", **mode)
     assert alone == pytest.approx(first, rel=1e-5, abs=1e-5)
     assert evaluation("other", "eval.seed=1", **mode)["eval/cfm_loss"] != first["eval/cfm_loss"]
-    for name in ("cross_entropy", "cfm_loss", "cfm_unbiased", "reward_pass@1", "reward_best_of_n", "perplexity"):
+    for name in ("cross_entropy", "cfm_loss", "cfm_unbiased", "mean_reward", "reward_best_of_n", "perplexity"):
         assert math.isfinite(first[f"eval/{name}"]) and first[f"eval/{name}_se"] > 0
-    assert first["eval/reward_best_of_n"] > first["eval/reward_pass@1"]
+    assert first["eval/reward_best_of_n"] > first["eval/mean_reward"]
 
 
 def test_evaluated_cross_entropy_is_the_naive_one(evaluation, write_config, model_folder, text_file):

@@ -17,11 +17,11 @@ VARIANTS = {
     "group_norm": ["ebft.advantage_estimator=group_norm"],
     "reinforce": ["ebft.advantage_estimator=reinforce"],
     "sample whitening": ["ebft.whitening=sample"],
-    "no whitening": ["ebft.use_whitening=false"],
+    "no whitening": ["ebft.whitening=none"],
     "mean_pooling": ["ebft.embed_method=mean_pooling"],
     "concat": ["ebft.embed_method=concat"],
     "one layer": ["ebft.feature_layers=[1.0]"],
-    "no diversity": ["ebft.diversity_coef=0", "ebft.use_whitening=false"],
+    "no diversity": ["ebft.diversity_coef=0", "ebft.whitening=none"],
     "temperature": ["ebft.temperature=1.0"],
     "later anchors": ["ebft.min_completion_prefix=12"],
 }
@@ -52,7 +52,7 @@ def test_logged_loss_is_the_weighted_sum(train):
             "ebft.ce_coef=0.2",
             "ebft.alignment_coef=0.5",
             "ebft.diversity_coef=0.25",
-            "ebft.use_whitening=false",
+            "ebft.whitening=none",
         )
     )
     assert entry["train/loss"] == pytest.approx(0.7 * entry["ebft/rl_loss"] + 0.2 * entry["ebft/ce_loss"], abs=1e-5)

@@ -277,7 +277,7 @@ def test_evaluation_does_not_depend_on_its_batches(run):
         found.append(evaluations(run(f"eval {size}", *five, f"eval.per_device_batch_size={size}"))[0])
     for other in found[1:]:
         assert found[0] == pytest.approx(other, rel=1e-5, abs=1e-5)
-    assert found[0]["eval/reward_best_of_n"] > found[0]["eval/reward_pass@1"]
+    assert found[0]["eval/reward_best_of_n"] > found[0]["eval/mean_reward"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -356,7 +356,7 @@ METRICS = {
 def test_numbers_of_a_step(run):
     """Guards against a metric that disappears, is not finite, or is summed where a mean is meant."""
     coefficients = ("ebft.ce_coef=0.2", "ebft.rl_coef=0.7", "ebft.alignment_coef=0.5", "ebft.diversity_coef=0.25")
-    for entry in logged(run("names", *coefficients, "ebft.use_whitening=false")):
+    for entry in logged(run("names", *coefficients, "ebft.whitening=none")):
         assert entry.keys() == METRICS and all(math.isfinite(value) for value in entry.values())
         assert entry["train/loss"] == pytest.approx(0.7 * entry["ebft/rl_loss"] + 0.2 * entry["ebft/ce_loss"], abs=1e-5)
         reward = 0.5 * entry["ebft/alignment"] - 0.25 * entry["ebft/diversity"]

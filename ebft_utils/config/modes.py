@@ -27,7 +27,7 @@ from .sections import (
     TrainConfig,
     VLLMConfig,
 )
-from .settings import ConfigError, Section, UserError, read_settings
+from .settings import ConfigError, Section, read_settings
 
 
 @dataclass
@@ -290,28 +290,25 @@ for strided, structured in (
 
 
 def parse_command_line(argv: list[str], description: str, kind: type[Config] = StridedConfig):
-    """The configuration (of a mode) that the command line asks for; None when it was only printed (--print-config)."""
+    """(configuration of a mode, whether this is a dry run), as the command line says.
+
+    The configuration is None when it was only printed (--print-config).
+    """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cfg", required=True, metavar="FILE", help="YAML configuration")
     for flag, meaning in (
         ("--print-config", "print the merged configuration and stop"),
         ("--dry-run", "show data, anchors, steps and estimated memory, and stop"),
-        ("--merge-lora", "also export the model with the adapter merged into its weights (final/merged)"),
     ):
         parser.add_argument(flag, action="store_true", help=meaning)
     example = "overrides, for example train.max_steps=10"
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help=example)
     arguments = parser.parse_intermixed_args(argv)
-    overrides = arguments.overrides + ["train.dry_run=true"] * arguments.dry_run
-    config = load_config(arguments.cfg, overrides, kind)
-    if arguments.merge_lora:
-        if config.lora is None:
-            raise UserError(f"--merge-lora: {arguments.cfg} has no lora section, so there is no adapter to merge")
-        config = load_config(arguments.cfg, [*overrides, "lora.merge=true"], kind)
+    config = load_config(arguments.cfg, arguments.overrides, kind)
     if arguments.print_config:
         print(config.to_yaml(), end="")
-        return None
-    return config
+        return None, False
+    return config, arguments.dry_run
 
 
 def load_config(file: str, overrides: Sequence[str] = (), kind: type[Config] = StridedConfig):

@@ -42,7 +42,7 @@ class LoraConfig(Section):
     r: int = option(16, "rank of the adapter", minimum=1)
     alpha: float = option(32.0, "scale of the adapter is alpha / r", above=0)
     target_modules: str | list[str] = option("all-linear", "names of the layers that get an adapter, or all-linear")
-    merge: bool = option(False, "also export the model with the adapter merged in, as final/merged (like --merge-lora)")
+    merge: bool = option(False, "also export the model with the adapter merged in, as final/merged")
 
 
 @dataclass
@@ -61,6 +61,10 @@ class FeatureNetworkConfig(Section):
 class EBFTConfig(Section):
     """The algorithm, as far as both modes share it."""
 
+    MISPLACED: ClassVar[dict[str, str]] = {
+        "use_whitening": "set ebft.whitening, which has none beside feature and sample"
+    }
+
     feature_layers: list[float] = option(
         [0.25, 0.5, 0.75], "depths of the feature layers; 0: embeddings, 1: after the last layer", minimum=0, maximum=1
     )
@@ -74,9 +78,10 @@ class EBFTConfig(Section):
         "features are scaled to length 1: layer by layer, with equal weights (layer), or all layers side by side, as "
         "in the paper's released code (joint)",
     )
-    use_whitening: bool = option(True, "whiten the features within each group (eq 8)")
-    whitening: Literal["feature", "sample"] = option(
-        "feature", "feature: eq 8; sample: the reading of the paper's released code"
+    whitening: Literal["feature", "sample", "none"] = option(
+        "feature",
+        "whitening of the features within each group. feature: eq 8; sample: the reading of the paper's released code; "
+        "none: they stay as they are",
     )
     whiten_tol: float = option(
         1e-5,
@@ -208,7 +213,6 @@ class TrainConfig(Section):
     rollout_table_steps: int = option(50, "write a table of sample rollouts every so many steps; 0: never", minimum=0)
     save_steps: int = option(100, "write a checkpoint every so many steps; 0: only at the end", minimum=0)
     save_total_limit: int = option(2, "checkpoints that are kept", minimum=1)
-    dry_run: bool = option(False, "show data, anchors, steps and estimated memory, and stop (like --dry-run)")
     resume: str | None = option(
         None,
         "latest, or the path of a checkpoint folder; the resumed run replaces later checkpoints in output_dir; "

@@ -45,9 +45,10 @@ CHANGEABLE = {  # section -> settings that a resumed run may change
     "vllm": " ".join(field.name for field in fields(VLLMConfig)),
     "eval": "only at_start at_end every_steps per_device_batch_size",
     "train": "output_dir per_device_batch_size max_steps logging_steps rollout_table_steps save_steps save_total_limit "
-    "resume process_timeout_minutes dry_run",
+    "resume process_timeout_minutes",
     "data": "num_proc",
 }
+RENAMED_METRICS = {"reward_pass@1": "mean_reward"}  # in runs of earlier versions
 MAY_CHANGE = {f"{section}.{name}" for section, names in CHANGEABLE.items() for name in names.split()}
 
 
@@ -171,7 +172,9 @@ def read_run(path: Path) -> RunState:
     if before is not None:
         if not (isinstance(before, dict) and before and all(map(_is_table, before.values()))):
             raise Damaged("run.json: before is no table of an evaluation")
-        values["before"] = {name: torch.tensor(table, dtype=torch.float64) for name, table in before.items()}
+        values["before"] = {
+            RENAMED_METRICS.get(name, name): torch.tensor(table, dtype=torch.float64) for name, table in before.items()
+        }
         if len({table.shape for table in values["before"].values()}) > 1:
             raise Damaged("run.json: before holds tables of different sizes")
     return RunState(**values)

@@ -20,9 +20,9 @@ NAMES = {
     "ebft_0.03": "EBFT, ce_coef 0.03",
     "ebft_0.1": "EBFT, ce_coef 0.1",
 }
-CHANGES = {"cross_entropy": "cross-entropy", "cfm_unbiased": "CFM, unbiased", "reward_pass@1": "reward"}
+CHANGES = {"cross_entropy": "cross-entropy", "cfm_unbiased": "CFM, unbiased", "mean_reward": "reward"}
 COLUMNS = {"cross_entropy": "cross-entropy", "cfm_unbiased": "CFM, unbiased", "cfm_loss": "CFM, whitened"}
-COLUMNS |= {"reward_pass@1": "reward", "reward_best_of_n": "best reward of 4"}
+COLUMNS |= {"mean_reward": "reward", "reward_best_of_n": "best reward of 4"}
 HUMAN_EVAL = {"human_eval_cross_entropy": "HumanEval cross-entropy"}
 BY_LENGTH = {f"cfm_unbiased@{length}": f"{length} tokens" for length in grid.LENGTHS}
 COMPARISONS = {  # runs that are compared -> their base model, what their names begin with

@@ -41,7 +41,7 @@ LARGER = {"lora": {"sft": (1e-3, 2e-3, 4e-3), "ebft_0": (2e-4, 5e-4, 2e-3), "ebf
 SWEPT = {"sft": "sft", "ebft_0": "ebft_0", "ebft_0.03": "ebft_0.1", "ebft_0.1": "ebft_0.1"}
 ABLATIONS = {
     "whitening_sample": ["ebft.whitening=sample"],
-    "whitening_none": ["ebft.use_whitening=false"],
+    "whitening_none": ["ebft.whitening=none"],
     "embed_completion_mean": ["ebft.embed_method=completion_mean"],
     "embed_concat": ["ebft.embed_method=concat"],
     "diversity_0": ["ebft.diversity_coef=0"],
@@ -109,7 +109,7 @@ def chosen_rate(kind: str, method: str, prefix: str = "", kinds=RATES) -> float:
         config = load_config(str(HERE / done["base"]), done["overrides"], config_class(done["base"]))
         ebft = config.ebft
         length = ebft.max_completion_length if config.mode == "structured" else ebft.generate_max_len
-        reward, cross_entropy = (mean_of_fresh(done["measured"], name) for name in ("reward_pass@1", "cross_entropy"))
+        reward, cross_entropy = (mean_of_fresh(done["measured"], name) for name in ("mean_reward", "cross_entropy"))
         reached[rate] = ebft.rl_coef * reward / length - ebft.ce_coef * cross_entropy
     return max(reached, key=reached.get)
 

@@ -183,7 +183,7 @@ def cfm_by_length(trained: Trained, run: Run) -> dict[str, list]:
             short = rollouts[..., :length]
             features, truth = strided_features(trained.network, rollouts=short, embed_method=ebft.embed_method, **place)
             features = share_equal_rollouts(features, short)
-            coefficients = dict(whitening=ebft.whitening, alignment_coef=1.0, diversity_coef=1.0)
+            coefficients = dict(whitening="feature", alignment_coef=1.0, diversity_coef=1.0)
             whitened = feature_matching_rewards(features, truth, **coefficients).cfm
             for name, cfm in (("cfm_unbiased", unbiased_cfm(features, truth)), ("cfm_loss", whitened)):
                 totals = torch.where(batch.valid, cfm, 0.0).double().sum(1)

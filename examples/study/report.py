@@ -164,7 +164,7 @@ def rates(results: Results, prefix: str, kinds: dict) -> list[str]:
             for rate, run in runs.items():
                 name = f"{rate:g} (chosen)" if rate == chosen else f"{rate:g}"
                 reached = [f"{mean_of(run, metric):.4f}" for metric in CHANGES]
-                compared = ("cfm_unbiased", "reward_pass@1") if rate != chosen else ()
+                compared = ("cfm_unbiased", "mean_reward") if rate != chosen else ()
                 to_chosen = [shown_change(*difference([run], [runs[chosen]], metric)) for metric in compared]
                 weights = {"lora": "LoRA", "full": "all weights"}[kind]
                 rows.append([weights, NAMES[method], name, *reached, *(to_chosen or ["", ""])])

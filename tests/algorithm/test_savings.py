@@ -131,7 +131,7 @@ def counted_savings(seen) -> list[float]:
     return shares
 
 
-LARGE_REWARDS = {"ebft__alignment_coef": 1000.0, "ebft__use_whitening": False, "ebft__n_samples_per_prompt": 5}
+LARGE_REWARDS = {"ebft__alignment_coef": 1000.0, "ebft__whitening": "none", "ebft__n_samples_per_prompt": 5}
 SAVINGS = {
     "some": ({"ebft__generate_max_len": 1, "ebft__temperature": 0.3}, 0.1, 0.9),
     "none": ({"ebft__generate_max_len": 4, "ebft__temperature": 1.5}, 0.0, 0.0),

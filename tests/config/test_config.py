@@ -12,7 +12,6 @@ from helpers import refusal as refusal_of
 EBFT_DEFAULTS = {  # the keys and defaults that users of EBFT know
     "feature_layers": [0.25, 0.5, 0.75],
     "embed_method": "last_token",
-    "use_whitening": True,
     "whitening": "feature",
     "alignment_coef": 1.0,
     "diversity_coef": 1.0,
@@ -54,7 +53,7 @@ def test_ebft_defaults_are_the_documented_ones(minimal):
 
 
 @pytest.mark.parametrize("estimator", ["rloo", "eq94", "group_norm", "reinforce"])
-@pytest.mark.parametrize("whitening", ["feature", "sample"])
+@pytest.mark.parametrize("whitening", ["feature", "sample", "none"])
 def test_documented_choices_are_accepted(minimal, estimator, whitening):
     """Guards against a documented choice that the type does not have."""
     config = load_config(str(minimal), [f"ebft.advantage_estimator={estimator}", f"ebft.whitening={whitening}"])
@@ -128,7 +127,7 @@ def test_print_config_loads_back_to_the_same_configuration(minimal, tmp_path, ca
         "ebft.feature_layers=[0.5]",
         "data.name='no'",
     ]
-    assert parse_command_line(["--cfg", str(minimal), "--print-config", *overrides], "") is None
+    assert parse_command_line(["--cfg", str(minimal), "--print-config", *overrides], "") == (None, False)
     printed = tmp_path / "printed.yaml"
     printed.write_text(capsys.readouterr().out)
     expected = load_config(str(minimal), overrides)
@@ -148,8 +147,8 @@ SIDES = [
 @pytest.mark.parametrize("argv", SIDES)
 def test_overrides_may_stand_on_either_side_of_cfg(minimal, argv):
     """Guards against argparse refusing overrides on both sides of an option."""
-    config = parse_command_line([str(minimal) if word == "FILE" else word for word in argv], "")
-    assert config.train.seed == 7
+    config, dry_run = parse_command_line([str(minimal) if word == "FILE" else word for word in argv], "")
+    assert config.train.seed == 7 and not dry_run
     assert config.train.max_steps == (9 if "train.max_steps=9" in argv else 1000)
 
 
@@ -210,6 +209,7 @@ REFUSALS = {
     "feature layer above 1": ("ebft.feature_layers=[0.25, 1.5]", ["ebft.feature_layers[1]", "1.5", "at most 1"]),
     "feature layer below 0": ("ebft.feature_layers=[-0.5]", ["ebft.feature_layers[0]", "-0.5", "at least 0"]),
     "no feature layer": ("ebft.feature_layers=[]", ["ebft.feature_layers", "empty", "between 0 and 1"]),
+    "old switch": ("ebft.use_whitening=false", ["ebft.use_whitening", "unknown key", "set ebft.whitening", "none"]),
     "one rollout": ("ebft.n_samples_per_prompt=1", ["ebft.n_samples_per_prompt", "1", "2 or more"]),
     "no rollout": ("ebft.n_samples_per_prompt=0", ["ebft.n_samples_per_prompt", "0", "at least"]),
     "top_p": ("ebft.top_p=0.9", ["ebft.top_p", "0.9", "1.0", "ebft.temperature"]),

@@ -117,7 +117,7 @@ RUNS = {
         **both("large steps", **dict(DESCENT, train__learning_rate=1.0)),
         **both("checkpointing", **DESCENT, model__gradient_checkpointing=True),
         **both("bfloat16", **ADAMW, model__dtype="bfloat16"),
-        "merged LoRA": dict(both("", **DESCENT)[" LoRA"], flags=["--merge-lora"]),
+        "merged LoRA": dict(both("", **DESCENT)[" LoRA"], flags=["lora.merge=true"]),
         "sharded features": dict(DESCENT, **SHARD),
         "tied": dict(DESCENT, model__name_or_path="ROOT/tied"),
         **both("gathers, 4 tokens", **GATHERS),

@@ -261,7 +261,7 @@ def test_real_launches_that_are_refused(start, write_config, tmp_path, config, o
 def test_batches_that_cannot_be_split(write_config, batch, at_once, processes, near):
     """Guards against rows that are dropped, or trained on twice, and a remedy that is refused as well."""
     values = dict(train__batch_size=batch, train__per_device_batch_size=at_once)
-    config = train_strided.parse_command_line(["--cfg", str(write_config(**values))], "")
+    config, _ = train_strided.parse_command_line(["--cfg", str(write_config(**values))], "")
     accelerator = SimpleNamespace(num_processes=processes)
     if near is None:
         assert distributed.micro_batches_per_step(config, accelerator) == batch // at_once // processes
@@ -290,7 +290,6 @@ WRONG_SETTINGS = [
     ({**ON_CPU, **SHARD}, [], ["feature_network.shard", "feature_network.device is cpu"]),
     ({"feature_network__device": "gpu"}, [], ["feature_network.device", "'gpu'", "auto | cpu | cuda:0"]),
     ({"feature_network__device": "cuda:1"}, [], ["feature_network.device", "cuda:1", "sees 0 GPUs"]),
-    ({}, ["--merge-lora"], ["--merge-lora", "no lora section"]),
 ]
 
 
