@@ -6,6 +6,7 @@ Its report is that of the results beside it.
 import json
 import math
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -272,9 +273,13 @@ def test_statistics_by_hand():
         estimates.difference([run(1.0, 2.0)], [other], "m")
     assert report.shown_change(-2.0, 1.0) == "**-2.0000 ± 1.0000**"  # from two standard errors on
     assert report.shown_change(1.99, 1.0, 0.5) == "+1.9900 ± 1.0000 (0.5000)"
-    assert estimates.pass_at(1, [2.0, 0.0], [10.0, 10.0]) == pytest.approx(0.1)
-    assert estimates.pass_at(10, [1.0, 0.0], [10.0, 10.0]) == 0.5
-    assert estimates.pass_at(2, [1.0], [4.0]) == pytest.approx(0.5)  # 3 of the 6 pairs hold the one that passes
+    # of 10 completions 2 pass, and none: pass@1 is (0.2 + 0) / 2, and one of all 10 passes in one of two problems
+    counts = {"measured": {"human_eval_passed": [[2.0, 0.0], [10.0, 10.0]]}}
+    passed = report.passed(SimpleNamespace(runs={"pass_at_k-base": counts, "main-lora-sft-seed0": {}}))
+    assert passed[3:] == ["| base | 0.1000 | 0.5000 |", ""]
+    for k in (1, 2, 5):
+        by_binomials = [1 - math.comb(10 - correct, k) / math.comb(10, k) for correct in (0, 1, 6)]
+        assert report.estimate_pass_at_k([10.0] * 3, [0.0, 1.0, 6.0], k) == pytest.approx(by_binomials)
 
 
 def test_copied_documents_do_not_count(tiny):

@@ -5,6 +5,7 @@ From the files in results/; the tables (report.py) and the plots (figures.py) sh
 
 import json
 import math
+import statistics
 from pathlib import Path
 
 import torch
@@ -40,8 +41,8 @@ class Results:
         self.runs = {file.stem: json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))}
 
     def seeds(self, prefix: str) -> list[dict]:
-        """The runs PREFIX-seed0, -seed1, .. that are there."""
-        return [run for name, run in self.runs.items() if name.rpartition("-seed")[0] == prefix]
+        """The runs PREFIX-seed0, -seed1, .. that are there; for a base model the run PREFIX."""
+        return [run for name, run in self.runs.items() if prefix in (name, name.rpartition("-seed")[0])]
 
 
 def mean_of(run: dict, metric: str) -> float:
@@ -51,10 +52,7 @@ def mean_of(run: dict, metric: str) -> float:
 
 def over_seeds(values: list[float]) -> tuple[float, float]:
     """Mean and standard deviation (of a sample; NaN for one value)."""
-    mean = sum(values) / len(values)
-    if len(values) == 1:
-        return mean, math.nan
-    return mean, math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else math.nan
 
 
 def seconds_of(runs: list[dict]) -> str:
@@ -135,12 +133,6 @@ def pair_mean_error(sums: Tensor, squares: Tensor) -> float:
     one_shared, same = of_neighbours - apart, of_squares - apart
     one_shared = one_shared.clamp(min=0).minimum(same / 2)
     return ((4 * (number - 2) * one_shared + 2 * same) / pairs).clamp(min=0).sqrt().item()
-
-
-def pass_at(k: int, passed: list[float], samples: list[float]) -> float:
-    """Unbiased estimate of the chance that one of k completions passes: mean of 1 - C(n - c, k) / C(n, k)."""
-    pairs = zip(passed, samples, strict=True)
-    return sum(1 - math.comb(round(n - c), k) / math.comb(round(n), k) for c, n in pairs) / len(passed)
 
 
 def setting_of(name: str, code: str = "") -> str:

