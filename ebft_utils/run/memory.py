@@ -9,7 +9,7 @@ what an allocator holds without using it.
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ from ..algorithm.features import cut_decoder, layer_indices
 from ..algorithm.losses import LOGITS_PER_CHUNK
 from ..algorithm.strided import QUERIES_PER_BLOCK, number_of_parts
 from ..config.modes import Config
-from ..config.sections import FeatureNetworkConfig, LoraConfig
+from ..config.sections import LoraConfig
 from ..config.settings import UserError
 from ..models import (
     DTYPES,
@@ -37,7 +37,7 @@ from ..models import (
 from .checkpoint import MAY_CHANGE
 
 GB = 2**30
-WORTH_SAYING = 0.05  # share of the peak that a setting must save to be named
+FSDP2 = "accelerate_configs/fsdp2.yaml"
 IN_TURN = ("rollouts", "forward and backward", "update")
 # out of memory, in errors that are not a torch.OutOfMemoryError
 NO_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "CUDA error: out of memory")
@@ -120,6 +120,12 @@ def rollout_tokens_at_once(config: Config, document_tokens: int, anchors: int) -
     return -(-anchors // num_parts) * samples * length
 
 
+def _evaluates(config: Config) -> bool:
+    settings = config.eval
+    sometimes = settings.at_start or settings.at_end or settings.every_steps > 0
+    return settings.only or (settings.num_documents != 0 and sometimes)
+
+
 def memory_estimate(
     config: Config,
     shape: Shape,
@@ -147,11 +153,9 @@ def memory_estimate(
     tokens = rows * row_tokens
     trained = shape.trained / parts if trains else 0
     beside = not lora and _same(feature_device(config.feature_network.device, device), device)
-    evaluated = config.eval.only or (
-        config.eval.num_documents != 0 and (config.eval.at_start or config.eval.at_end or config.eval.every_steps > 0)
-    )
     # rows whose rollouts the policy writes at a time
-    writing = max(rows if trains and ebft.rl_coef > 0 else 0, config.eval.per_device_batch_size if evaluated else 0)
+    evaluated = config.eval.per_device_batch_size if _evaluates(config) else 0
+    writing = max(rows if trains and ebft.rl_coef > 0 else 0, evaluated)
     writing = writing if config.mode == "strided" or not ebft.use_vllm else 0
     keys_and_values = writing * (document_tokens + rollout_tokens) * 2 * shape.key_value * shape.layers * width
     stays = {
@@ -191,124 +195,55 @@ def memory_estimate(
 # Advice
 
 
-def ways_to_save(
-    config: Config,
-    shape: Shape,
-    document_tokens: int,
-    anchors: int,
-    num_processes: int,
-    sharded: bool,
-    device: torch.device,
-) -> list[tuple[str, float]]:
-    """Settings that lower the peak, each alone, with their value now, and the bytes that each saves, largest first.
+def ways_to_save(config: Config, num_processes: int, sharded: bool, device: torch.device) -> list[str]:
+    """Settings that lower the memory of a process and are not set yet, first what costs least.
 
-    An adapter comes last, because it changes what is trained. So do fewer or shorter rollouts and shorter rows, which
-    are named only when nothing else is left.
+    The update stays as it is, up to rounding.
     """
-    where = num_processes, sharded, device
-    now = memory_estimate(config, shape, document_tokens, anchors, *where)["peak"]
-
-    def by_bytes(ways: list[tuple[str, float]]) -> list[tuple[str, float]]:
-        return sorted(ways, key=lambda way: -way[1])  # stable: equal ones stay in the order of preference
-
-    def saved(candidates: list[tuple[str, object]]) -> list[tuple[str, float]]:
-        found = []
-        for key, value in candidates:
-            try:
-                changed = with_setting(config, key, value)
-                new_shape = shape_of(changed) if key == "lora.r" else shape
-            except UserError:  # the value contradicts other settings
-                continue
-            row = [min(pair) for pair in zip((document_tokens, anchors), largest_row(changed), strict=True)]
-            less = now - memory_estimate(changed, new_shape, *row, *where)["peak"]
-            if less >= WORTH_SAYING * now:
-                found.append((f"{key}={_written(value)} ({_before(config, key)})", less))
-        return by_bytes(found)
-
-    ways = saved(_harmless(config, document_tokens, anchors, sharded, device))
-    if num_processes > 1 and not sharded and device.type == "cuda" and not config.model.compile_decoding:
-        less = now - memory_estimate(config, shape, document_tokens, anchors, num_processes, True, device)["peak"]
-        if less >= WORTH_SAYING * now:
-            ways = by_bytes([*ways, ("--config_file accelerate_configs/fsdp2.yaml (now DDP)", less)])
-    if not ways:
-        ways = saved(_other_training(config))
-    return ways + (saved([("lora.r", LoraConfig().r)]) if config.lora is None else [])
-
-
-def _harmless(
-    config: Config, document_tokens: int, anchors: int, sharded: bool, device: torch.device
-) -> list[tuple[str, object]]:
-    """Settings that change the update by rounding alone, in the order of preference.
-
-    A value that is already set is among them, and saves nothing.
-    """
-    rows = config.train.per_device_batch_size
-    # a divisor, because it goes with any number of processes
-    half = max((size for size in range(1, rows // 2 + 1) if rows % size == 0), default=1)
-    candidates = [
-        ("train.per_device_batch_size", half),
-        ("eval.per_device_batch_size", max(1, config.eval.per_device_batch_size // 2)),
+    model, trains, cuda = config.model, not config.eval.only, device.type == "cuda"
+    copied = config.lora is None and _same(feature_device(config.feature_network.device, device), device)
+    rows, evaluated = config.train.per_device_batch_size, config.eval.per_device_batch_size
+    ways = [
+        (f"train.per_device_batch_size=1 (now {rows})", trains and rows > 1),
+        (f"eval.per_device_batch_size=1 (now {evaluated})", _evaluates(config) and evaluated > (rows if trains else 1)),
+        ("model.gradient_checkpointing=true", trains and not model.gradient_checkpointing),
+        *_fewer_packed_tokens(config),
+        ("model.attn_implementation=auto", model.attn_implementation == "eager"),
+        ("model.compile_decoding=false", model.compile_decoding),
+        ("model.dtype=bfloat16", model.dtype == "float32"),
+        ("feature_network.shard=true", copied and sharded and not config.feature_network.shard),
+        ("feature_network.device=cpu", copied and cuda and not sharded),
+        (f"--config_file {FSDP2} (now DDP)", cuda and num_processes > 1 and not sharded and not model.compile_decoding),
     ]
-    if config.mode == "strided":
-        row = document_tokens + rollout_tokens_at_once(config, document_tokens, anchors)
-        candidates.append(("ebft.max_packed_tokens", row // 2))
-    candidates += [
-        ("model.gradient_checkpointing", True),
-        ("model.attn_implementation", "auto"),
-        ("model.compile_decoding", False),
-        ("model.dtype", "bfloat16"),
-    ]
-    if sharded:
-        candidates.append(("feature_network.shard", True))
-    elif device.type == "cuda":
-        candidates.append(("feature_network.device", "cpu"))
-    return candidates
+    return [setting for setting, helps in ways if helps]
 
 
-def _other_training(config: Config) -> list[tuple[str, object]]:
-    """Settings that save memory by training on less at a time. They make it another run."""
-    ebft, data = config.ebft, config.data
+def _fewer_packed_tokens(config: Config) -> list[tuple[str, bool]]:
+    """A document and about as many rollout tokens in a forward."""
+    if config.mode == "structured":
+        return []
+    length = config.data.sequence_length
+    limit = length + max(length, config.ebft.n_samples_per_prompt * config.ebft.generate_max_len)
+    now = length + rollout_tokens_at_once(config, *largest_row(config))
+    return [(f"ebft.max_packed_tokens={limit} (now up to {now})", now > limit and config.ebft.rl_coef > 0)]
+
+
+def other_runs(config: Config) -> list[str]:
+    """What saves memory by training something else, or on less at a time."""
+    adapter = [f"lora.r={LoraConfig().r}"] if config.lora is None else []
     if config.mode == "strided":
-        values = [
-            ("ebft.n_samples_per_prompt", max(2, ebft.n_samples_per_prompt // 2)),
-            ("ebft.stride", 2 * ebft.stride),
-            ("data.sequence_length", data.sequence_length // 2),
-        ]
+        fewer = f"a larger ebft.stride (now {config.ebft.stride})"
     else:
-        length = ("ebft.max_completion_length", max(1, ebft.max_completion_length // 2))
-        if data.max_conversation_length is not None:
-            length = ("data.max_conversation_length", data.max_conversation_length // 2)
-        values = [("ebft.num_generations", max(2, ebft.num_generations // 2)), length]
-    return values
+        fewer = f"a smaller ebft.num_generations (now {config.ebft.num_generations})"
+    tokens, keys = config.longest_sequence
+    return [*adapter, fewer, f"a smaller {keys} (now {tokens})"]
 
 
-def with_setting(config: Config, key: str, value) -> Config:
-    """The configuration with another value. Raises ConfigError when the value contradicts other settings."""
-    if key == "lora.r":
-        # with an adapter there is no frozen copy to configure
-        return replace(config, lora=LoraConfig(r=value), feature_network=FeatureNetworkConfig())
-    section, _, name = key.partition(".")
-    return replace(config, **{section: replace(getattr(config, section), **{name: value})})
-
-
-def _written(value) -> str:
-    return str(value).lower() if isinstance(value, bool) or value is None else str(value)
-
-
-def _before(config: Config, key: str) -> str:
-    if key == "lora.r":
-        return "now all weights are trained: another method"
-    section, _, name = key.partition(".")
-    return f"now {_written(getattr(getattr(config, section), name)).replace('none', 'no limit')}"
-
-
-def in_words(peak: float, ways: list[tuple[str, float]]) -> str:
-    """The advice of `ways_to_save` as one sentence, without a full stop."""
-    estimated = f"the estimated {peak / GB:.1f} GB of a process"
-    if not ways:
-        return f"no setting lowers {estimated} by much: it takes larger devices, or a smaller model"
-    words = [f"{setting}: about {less / GB:.1f} GB less" for setting, less in ways]
-    return f"settings that lower {estimated}, each alone: {'; '.join(words)}"
+def advice(config: Config, num_processes: int, sharded: bool, device: torch.device) -> str:
+    """`ways_to_save` and `other_runs` as a sentence, without a full stop."""
+    ways = ways_to_save(config, num_processes, sharded, device)
+    listed = f"settings that lower it, first what costs least: {', '.join(ways)}; " if ways else ""
+    return f"{listed}as another run: {', '.join(other_runs(config))}"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -361,14 +296,15 @@ def _out_of_memory(config: Config, accelerator: Accelerator, error: Exception) -
             what = "the feature network lies there"
         return f"{start}; the policy is on {policy_device}, and {what}"
     sharded = accelerator.distributed_type == DistributedType.FSDP
-    where = (*largest_row(config), accelerator.num_processes, sharded, policy_device)
+    where = accelerator.num_processes, sharded, policy_device
     try:
-        shape = shape_of(config)
-    except UserError:  # the message stays, without advice
-        return start
-    ways = ways_to_save(config, shape, *where)
-    message = f"{start}; {in_words(memory_estimate(config, shape, *where)['peak'], ways)}"
-    may_change = [setting.partition("=")[0] for setting, _ in ways if setting.partition("=")[0] in MAY_CHANGE]
+        peak = memory_estimate(config, shape_of(config), *largest_row(config), *where)["peak"]
+        estimated = f"; a process is estimated at {peak / GB:.1f} GB"
+    except UserError:  # the model can no longer be read
+        estimated = ""
+    message = f"{start}{estimated}; {advice(config, *where)}"
+    keys = [way.partition("=")[0] for way in ways_to_save(config, *where)]
+    may_change = [key for key in keys if key in MAY_CHANGE]
     saved = any(Path(config.train.output_dir).expanduser().glob("checkpoint-*"))
     if not (saved and may_change):
         return message

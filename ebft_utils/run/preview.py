@@ -17,7 +17,7 @@ from ..data.rows import MixedRows, Rows, load_rows, rows_of_step
 from ..data.streams import StreamedRows
 from ..models import load_tokenizer
 from .distributed import main_process_first
-from .memory import GB, IN_TURN, in_words, memory_estimate, shape_of, ways_to_save
+from .memory import GB, IN_TURN, advice, memory_estimate, shape_of
 
 NUM_EXAMPLES, SHOWN_TOKENS = 3, 200
 ANCHOR, START, END = "▸", "⟦", "⟧"
@@ -156,8 +156,8 @@ def marked(config: Config, tokenizer: PreTrainedTokenizerBase, documents: list[D
 
 def _memory_lines(config: Config, accelerator: Accelerator, largest: tuple[int, int]) -> list[str]:
     device, shape = accelerator.device, shape_of(config)
-    where = *largest, accelerator.num_processes, accelerator.distributed_type == DistributedType.FSDP, device
-    found = memory_estimate(config, shape, *where)
+    where = accelerator.num_processes, accelerator.distributed_type == DistributedType.FSDP, device
+    found = memory_estimate(config, shape, *largest, *where)
     parts = ", ".join(f"{name} {size / GB:.1f}" for name, size in found.items() if name != "peak" and size > 0)
     num_turns = sum(found[name] > 0 for name in IN_TURN)
     turns = {2: " (the last two in turn)", 3: " (the last three in turn)"}.get(num_turns, "")
@@ -170,5 +170,5 @@ def _memory_lines(config: Config, accelerator: Accelerator, largest: tuple[int, 
         f"peak {found['peak'] / GB:.1f} = {parts}{turns}{limit}",
     ]
     if has is not None and found["peak"] > has:
-        lines.append(f"this does not fit; {in_words(found['peak'], ways_to_save(config, shape, *where))}")
+        lines.append(f"this does not fit; {advice(config, *where)}")
     return lines

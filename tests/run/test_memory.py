@@ -25,12 +25,13 @@ from ebft_utils.config.sections import (
     TrainConfig,
 )
 from ebft_utils.config.settings import UserError
-from ebft_utils.run import memory, preview
+from ebft_utils.run import preview
 from ebft_utils.run.memory import (
     Shape,
-    in_words,
+    advice,
     largest_row,
     memory_estimate,
+    other_runs,
     out_of_memory_advice,
     shape_of,
     ways_to_save,
@@ -42,9 +43,6 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 SMALL = Shape(
     parameters=1000, trained=1000, kept=600, layers=4, hidden=10, inner=20, heads=2, key_value=5, vocabulary=100
 )
-LAYERS = dict(layers=16, hidden=2048, inner=8192, heads=32, key_value=512, vocabulary=128_256)
-LLAMA = Shape(parameters=1_235_814_400, trained=1_235_814_400, kept=992_510_976, **LAYERS)  # Llama-3.2-1B
-LLAMA_ADAPTER = Shape(parameters=1_235_814_400, trained=11_272_192, kept=992_510_976, **LAYERS)
 SECTIONS = dict(data={}, model={}, ebft={}, feature_network={}, train={}, eval={}, lora=None)
 
 
@@ -53,7 +51,7 @@ def common(sections: dict) -> dict:
     return dict(
         model=ModelConfig("unused", **sections["model"]),
         feature_network=FeatureNetworkConfig(**sections["feature_network"]),
-        train=TrainConfig("unused", **sections["train"]),
+        train=TrainConfig("unused", **{"max_steps": 10, **sections["train"]}),
         eval=EvalConfig(**{"num_documents": 0, **sections["eval"]}),
         lora=None if sections["lora"] is None else LoraConfig(**sections["lora"]),
     )
@@ -155,107 +153,67 @@ def test_the_largest_row_of_a_raw_text():
 
 LARGE = {"data__sequence_length": 128, "train__batch_size": 12, "train__per_device_batch_size": 6}
 LARGE["ebft__n_samples_per_prompt"] = 8
-ROWS, PACKED = "train.per_device_batch_size=3", "ebft.max_packed_tokens=560"
-RECOMPUTING = "model.gradient_checkpointing=true"
-LARGE_EVALUATION = {"train__per_device_batch_size": 4, "eval__per_device_batch_size": 64}
+ROWS, RECOMPUTING = "train.per_device_batch_size=1 (now 6)", "model.gradient_checkpointing=true"
+PACKED = "ebft.max_packed_tokens=256 (now up to 1120)"  # 128 + 31 anchors x 8 rollouts x 4 tokens
+OTHER = ["lora.r=16", "a larger ebft.stride (now 4)", "a smaller data.sequence_length (now 128)"]
+FEW_ROWS, EVALUATION = {"train__per_device_batch_size": 1}, "eval.per_device_batch_size=1 (now 4)"
 SAVINGS = {  # changes of the settings, and what is proposed
-    "plain": ({}, [ROWS, PACKED, RECOMPUTING]),
-    "evaluation": (LARGE_EVALUATION, ["eval.per_device_batch_size=32", PACKED]),
-    "limited": ({"lora": {"r": 2}, "ebft__max_packed_tokens": 400}, [ROWS, "ebft.max_packed_tokens=192", RECOMPUTING]),
-    "eager": ({"model__attn_implementation": "eager"}, ["model.attn_implementation=auto", ROWS, PACKED, RECOMPUTING]),
-    "no rollouts": ({"ebft__rl_coef": 0.0, "ebft__ce_coef": 1.0}, [ROWS, RECOMPUTING]),
+    "plain": ({}, [ROWS, RECOMPUTING, PACKED, "model.dtype=bfloat16"]),
+    "evaluation": (FEW_ROWS, [EVALUATION, RECOMPUTING, PACKED, "model.dtype=bfloat16"]),
+    "no evaluation": ({**FEW_ROWS, "eval__num_documents": 0}, [RECOMPUTING, PACKED, "model.dtype=bfloat16"]),
+    "evaluation alone": ({"eval__only": True}, [EVALUATION, PACKED, "model.dtype=bfloat16"]),
+    "no rollouts": ({"ebft__rl_coef": 0.0, "ebft__ce_coef": 1.0}, [ROWS, RECOMPUTING, "model.dtype=bfloat16"]),
+    "eager": (
+        {"model__attn_implementation": "eager"},
+        [ROWS, RECOMPUTING, PACKED, "model.attn_implementation=auto", "model.dtype=bfloat16"],
+    ),
+    "compiled": (
+        {"model__compile_decoding": True},
+        [ROWS, RECOMPUTING, PACKED, "model.compile_decoding=false", "model.dtype=bfloat16"],
+    ),
 }
 
 
 @pytest.mark.parametrize("changes, expected", SAVINGS.values(), ids=SAVINGS)
-def test_each_setting_saves_what_the_estimate_says(write_config, changes, expected):
-    """Guards against settings that cannot be given on the command line as they stand, and sizes of something else."""
+def test_each_setting_can_be_typed_and_saves_memory(write_config, changes, expected):
+    """One after another, in this order. Guards against settings that are refused as they stand, or change nothing."""
     file = str(write_config(**{**LARGE, **changes}))
-    config = load_config(file)
-    shape, where = shape_of(config), (*largest_row(config), 1, False, CPU)
-    now = memory_estimate(config, shape, *where)["peak"]
-    ways = ways_to_save(config, shape, *where)
-    assert set(expected) <= {setting.split(" ")[0] for setting, _ in ways}, ways
-    for setting, less in ways:
-        changed = load_config(file, [setting.split(" ")[0]])
-        assert less == now - memory_estimate(changed, shape_of(changed), *where)["peak"] >= 0.05 * now, setting
-        key = setting.split("=")[0]
-        if key != "lora.r":
-            section, name = key.split(".")
-            before = getattr(getattr(config, section), name)
-            words = {None: "no limit", True: "true", False: "false"}
-            before = words[before] if before is None or isinstance(before, bool) else before
-            assert setting.endswith(f"(now {before})")
-    sizes = [less for setting, less in ways if not setting.startswith("lora")]
-    assert sizes == sorted(sizes, reverse=True)
+    config, shape, typed = load_config(file), shape_of(load_config(file)), []
+    assert ways_to_save(config, 1, False, CPU) == expected and other_runs(config) == OTHER
+    for setting in expected:
+        typed.append(setting.split(" ")[0])
+        changed = load_config(file, typed)
+        before, after = (
+            sum(memory_estimate(each, shape, *largest_row(each), 1, False, CPU).values()) for each in (config, changed)
+        )
+        assert after < before and setting not in ways_to_save(changed, 1, False, CPU), setting
+        config = changed
 
 
-def keys(config, shape: Shape = LLAMA, num_processes: int = 1, sharded: bool = False, device=GPU) -> list[str]:
-    ways = ways_to_save(config, shape, *largest_row(config), num_processes, sharded, device)
-    return [setting.split(" (")[0] for setting, _ in ways]
-
-
-@pytest.fixture
-def adapter(monkeypatch):
-    """Stands in for the model's config, which the adapter's size is counted in."""
-    monkeypatch.setattr(memory, "shape_of", lambda config: LLAMA_ADAPTER)
-
-
-def test_settings_of_a_large_run_on_a_gpu(adapter):
-    """Guards against advice that is known to be there and does not come; the adapter is the last, whatever it saves."""
+def test_settings_of_a_large_run_on_gpus():
+    """Guards against advice that is for another number of processes, and another device."""
     config = strided(data={"sequence_length": 1024}, train={"batch_size": 8, "per_device_batch_size": 4})
-    assert keys(config) == [
-        "model.gradient_checkpointing=true",
-        "ebft.max_packed_tokens=2544",
-        "train.per_device_batch_size=2",
-        "model.dtype=bfloat16",
-        "lora.r=16",
-    ]
-    small = strided(data={"sequence_length": 64}, model={"gradient_checkpointing": True})
-    assert "feature_network.device=cpu" in keys(small) and "feature_network.device=cpu" not in keys(small, device=CPU)
-    assert keys(small, num_processes=4)[0] == "--config_file accelerate_configs/fsdp2.yaml"
-    assert "feature_network.shard=true" in keys(small, num_processes=4, sharded=True)
-    useless = {"feature_network.device=cpu", "--config_file accelerate_configs/fsdp2.yaml"}
-    assert not useless & set(keys(small, num_processes=4, sharded=True))
+    first = ["train.per_device_batch_size=1 (now 4)", RECOMPUTING, "ebft.max_packed_tokens=2048 (now up to 5088)"]
+    first += ["model.dtype=bfloat16"]
+    copy, fsdp2 = "feature_network.device=cpu", "--config_file accelerate_configs/fsdp2.yaml (now DDP)"
+    assert ways_to_save(config, 1, False, CPU) == first
+    assert ways_to_save(config, 1, False, GPU) == [*first, copy]
+    assert ways_to_save(config, 4, False, GPU) == [*first, copy, fsdp2]
+    assert ways_to_save(config, 4, True, GPU) == [*first, "feature_network.shard=true"]
 
 
-def test_nothing_is_proposed_that_is_already_set(adapter):
-    """Guards against advice that changes nothing.
-
-    Another method, or other data, must not be the first thing that is said.
-    """
-    model = {"gradient_checkpointing": True, "dtype": "bfloat16"}
-    every = dict(data={"sequence_length": 1024}, ebft={"max_packed_tokens": 1100}, train={"per_device_batch_size": 1})
-    every["model"] = model
-    assert keys(strided(**every, feature_network={"device": "cpu"})) == ["lora.r=16"]
-    assert keys(strided(**every, feature_network={"shard": True}), num_processes=4, sharded=True) == ["lora.r=16"]
-    assert not [key for key in keys(strided(**every, lora={"r": 16})) if key.startswith("lora")]
-
-
-def test_less_training_is_proposed_only_when_nothing_else_is_left():
-    """Guards against fewer samples or shorter rows beside settings that cost only time."""
-    every = dict(model={"gradient_checkpointing": True, "dtype": "bfloat16"}, lora={"r": 16})
-    four, two = {"n_samples_per_prompt": 4}, {"n_samples_per_prompt": 2}
-    config = strided(**every, data={"sequence_length": 4096}, ebft=four)
-    assert keys(config, LLAMA_ADAPTER) == ["ebft.max_packed_tokens=10224"]
-    config = strided(**every, data={"sequence_length": 4096}, ebft={**four, "stride": 2048})
-    assert keys(config, LLAMA_ADAPTER) == ["data.sequence_length=2048"]
-    config = structured(**every, ebft={"num_generations": 4, "max_completion_length": 4096})
-    assert keys(config, LLAMA_ADAPTER) == ["ebft.max_completion_length=2048", "ebft.num_generations=2"]
-    config = strided(**every, data={"sequence_length": 32}, ebft=two)
-    assert keys(config, LLAMA_ADAPTER) == []
-    nothing = "no setting lowers the estimated 3.0 GB of a process by much: it takes larger devices, or a smaller model"
-    assert in_words(3.04 * GB, []) == nothing
-
-
-def test_rows_at_a_time_stay_a_divisor():
-    """Guards against half of 15 rows being 7, which train.batch_size is no multiple of.
-
-    The one setting that always helps would be left out.
-    """
-    rows = {"batch_size": 15, "per_device_batch_size": 15}
-    config = strided(data={"sequence_length": 512}, train=rows, lora={})
-    assert "train.per_device_batch_size=5" in keys(config)
+def test_nothing_is_proposed_that_is_already_set():
+    """Guards against advice that changes nothing. What makes it another run is then all that is left, and says so."""
+    every = dict(data={"sequence_length": 1024}, train={"per_device_batch_size": 1})
+    every |= dict(model={"gradient_checkpointing": True, "dtype": "bfloat16"}, ebft={"max_packed_tokens": 1100})
+    assert ways_to_save(strided(**every, feature_network={"device": "cpu"}), 1, False, GPU) == []
+    assert ways_to_save(strided(**every, feature_network={"shard": True}), 4, True, GPU) == []
+    left = "as another run: a larger ebft.stride (now 8), a smaller data.sequence_length (now 1024)"
+    assert advice(strided(**every, lora={"r": 16}), 1, False, GPU) == left
+    config = structured(ebft={"num_generations": 4, "max_completion_length": 64}, data={"max_prompt_length": 32})
+    length = "a smaller data.max_prompt_length + ebft.max_completion_length (now 96)"
+    assert other_runs(config) == ["lora.r=16", "a smaller ebft.num_generations (now 4)", length]
+    assert not any("packed" in setting for setting in ways_to_save(config, 1, False, GPU))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -303,17 +261,14 @@ def said(config, accelerator, error: Exception) -> str:
 
 
 def test_the_message_of_a_gpu(run_of):
-    """The whole message: where, how much it has, and the settings in the order and with the sizes of `ways_to_save`."""
+    """The whole message: where, how much it has, the estimate, and the settings in the order of `ways_to_save`."""
     config, accelerator = run_of(GPU)
-    where = *largest_row(config), 1, False, GPU
-    ways = ways_to_save(config, shape_of(config), *where)
-    peak = memory_estimate(config, shape_of(config), *where)["peak"]
-    listed = "; ".join(f"{setting}: about {less / GB:.1f} GB less" for setting, less in ways)
-    assert len(ways) >= 3
-    place = "out of memory on cuda:0 (79 GB): the run does not fit; settings that lower the estimated"
-    whole = f"{place} {peak / GB:.1f} GB of a process, each alone: {listed}"
-    assert said(config, accelerator, cuda_error(0)) == whole
-    assert said(*run_of(torch.device("cuda")), cuda_error(0)).startswith(place)
+    peak = memory_estimate(config, shape_of(config), *largest_row(config), 1, False, GPU)["peak"]
+    start = f"out of memory on cuda:0 (79 GB): the run does not fit; a process is estimated at {peak / GB:.1f} GB; "
+    listed = ", ".join([ROWS, RECOMPUTING, PACKED, "model.dtype=bfloat16", "feature_network.device=cpu"])
+    whole = f"settings that lower it, first what costs least: {listed}; as another run: {', '.join(OTHER)}"
+    assert said(config, accelerator, cuda_error(0)) == start + whole
+    assert said(*run_of(torch.device("cuda")), cuda_error(0)) == start + whole
 
 
 def test_the_message_of_a_cpu(run_of):
@@ -321,8 +276,8 @@ def test_the_message_of_a_cpu(run_of):
     with pytest.raises(RuntimeError) as real:
         torch.empty(10**15)
     message = said(config, accelerator, real.value)
-    assert message.startswith("out of memory on cpu: the run does not fit; settings that lower")
-    assert "train.per_device_batch_size=3 (now 6): about " in message
+    assert message.startswith("out of memory on cpu: the run does not fit; a process is estimated at ")
+    assert f"first what costs least: {ROWS}, " in message
 
 
 def test_the_message_where_it_is_not_the_policy_that_did_not_fit(run_of, monkeypatch):
@@ -351,7 +306,7 @@ def test_a_message_that_hides_it(run_of):
             raise UserError("train.output_dir: the disk is full") from None
     message = said(config, accelerator, caught.value)
     assert message.startswith("train.output_dir: the disk is full; out of memory on cuda:0 (79 GB)")
-    assert "train.per_device_batch_size=3" in message
+    assert ROWS in message
 
 
 OTHER_ERRORS = [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), UserError("data.dataset: is empty")]
@@ -382,7 +337,7 @@ def test_a_model_that_can_no_longer_be_read(run_of, tmp_path):
     """Guards against a message about the model's folder in place of the one about memory."""
     config, accelerator = run_of(CPU, model__name_or_path=str(tmp_path / "gone"))
     message = said(config, accelerator, torch.OutOfMemoryError("out of memory"))
-    assert message == "out of memory on cpu: the run does not fit"
+    assert message.startswith("out of memory on cpu: the run does not fit; settings that lower it")
 
 
 @pytest.mark.parametrize("total, told", [(2**20, True), (2**40, False)])
@@ -392,8 +347,7 @@ def test_the_dry_run_says_when_a_gpu_is_too_small(run_of, monkeypatch, total, to
     lines = preview._memory_lines(config, accelerator, (128, 30))
     assert len(lines[2:]) == told
     for line in lines[2:]:
-        assert line.startswith("this does not fit; settings that lower the estimated ")
-        assert "train.per_device_batch_size=3" in line
+        assert line.startswith(f"this does not fit; settings that lower it, first what costs least: {ROWS}, ")
     assert f"cuda:0 has {total / GB:.0f} GB" in lines[1]
 
 
@@ -420,7 +374,7 @@ def test_a_run_that_ran_out_is_saved_and_goes_on(refused, command, write_config,
     with monkeypatch.context() as patched:
         patched.setattr(losses, "policy_gradient_loss", loss)
         message = refused("--cfg", file)
-    settings = ("train.per_device_batch_size=6 (now 12)", "model.gradient_checkpointing=true (now false)")
+    settings = ("train.per_device_batch_size=1 (now 12)", "model.gradient_checkpointing=true")
     assert_holds(message, "out of memory on cpu", *settings, "train.resume=latest goes on from the last checkpoint")
     assert len(calls) == 3
     assert [path.name for path in (tmp_path / "run").glob("*checkpoint-*")] == ["checkpoint-2"]
@@ -436,12 +390,12 @@ def test_structured_mode_says_it_too(tmp_path, model_folder, monkeypatch):
         "model": {"name_or_path": str(model_folder)},
         "data": {"dataset": "unused", "max_prompt_length": 64},
         "ebft": {"max_completion_length": 64, "use_vllm": False},
-        "train": {"output_dir": str(tmp_path / "run"), "batch_size": 4, "per_device_batch_size": 4},
+        "train": {"output_dir": str(tmp_path / "run"), "max_steps": 1, "batch_size": 4, "per_device_batch_size": 4},
     }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
 
     monkeypatch.setattr(train_structured, "train_or_evaluate", runs_out)
     with pytest.raises(UserError) as caught:
         train_structured.main(["--cfg", str(tmp_path / "config.yaml")])
-    settings = ("train.per_device_batch_size=2 (now 4)", "model.gradient_checkpointing=true")
+    settings = ("train.per_device_batch_size=1 (now 4)", "model.gradient_checkpointing=true")
     assert_holds(str(caught.value), "out of memory on cpu", *settings)
