@@ -24,6 +24,12 @@ whitening is eq 8 (released code: `ebft.whitening: sample`), each layer of a fea
 code: `ebft.feature_norm: joint`), and the baseline leaves the rollout out of whitening too (paper: `eq94`).
 """
 
+from ebft_utils.config.command import check_command_line
+from ebft_utils.config.modes import StridedConfig, parse_command_line
+
+if __name__ == "__main__":
+    check_command_line(StridedConfig, __doc__)  # before the imports that take seconds
+
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -45,17 +51,28 @@ from ebft_utils.algorithm.rewards import (
     unbiased_cfm,
 )
 from ebft_utils.algorithm.strided import in_parts, number_of_parts, rollouts_to_train, truth_windows
-from ebft_utils.config.modes import StridedConfig, parse_command_line
 from ebft_utils.data.batches import Batch, make_batch, rollout_uniforms
 from ebft_utils.data.rows import Rows, load_rows
 from ebft_utils.run import checkpoint, distributed
 from ebft_utils.run.export import export_final
 from ebft_utils.run.loop import TrainingLoop, Update, evaluate_only, evaluate_rows, make_optimizer, micro_batches
 from ebft_utils.run.memory import out_of_memory_advice
-from ebft_utils.run.metrics import MetricLogger, MetricSums, logged_evaluations, rollout_table, step_metrics
+from ebft_utils.run.metrics import (
+    MetricLogger,
+    MetricSums,
+    SampleGroup,
+    logged_evaluations,
+    start_trackers,
+    step_metrics,
+)
 from ebft_utils.run.preview import preview
 
-SHOWN = {"reward": "ebft/mean_reward", "cfm": "ebft/cfm_loss", "ce": "ebft/ce_loss", "tok/s": "train/tokens_per_second"}
+SHOWN = {
+    "reward": "ebft/mean_reward",
+    "cfm": "ebft/cfm_unbiased",
+    "ce": "ebft/ce_loss",
+    "tok/s": "train/tokens_per_second",
+}
 EVALUATED = ("cross_entropy", "cfm_loss", "cfm_unbiased", "mean_reward", "reward_best_of_n")
 
 
@@ -164,14 +181,14 @@ def agreed_parts(
 def train_step(config: StridedConfig, accelerator: Accelerator, policy, network: FeatureNetwork, batches: list[Batch]):
     """Gradients of one optimizer step, accumulated over its micro-batches.
 
-    Returns metric sums, the loss, and the last micro-batch's groups.
+    Returns metric sums, the loss, and up to four micro-batches with their groups, to show.
     """
     ebft, sums, unwrapped = config.ebft, MetricSums(), accelerator.unwrap_model(policy)
     # counts of the whole global batch, known before the first forward: each loss is sum over tokens / global count
     counts = sum(torch.stack([batch.valid.sum(), document_targets(batch).sum()]) for batch in batches)
     num_anchors, num_targets = accelerator.reduce(counts.to(accelerator.device), reduction="sum").tolist()
     num_rollout_tokens = num_anchors * ebft.n_samples_per_prompt * ebft.generate_max_len
-    total_loss, groups = torch.zeros((), device=accelerator.device), None
+    total_loss, written = torch.zeros((), device=accelerator.device), []
     for index, batch in enumerate(batches):
         batch = batch.to(accelerator.device)
         parts, num_tokens = [(batch.anchors, batch.valid, None, None)], (batch.segment_ids >= 0).sum()
@@ -187,6 +204,7 @@ def train_step(config: StridedConfig, accelerator: Accelerator, policy, network:
             rollout_tokens = batch.valid.sum() * ebft.n_samples_per_prompt * ebft.generate_max_len
             num_tokens = num_tokens + rollout_tokens
             count_groups(sums, batch, groups, advantages, valid.sum())
+            written = [*written[-3:], (batch, groups)]
         for number, (anchors, valid, rollouts, summed) in enumerate(parts):
             last = index == len(batches) - 1 and number == len(parts) - 1
             with distributed.gradient_sync(accelerator, policy, last=last):
@@ -212,7 +230,7 @@ def train_step(config: StridedConfig, accelerator: Accelerator, policy, network:
                 accelerator.backward(loss * accelerator.num_processes)
             total_loss += loss.detach()
         sums.add_sum("tokens", num_tokens, 1.0)
-    return sums, accelerator.reduce(total_loss, reduction="sum").item(), groups
+    return sums, accelerator.reduce(total_loss, reduction="sum").item(), written
 
 
 def count_groups(sums: MetricSums, batch: Batch, groups: Groups, advantages: Tensor, num_trained: Tensor) -> None:
@@ -223,6 +241,7 @@ def count_groups(sums: MetricSums, batch: Batch, groups: Groups, advantages: Ten
     sums.add("ebft/diversity", rewards.diversity, counted)
     sums.add("ebft/mean_reward", rewards.reward, counted)
     sums.add("ebft/cfm_loss", rewards.cfm, batch.valid)
+    sums.add("ebft/cfm_unbiased", unbiased_cfm(groups.features, groups.truth_features), batch.valid)
     sums.add("advantage", advantages, counted)
     sums.add("advantage_square", advantages.double().square(), counted)
     duplicate = first_equal_rollout(groups.rollouts) != torch.arange(counted.shape[-1], device=counted.device)
@@ -291,25 +310,21 @@ def step_batches(config: StridedConfig, accelerator: Accelerator, rows, step: in
     return micro_batches(config, accelerator, rows, step, partial(batch_of, config, rows, pad_token_id=pad_token_id))
 
 
-def sample_table(tokenizer, batch: Batch, groups: Groups, num_rows: int = 8) -> str:
-    """A few rollouts of a batch as text, evenly over its valid anchors."""
-    truths = truth_windows(batch.document_ids, batch.anchors, groups.rollouts.shape[-1])
-    places = batch.valid.nonzero().tolist()
-    table = []
-    for row, index in places[:: max(1, len(places) // num_rows)][:num_rows]:
-        anchor = int(batch.anchors[row, index])
-        before = slice(max(0, anchor - 24), anchor)
+def sample_groups(tokenizer, written: list[tuple[Batch, Groups]], number: int = 8) -> list[SampleGroup]:
+    """A few groups as text, evenly over the documents and their valid anchors."""
+    places = [(batch, groups, *place) for batch, groups in written for place in batch.valid.nonzero().tolist()]
+    found = []
+    for batch, groups, row, index in places[:: max(1, len(places) // number)][:number]:
+        anchor, length = int(batch.anchors[row, index]), groups.rollouts.shape[-1]
+        before = slice(max(0, anchor - 40), anchor)
         # without the end of the document that is packed before this one
         own = batch.segment_ids[row, before] == batch.segment_ids[row, anchor]
-        table.append(
-            {
-                "prefix": tokenizer.decode(batch.document_ids[row, before][own]),
-                "rollout": tokenizer.decode(groups.rollouts[row, index, 0].cpu()),
-                "ground truth": tokenizer.decode(truths[row, index]),
-                "reward": groups.rewards.reward[row, index, 0].item(),
-            }
-        )
-    return rollout_table(table)
+        prefix = tokenizer.decode(batch.document_ids[row, before][own])
+        truth = tokenizer.decode(truth_windows(batch.document_ids, batch.anchors, length)[row, index])
+        texts = [tokenizer.decode(tokens) for tokens in groups.rollouts[row, index].tolist()]
+        rewards = groups.rewards.reward[row, index].tolist()
+        found.append(SampleGroup(prefix, truth, list(zip(rewards, texts, strict=True))))
+    return found
 
 
 def main(argv: list[str]) -> None:
@@ -334,6 +349,7 @@ def train_or_evaluate(config: StridedConfig, accelerator: Accelerator, output_di
     # --- data, model --------------------------------------------------------------------------------------------------
     saved = checkpoint.find_checkpoint(config, accelerator)
     changed = checkpoint.check_same_run(config, saved) if saved is not None else []
+    checkpoint.write_config(config, accelerator, output_dir)
     tokenizer = models.load_tokenizer(config.model)
     load = partial(load_rows, config, tokenizer)
     rows, held_out = distributed.main_process_first(accelerator, load)  # the other processes then read its cache
@@ -361,23 +377,25 @@ def train_or_evaluate(config: StridedConfig, accelerator: Accelerator, output_di
 
         def take_step(step: int, update: Update):
             batches = step_batches(config, accelerator, rows, step, tokenizer.pad_token_id)
-            sums, loss, groups = train_step(config, accelerator, policy, network, batches)
+            sums, loss, written = train_step(config, accelerator, policy, network, batches)
             update(loss)
             metrics = step_metrics(accelerator, sums, len(batches))
-            return metrics, None if groups is None else lambda: sample_table(tokenizer, batches[-1], groups)
+            return metrics, partial(sample_groups, tokenizer, written) if written else None
 
         if config.eval.only:
-            evaluate_only(accelerator, output_dir, run.step, None if held_out is None else evaluation, signals)
+            evaluate_only(config, accelerator, saved, run.step, None if held_out is None else evaluation, signals)
             return
         results = logged_evaluations(output_dir, run.step) if saved is not None else {}
         accelerator.wait_for_everyone()  # all have read it
         first_step = None if saved is None else run.step
-        logger = MetricLogger(output_dir, first_step) if accelerator.is_main_process else None
-        how = {"take_step": take_step, "evaluate": None if held_out is None else evaluation, "shown": SHOWN}
+        trackers = start_trackers(config, accelerator, output_dir, first_step)
+        logger = MetricLogger(output_dir, first_step, trackers) if accelerator.is_main_process else None
+        evaluated = None if held_out is None else evaluation
+        how = {"take_step": take_step, "evaluate": evaluated, "shown": SHOWN, "rows": rows}
         TrainingLoop(config, accelerator, policy, optimizer, run, results, logger, **how).train(signals)
 
     # --- the final model ---------------------------------------------------------------------------------------------
-    target = export_final(config, accelerator, policy, tokenizer, models.model_card(config, results))
+    target = export_final(config, accelerator, policy, tokenizer, models.model_card(config, results, run.step))
     accelerator.print(f"the final model is in {target}")
     if logger is not None:
         logger.close()

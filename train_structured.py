@@ -27,6 +27,12 @@ before the batch's first update (pi_old) is where the clipped ratio starts. Thei
 weights. Without a server (`ebft.use_vllm: false`) both are the policy itself.
 """
 
+from ebft_utils.config.command import check_command_line
+from ebft_utils.config.modes import StructuredConfig, parse_command_line
+
+if __name__ == "__main__":
+    check_command_line(StructuredConfig, __doc__)  # before the imports that take seconds
+
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -49,7 +55,6 @@ from ebft_utils.algorithm.rewards import (
     share_equal_rollouts,
     unbiased_cfm,
 )
-from ebft_utils.config.modes import StructuredConfig, parse_command_line
 from ebft_utils.data.prompts import Completion, PromptBatch, conversation_of, feature_spans, make_prompt_batch, padded
 from ebft_utils.data.rows import MixedRows, Rows, load_rows
 from ebft_utils.data.streams import StreamedRows
@@ -57,7 +62,14 @@ from ebft_utils.run import checkpoint, distributed
 from ebft_utils.run.export import export_final
 from ebft_utils.run.loop import TrainingLoop, Update, evaluate_only, evaluate_rows, make_optimizer, micro_batches
 from ebft_utils.run.memory import out_of_memory_advice
-from ebft_utils.run.metrics import MetricLogger, MetricSums, logged_evaluations, rollout_table, step_metrics
+from ebft_utils.run.metrics import (
+    MetricLogger,
+    MetricSums,
+    SampleGroup,
+    logged_evaluations,
+    start_trackers,
+    step_metrics,
+)
 from ebft_utils.run.preview import preview
 from ebft_utils.server.client import VLLMServer
 from ebft_utils.server.rollouts import Rollouts
@@ -65,7 +77,7 @@ from ebft_utils.server.weight_sync import ServedPolicy
 
 SHOWN = {
     "reward": "ebft/mean_reward",
-    "cfm": "ebft/cfm_loss",
+    "cfm": "ebft/cfm_unbiased",
     "ce": "ebft/ce_loss",
     "length": "rollout/length",
     "kl": "vllm/kl",
@@ -177,16 +189,15 @@ def take_step(run: Run, step: int, update: Update):
         if run.served is not None:
             metrics |= {"vllm/staleness": float(step - written.version), "time/sync": run.served.seconds - synced}
             metrics["vllm/ratio_min"] = -metrics.pop("vllm/ratio_least")
-    metrics["time/step"] = time.perf_counter() - started
-    return metrics, None if groups is None else lambda: sample_table(run.tokenizer, batches[-1], groups)
+    return metrics, None if groups is None else partial(sample_groups, run.tokenizer, batches, groups)
 
 
 def train_step(
     run: Run, batches: list[PromptBatch], completions: list[list[list[Completion]]] | None, update: Update
-) -> tuple[MetricSums, Groups | None]:
+) -> tuple[MetricSums, list[Groups] | None]:
     """Points 2 to 5: the updates made with one batch of completions (None: rl_coef is 0).
 
-    Returns metric sums and the last micro-batch's groups.
+    Returns metric sums and each micro-batch's groups (None: rl_coef is 0).
     """
     accelerator, ebft, sums = run.accelerator, run.config.ebft, MetricSums()
     started, groups = time.perf_counter(), [None] * len(batches)
@@ -231,7 +242,7 @@ def train_step(
         update(accelerator.reduce(total_loss, reduction="sum").item())
     sums.add_sum("time/features", torch.tensor(features_done - started), 1.0)
     sums.add_sum("time/train", torch.tensor(time.perf_counter() - features_done), 1.0)
-    return sums, groups[-1]
+    return sums, groups if completions is not None else None
 
 
 def global_counts(accelerator: Accelerator, batches: list[PromptBatch], groups: list[Groups | None]) -> list[int]:
@@ -279,6 +290,7 @@ def count_completions(
     sums.add("ebft/diversity", rewards.diversity, every)
     sums.add("ebft/mean_reward", rewards.reward, every)
     sums.add("ebft/cfm_loss", rewards.cfm, every[:, 0])
+    sums.add("ebft/cfm_unbiased", unbiased_cfm(groups.features, groups.truth_features), every[:, 0])
     sums.add("advantage", advantages, every)
     sums.add("advantage_square", advantages.double().square(), every)
     first = first_equal_rollout(torch.where(groups.written, groups.tokens, -1))
@@ -344,21 +356,20 @@ def step_batches(
     return micro_batches(config, accelerator, rows, step, make)
 
 
-def sample_table(tokenizer, batch: PromptBatch, groups: Groups, num_rows: int = 8) -> str:
-    """A few completions of a batch as text: two of each prompt."""
-    table = []
-    for row, conversation in enumerate(batch.conversations):
-        for sample in range(2):
-            length = int(groups.written[row, sample].nonzero().max()) + 1
-            table.append(
-                {
-                    "prefix": tokenizer.decode(conversation.prompt[-24:]),
-                    "rollout": tokenizer.decode(groups.tokens[row, sample, :length].cpu()),
-                    "ground truth": tokenizer.decode(conversation.truth[0]),
-                    "reward": groups.rewards.reward[row, sample].item(),
-                }
-            )
-    return rollout_table(table[:num_rows])
+def sample_groups(tokenizer, batches: list[PromptBatch], written: list[Groups], number: int = 8) -> list[SampleGroup]:
+    """A few prompts with their completions as text."""
+    found = []
+    for batch, groups in zip(batches, written, strict=True):
+        for row, conversation in enumerate(batch.conversations):
+            lengths = [int(own.nonzero().max()) + 1 for own in groups.written[row]]
+            tokens = groups.tokens[row].tolist()
+            texts = [tokenizer.decode(ids[:length]) for ids, length in zip(tokens, lengths, strict=True)]
+            rewards = groups.rewards.reward[row].tolist()
+            prefix, truth = tokenizer.decode(conversation.prompt[-200:]), tokenizer.decode(conversation.truth[0])
+            found.append(SampleGroup(prefix, truth, list(zip(rewards, texts, strict=True))))
+            if len(found) == number:
+                return found
+    return found
 
 
 def main(argv: list[str]) -> None:
@@ -383,6 +394,7 @@ def train_or_evaluate(config: StructuredConfig, accelerator: Accelerator, output
     # --- data, model --------------------------------------------------------------------------------------------------
     saved = checkpoint.find_checkpoint(config, accelerator)
     changed = checkpoint.check_same_run(config, saved) if saved is not None else []
+    checkpoint.write_config(config, accelerator, output_dir)
     tokenizer = models.load_tokenizer(config.model)
     load = partial(load_rows, config, tokenizer, conversation_of)
     rows, held_out = distributed.main_process_first(accelerator, load)  # the other processes then read its cache
@@ -417,7 +429,8 @@ def train_or_evaluate(config: StructuredConfig, accelerator: Accelerator, output
             served = ServedPolicy(config, accelerator, policy, VLLMServer(config), probe.prompt + probe.truth[0])
             stack.callback(served.close)
             accelerator.print(f"rollouts: {served.start(state.step)}")
-        rollouts = Rollouts(config, accelerator, policy, tokenizer, stop_ids, served, batches_of)
+        num_steps = config.train.total_steps(rows)
+        rollouts = Rollouts(config, accelerator, policy, tokenizer, stop_ids, served, batches_of, num_steps)
         stack.callback(rollouts.close)
         signals = stack.enter_context(distributed.StopSignals())
         if served is not None:
@@ -428,17 +441,18 @@ def train_or_evaluate(config: StructuredConfig, accelerator: Accelerator, output
         # --- evaluate only, or train ---------------------------------------------------------------------------------
         evaluation = None if held_out is None else lambda: evaluate(run, held_out, state.step, signals)
         if config.eval.only:
-            evaluate_only(accelerator, output_dir, state.step, evaluation, signals)
+            evaluate_only(config, accelerator, saved, state.step, evaluation, signals)
             return
         results = logged_evaluations(output_dir, state.step) if saved is not None else {}
         accelerator.wait_for_everyone()  # all have read it
         first_step = None if saved is None else state.step
-        logger = MetricLogger(output_dir, first_step) if accelerator.is_main_process else None
-        how = {"take_step": partial(take_step, run), "evaluate": evaluation, "shown": SHOWN}
+        trackers = start_trackers(config, accelerator, output_dir, first_step)
+        logger = MetricLogger(output_dir, first_step, trackers) if accelerator.is_main_process else None
+        how = {"take_step": partial(take_step, run), "evaluate": evaluation, "shown": SHOWN, "rows": rows}
         TrainingLoop(config, accelerator, policy, optimizer, state, results, logger, **how).train(signals)
 
     # --- the final model ---------------------------------------------------------------------------------------------
-    target = export_final(config, accelerator, policy, tokenizer, models.model_card(config, results))
+    target = export_final(config, accelerator, policy, tokenizer, models.model_card(config, results, state.step))
     accelerator.print(f"the final model is in {target}")
     if logger is not None:
         logger.close()

@@ -251,7 +251,7 @@ def test_features_are_the_raw_hidden_states_or_the_model_is_refused(tmp_path, ar
     config = StridedConfig(
         model=ModelConfig(str(tmp_path)),
         data=TextDataConfig("unused", sequence_length=16),
-        train=TrainConfig("unused"),
+        train=TrainConfig("unused", max_steps=1),
         ebft=StridedEBFTConfig(feature_layers=[0.0, 0.5, 0.75]),
     )
     try:
@@ -304,7 +304,7 @@ def test_diverged_run_stops_before_the_update(refused, write_config, tmp_path, c
     assert all(tensor.isfinite().all() for tensor in saved_tensors(output / "checkpoint-1").values())
     assert not (output / "checkpoint-2").exists() and not (output / "final").exists()
     assert [json.loads(line)["step"] for line in (output / "metrics.jsonl").read_text().splitlines()] == [0, 1]
-    events = EventAccumulator(str(output / "tensorboard")).Reload().Scalars("ebft/ce_loss")
+    events = EventAccumulator(str(output / "tensorboard" / "ebft")).Reload().Scalars("ebft/ce_loss")
     assert [event.step for event in events] == [1]
 
 

@@ -307,7 +307,7 @@ def test_the_learning_rate_is_chosen_by_validation(monkeypatch, tmp_path):
         # cross-entropy falls with the rate; reward is best at the first; it is the opposite in what does not count
         measured = {  # of two documents, of which the second does not count
             "cross_entropy": [[3.0 - place, 10.0 * place], [1.0, 1.0]],
-            "reward_pass@1": [[0.8 - 0.4 * place, 5.0 * place], [1.0, 1.0]],
+            "mean_reward": [[0.8 - 0.4 * place, 5.0 * place], [1.0, 1.0]],
             "copied_share": [[0.0, 0.9], [1.0, 1.0]],
         }
         if run.name.startswith("sweep-lora"):
@@ -323,7 +323,7 @@ def test_the_learning_rate_is_chosen_by_validation(monkeypatch, tmp_path):
             place = kinds["lora"][run.name.split("-")[3]].index(float(run.overrides[-3].partition("=")[2]))
             measured = {
                 "cross_entropy": [[3.0 - 0.2 * place], [1.0]],
-                "reward_pass@1": [[0.8 - 0.4 * place], [1.0]],
+                "mean_reward": [[0.8 - 0.4 * place], [1.0]],
                 "copied_share": [[0.0], [1.0]],
             }
             run.file.write_text(json.dumps({"base": run.base, "overrides": run.overrides, "measured": measured}))

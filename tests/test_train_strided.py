@@ -5,6 +5,7 @@ Most runs call `train_strided.main` in this process (0.3 s instead of 6); the on
 
 import json
 import math
+import re
 import shutil
 import socket
 import subprocess
@@ -28,6 +29,7 @@ from ebft_utils.run.metrics import evaluation_metrics
 from helpers import (
     ROOT,
     assert_close_runs,
+    assert_holds,
     assert_same_weights,
     assert_trained,
     evaluations,
@@ -42,6 +44,7 @@ METRIC_NAMES = {
     "ebft/diversity",
     "ebft/mean_reward",
     "ebft/cfm_loss",
+    "ebft/cfm_unbiased",
     "ebft/rl_loss",
     "ebft/ce_loss",
     "ebft/advantages_std",
@@ -50,6 +53,9 @@ METRIC_NAMES = {
     "train/learning_rate",
     "train/grad_norm",
     "train/tokens_per_second",
+    "train/tokens",
+    "train/epoch",
+    "time/step",
 }
 MODES = pytest.mark.parametrize("mode", [{}, {"lora": {"r": 4, "alpha": 8.0}}], ids=["full", "LoRA"])
 ADAMW = dict(betas=(0.9, 0.95), weight_decay=0.0)
@@ -79,14 +85,15 @@ def test_the_command_trains_and_saves(run_script, write_config, model_folder, tm
     assert all(entry[name] > 0 for entry in entries for name in positive)
     assert [entry["step"] for entry in evaluations(folder)] == [0, 3]
 
-    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"tensors": 0}).Reload()
+    events = EventAccumulator(str(folder / "tensorboard" / "ebft"), size_guidance={"tensors": 0}).Reload()
     for name in METRIC_NAMES:
         expected = [(entry["step"], pytest.approx(entry[name], rel=1e-6)) for entry in entries]
         assert [(event.step, event.value) for event in events.Scalars(name)] == expected
-    (table,) = events.Tensors("rollouts/text_summary")
-    header, _, *rows = table.tensor_proto.string_val[0].decode().split("\n")
-    assert header == "| prefix | rollout | ground truth | reward |"
-    assert 1 <= len(rows) <= 8 and all(math.isfinite(float(row.split("|")[-2])) for row in rows)
+    (samples,) = events.Tensors("rollouts/text_summary")
+    text = samples.tensor_proto.string_val[0].decode()
+    heads = re.findall(r"^\*\*reward (\S+) to (\S+)\*\*, mean \S+, \d rollouts$", text, flags=re.MULTILINE)
+    assert 2 <= len(heads) <= 8 and all(float(best) >= float(worst) for best, worst in heads)
+    assert text.count("── prefix") == len(heads)
 
     AutoTokenizer.from_pretrained(folder / "final")("some text")
     ids = torch.arange(3, 20)[None]
@@ -166,7 +173,7 @@ def test_steps_after_the_last_checkpoint_are_done_again(train, interrupted, tmp_
     train("broken", "train.resume=latest", **changes)
     assert training(broken) == training(whole)
     assert all(torch.equal(tensor, weights(broken)[name]) for name, tensor in weights(whole).items())
-    events = EventAccumulator(str(broken / "tensorboard")).Reload().Scalars("ebft/ce_loss")
+    events = EventAccumulator(str(broken / "tensorboard" / "ebft")).Reload().Scalars("ebft/ce_loss")
     assert [event.step for event in events] == [1, 2, 3, 4, 5, 6]
 
 
@@ -428,8 +435,7 @@ def evaluation(train):
 
     def run(name: str, *overrides: str, **changes) -> dict:
         folder = train(name, "eval.only=true", *overrides, **{"eval__num_documents": 7, **changes})
-        assert not (folder / "final").exists() and not (folder / "metrics.jsonl").exists()
-        return json.loads((folder / "eval.json").read_text())
+        return json.loads((folder / "eval-step-0.json").read_text())
 
     return run
 
@@ -487,9 +493,20 @@ def test_evaluation_of_a_checkpoint(train, evaluation):
     """Guards against eval.only with train.resume that evaluates the weights of the start."""
     folder = train("run", train__max_steps=2, eval__num_documents=7)
     last = evaluations(folder)[-1]
-    found = evaluation("elsewhere", f"train.resume={folder / 'checkpoint-2'}")
+    train("elsewhere", "eval.only=true", f"train.resume={folder / 'checkpoint-2'}", eval__num_documents=7)
+    found = json.loads((folder / "eval-checkpoint-2.json").read_text())
     assert found == {name: last[name] for name in found}
-    assert found["step"] == 2
+    assert found["step"] == 2 and not list((folder.parent / "elsewhere").glob("eval*"))
+
+
+def test_evaluation_says_which_weights_it_is_of(train, evaluation, capsys):
+    """Guards against numbers of the base model that are taken for those of the run in whose folder they are."""
+    folder = train("run")
+    capsys.readouterr()
+    assert evaluation("run")["step"] == 0
+    said = capsys.readouterr().out
+    words = ("before training (not", folder / "checkpoint-3", "train.resume=latest", folder / "eval-step-0.json")
+    assert_holds(said, *words)
 
 
 @MODES

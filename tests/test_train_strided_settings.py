@@ -11,6 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from ebft_utils.config.modes import load_config
 from ebft_utils.run.loop import learning_rate
 from helpers import logged, training, weights
+from train_strided import main
 
 VARIANTS = {
     "rloo": [],
@@ -89,7 +90,7 @@ def test_logging_and_table_steps(train):
     """Guards against a last step that is not logged, and tables that are never written."""
     folder = train("run", "train.max_steps=5", "train.logging_steps=2", "train.rollout_table_steps=2")
     assert [entry["step"] for entry in logged(folder)] == [2, 4, 5]
-    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"tensors": 0}).Reload()
+    events = EventAccumulator(str(folder / "tensorboard" / "ebft"), size_guidance={"tensors": 0}).Reload()
     assert [event.step for event in events.Tensors("rollouts/text_summary")] == [1, 2, 4]
 
 
@@ -113,7 +114,35 @@ def test_learning_rate_by_hand(write_config, scheduler, warmup, expected):
     """Guards against a first or last step at learning rate 0 (wasted), and a peak that is never reached."""
     file = write_config(train__max_steps=8, train__lr_scheduler=scheduler, train__warmup_ratio=warmup)
     config = load_config(str(file))
-    assert [learning_rate(config, step) / 1e-3 for step in range(8)] == pytest.approx(expected, abs=1e-6)
+    assert [learning_rate(config, step, 8) / 1e-3 for step in range(8)] == pytest.approx(expected, abs=1e-6)
+
+
+def test_warm_up_in_steps(write_config):
+    """Guards against warmup_steps that are ignored, or rounded as a share."""
+    file = write_config(train__max_steps=8, train__lr_scheduler="linear", train__warmup_steps=2)
+    rates = [learning_rate(load_config(str(file)), step, 8) / 1e-3 for step in range(8)]
+    assert rates == pytest.approx([1 / 3, 2 / 3, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6], abs=1e-6)
+
+
+def test_a_run_of_epochs(train, write_config, refused, capsys):
+    """Guards against num_epochs that differ between the loop, its learning rates, the dry run and the model card.
+
+    5 rows, 2 a step: two epochs are 5 steps.
+    """
+    changes = dict(data__max_documents=5, eval__num_documents=0, train__max_steps=None, train__lr_scheduler="linear")
+    changes |= dict(train__warmup_ratio=0.0, train__learning_rate=1e-2)
+    folder = train("run", "train.num_epochs=2", **changes)
+    rates = [entry["train/learning_rate"] for entry in training(folder)]
+    assert rates == pytest.approx([1e-2, 8e-3, 6e-3, 4e-3, 2e-3])
+    assert "Trained for 5 steps" in (folder / "final" / "README.md").read_text()
+    file = write_config(**changes)
+    main(["--cfg", str(file), "train.num_epochs=2", "--dry-run"])
+    assert "5 steps of 2 rows" in (printed := capsys.readouterr().out) and "; 2.00 epochs" in printed
+    message = refused("--cfg", file, "train.num_epochs=1", "train.resume=latest")
+    assert "train.num_epochs: so many epochs are 3 steps, less than the 5 steps that checkpoint-5 has done" in message
+    main(["--cfg", str(file), "train.max_steps=6", "train.resume=latest"])
+    shares = "(warm-up and decay are shares of the steps: the learning rates change with them)"
+    assert f"train.max_steps is 6 and was None {shares}\n" in capsys.readouterr().out
 
 
 def test_logged_learning_rate_is_the_one_of_the_step(train):

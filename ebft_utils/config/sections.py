@@ -1,9 +1,13 @@
 """The sections model, lora, feature_network, ebft, train and vllm of the configuration (data and eval: data.py)."""
 
+import math
+from collections.abc import Sized
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 from .settings import Section, option
+
+TRACKERS = Literal["tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab"]
 
 
 @dataclass
@@ -60,10 +64,6 @@ class FeatureNetworkConfig(Section):
 @dataclass
 class EBFTConfig(Section):
     """The algorithm, as far as both modes share it."""
-
-    MISPLACED: ClassVar[dict[str, str]] = {
-        "use_whitening": "set ebft.whitening, which has none beside feature and sample"
-    }
 
     feature_layers: list[float] = option(
         [0.25, 0.5, 0.75], "depths of the feature layers; 0: embeddings, 1: after the last layer", minimum=0, maximum=1
@@ -184,13 +184,19 @@ class StructuredEBFTConfig(EBFTConfig):
 class TrainConfig(Section):
     """Steps, optimizer, logging and checkpoints."""
 
-    MISPLACED: ClassVar[dict[str, str]] = {  # other trainers set the other factor of the same product
-        "gradient_accumulation_steps": "set train.batch_size, the rows of an optimizer step over all processes: "
-        "the number of accumulated forwards follows from it"
-    }
-
     output_dir: str = option("", "folder for checkpoints, logs and the final model")
-    max_steps: int = option(1000, "optimizer steps; the data repeats, in a new order, as often as needed", minimum=1)
+    max_steps: int | None = option(
+        None,
+        "optimizer steps; the data repeats, in a new order, as often as needed; null: num_epochs decides. One of the "
+        "two is required",
+        minimum=1,
+    )
+    num_epochs: float | None = option(
+        None,
+        "passes over the data, in place of max_steps (not of streams and mixtures); the steps are num_epochs x rows / "
+        "batch_size, rounded up",
+        above=0,
+    )
     seed: int = option(0, "order of the data, rollouts, initial adapter", minimum=0)
     batch_size: int = option(
         8, "rows of an optimizer step, over all processes: the update is the same however they are split", minimum=1
@@ -200,16 +206,22 @@ class TrainConfig(Section):
     )
     learning_rate: float = option(1e-6, "peak learning rate", above=0)
     lr_scheduler: Literal["constant", "cosine", "linear"] = option(
-        "constant", "after the warm-up: stay, or fall to 0 at max_steps"
+        "constant", "after the warm-up: stay, or fall to 0 at the last step"
     )
     warmup_ratio: float = option(
-        0.03, "share of max_steps in which the learning rate rises to its peak", minimum=0, maximum=1
+        0.03, "share of the steps in which the learning rate rises to its peak", minimum=0, maximum=1
+    )
+    warmup_steps: int | None = option(
+        None, "steps in which the learning rate rises to its peak; null: warmup_ratio decides", minimum=0
     )
     weight_decay: float = option(0.0, "AdamW's decoupled weight decay", minimum=0)
     adam_beta1: float = option(0.9, "AdamW's decay of the mean gradient", minimum=0, maximum=0.99999)
     adam_beta2: float = option(0.95, "AdamW's decay of the mean squared gradient", minimum=0, maximum=0.99999)
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm", above=0)
     logging_steps: int = option(1, "log a step's metrics every so many steps", minimum=1)
+    report_to: list[TRACKERS] = option(
+        ["tensorboard"], "where metrics go beside metrics.jsonl: trackers of accelerate, whose package is installed"
+    )
     rollout_table_steps: int = option(50, "write a table of sample rollouts every so many steps; 0: never", minimum=0)
     save_steps: int = option(100, "write a checkpoint every so many steps; 0: only at the end", minimum=0)
     save_total_limit: int = option(2, "checkpoints that are kept", minimum=1)
@@ -221,6 +233,12 @@ class TrainConfig(Section):
     process_timeout_minutes: float = option(
         30.0, "the run ends when a process waits for another one longer than this", above=0
     )
+
+    def total_steps(self, rows: Sized) -> int:
+        """Optimizer steps of the whole run. rows: those to train on; their number matters with num_epochs alone."""
+        if self.max_steps is not None:
+            return self.max_steps
+        return max(1, math.ceil(self.num_epochs * len(rows) / self.batch_size - 1e-9))  # 1.1 * 10 is 11.000000000000002
 
 
 @dataclass

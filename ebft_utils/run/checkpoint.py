@@ -103,6 +103,16 @@ def output_folder(config: Config, accelerator: Accelerator):
             lock.close()
 
 
+def write_config(config: Config, accelerator: Accelerator, folder: Path) -> None:
+    """Writes the whole configuration to config.yaml in the run's folder, when it is sure that the run will go on."""
+    if not accelerator.is_main_process or config.eval.only:
+        return
+    try:
+        (folder / "config.yaml").write_text(config.to_yaml())
+    except OSError as error:
+        raise UserError(f"train.output_dir: {folder / 'config.yaml'} could not be written: {error.strerror}") from None
+
+
 def _not_a_folder(folder: Path) -> str | None:
     """The problem with a file or a link in the place of a folder that the run will write, hours from now."""
     for path in sorted([folder / "final", *folder.glob("checkpoint-*")]):
@@ -203,8 +213,9 @@ def check_same_run(config: Config, checkpoint: Path) -> list[str]:
     here, there = _flatten(config.to_dict()), _flatten(read_settings_of(checkpoint))
     changed = [key for key in here | there if here.get(key) != there.get(key)]
     words = {key: f"{key} is {here.get(key)!r} and was {there.get(key)!r}" for key in changed}
-    if "train.max_steps" in words:
-        words["train.max_steps"] += " (warm-up and decay are shares of it: the learning rates change with it)"
+    length = next((key for key in ("train.max_steps", "train.num_epochs") if key in words), None)
+    if length is not None:
+        words[length] += " (warm-up and decay are shares of the steps: the learning rates change with them)"
     model_keys, trains = ("model.", "lora"), not config.eval.only
     refused = [words[key] for key in changed if key not in MAY_CHANGE and (trains or key.startswith(model_keys))]
     if refused:
@@ -364,10 +375,11 @@ def continue_with(config: Config, accelerator: Accelerator, run: RunState, rows)
 
     Raises UserError when the run cannot be resumed as it began.
     """
-    data, launch, max_steps = rows.fingerprint(), launch_of(accelerator), config.train.max_steps
-    if run.step > max_steps:
+    data, launch, num_steps = rows.fingerprint(), launch_of(accelerator), config.train.total_steps(rows)
+    if run.step > num_steps:
         done = f"the {run.step} steps that checkpoint-{run.step} has done"
-        raise UserError(f"train.max_steps: {max_steps} is less than {done}")
+        key, epochs = ("max_steps", "") if config.train.num_epochs is None else ("num_epochs", "so many epochs are ")
+        raise UserError(f"train.{key}: {epochs}{num_steps} steps, less than {done}; raise it")
     if run.data != data:
         raise UserError(
             f"train.resume: {config.data.described!r} has changed: {data} to train on, and it was {run.data}; "

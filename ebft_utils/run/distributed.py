@@ -11,10 +11,12 @@ import sys
 import time
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
@@ -44,17 +46,26 @@ def prepare_accelerator(config: Config) -> Accelerator:
         InitProcessGroupKwargs(timeout=timedelta(minutes=config.train.process_timeout_minutes)),
         DistributedDataParallelKwargs(broadcast_buffers=False),  # buffers are constants
     ]
-    accelerator = Accelerator(mixed_precision=MIXED_PRECISION[config.model.dtype], kwargs_handlers=handlers)
+    for tracker in config.train.report_to:
+        if tracker not in map(str, get_available_trackers()):
+            raise UserError(f"train.report_to: {tracker} is not installed: pip install {tracker.replace('_', '-')}")
+    logs = Path(config.train.output_dir).expanduser().resolve() / "tensorboard"
+    accelerator = Accelerator(
+        mixed_precision=MIXED_PRECISION[config.model.dtype],
+        kwargs_handlers=handlers,
+        log_with=config.train.report_to,
+        project_config=ProjectConfiguration(logging_dir=str(logs)),
+    )
     kind = accelerator.distributed_type
+    _refuse_missing_gpus(accelerator)
     if fsdp and kind != DistributedType.FSDP:
         raise UserError(
             "distributed_type: FSDP in the accelerate config would silently run unsharded here (on the CPU, or as one "
-            "process); use accelerate_configs/cpu.yaml, ddp.yaml or single_gpu.yaml"
+            "process); one process: python train_strided.py .., several: accelerate_configs/ddp.yaml"
         )
     if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP):
         allowed = "NO, MULTI_GPU, FSDP"
         raise UserError(f"distributed_type: {kind.value} in the accelerate config is not supported; allowed: {allowed}")
-    _refuse_missing_gpus(accelerator)
     feature_device(config.feature_network.device, accelerator.device)  # raises UserError for a device that is missing
     if kind == DistributedType.FSDP:
         # accelerate's own policy would reduce gradients, and return log-probs, in bfloat16.
@@ -116,9 +127,9 @@ def _refuse_missing_gpus(accelerator: Accelerator) -> None:
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.device.type == "cpu" and (asked == "false" or (asked == "unsaid" and launched > 1)):
         raise UserError(
-            "use_cpu: false in the accelerate config, and no GPU is visible; on the CPU: "
-            "accelerate_configs/cpu.yaml, or for several processes ACCELERATE_USE_CPU=true and "
-            "accelerate_configs/ddp.yaml"
+            "no GPU is visible, and the accelerate config wants one (use_cpu: false); on the CPU: python "
+            "train_strided.py .., or for several processes ACCELERATE_USE_CPU=true accelerate launch --config_file "
+            "accelerate_configs/ddp.yaml .."
         )
     if launched != accelerator.num_processes:
         raise UserError(
@@ -346,6 +357,9 @@ class StopSignals:
             self.at_once = True
             raise KeyboardInterrupt
         self.received = number
+        if os.environ.get("RANK", "0") == "0":  # written past Python's buffers, which may be in use
+            again = "; Ctrl-C again: stop at once, without saving" * (number == signal.SIGINT)
+            os.write(2, f"\n{signal.Signals(number).name}: finishing this step, then saving{again}\n".encode())
 
     def agreed(self, accelerator: Accelerator) -> int:
         """The signal that any process has received, 0 when none has: the same answer on each."""
@@ -364,7 +378,11 @@ def run_as_command(main) -> None:
     try:
         main(sys.argv[1:])
     except UserError as error:
-        if process:
+        if process and not torch.distributed.is_initialized():
+            # about the launch: the same on all processes of a machine, and the first one says it
+            if os.environ.get("LOCAL_RANK", "0") != "0":
+                sys.exit(1)
+        elif process:
             time.sleep(5)  # usually the main process has printed the same by now, and the launcher ends this one
         sys.exit(f"error{f' on process {process}' if process else ''}: {error}")
     except Stopped as stopped:

@@ -44,8 +44,8 @@ CHANGEABLE = {  # section -> settings that a resumed run may change
     "lora": "merge",
     "vllm": " ".join(field.name for field in fields(VLLMConfig)),
     "eval": "only at_start at_end every_steps per_device_batch_size",
-    "train": "output_dir per_device_batch_size max_steps logging_steps rollout_table_steps save_steps save_total_limit "
-    "resume process_timeout_minutes",
+    "train": "output_dir per_device_batch_size max_steps num_epochs logging_steps report_to rollout_table_steps "
+    "save_steps save_total_limit resume process_timeout_minutes",
     "data": "num_proc",
 }
 RENAMED_METRICS = {"reward_pass@1": "mean_reward"}  # in runs of earlier versions
@@ -61,7 +61,8 @@ class RunState:
     """The state of a run apart from its tensors.
 
     step: optimizer steps done; launch: processes and sharding; data: fingerprint of the rows; before: the evaluation
-    before training; places: the position in its streams (`streams.StreamedRows`).
+    before training; places: the position in its streams (`streams.StreamedRows`); tokens: of documents and rollouts
+    that were trained on.
     """
 
     step: int
@@ -69,6 +70,14 @@ class RunState:
     data: str
     before: dict[str, Tensor] | None
     places: list
+    tokens: int = 0
+
+
+def renamed(metric: str) -> str:
+    """Today's name of a metric that an earlier version has logged."""
+    for old, new in RENAMED_METRICS.items():
+        metric = metric.replace(old, new)
+    return metric
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -166,15 +175,15 @@ def read_run(path: Path) -> RunState:
     folder = re.fullmatch(r"checkpoint-(\d+)", path.resolve().name)
     if folder and int(folder[1]) != values["step"]:
         raise Damaged(f"run.json: step is {values['step']}, and the folder is {folder[0]}")
+    if not (_is_whole(values["tokens"]) and values["tokens"] >= 0):
+        raise Damaged(f"run.json: tokens is {values['tokens']!r:.40}, not a number of tokens")
     if not _are_places(values["places"]):
         raise Damaged("run.json: places is no position in streams")
     before = values["before"]
     if before is not None:
         if not (isinstance(before, dict) and before and all(map(_is_table, before.values()))):
             raise Damaged("run.json: before is no table of an evaluation")
-        values["before"] = {
-            RENAMED_METRICS.get(name, name): torch.tensor(table, dtype=torch.float64) for name, table in before.items()
-        }
+        values["before"] = {renamed(name): torch.tensor(table, dtype=torch.float64) for name, table in before.items()}
         if len({table.shape for table in values["before"].values()}) > 1:
             raise Damaged("run.json: before holds tables of different sizes")
     return RunState(**values)

@@ -17,21 +17,24 @@ from tqdm import tqdm
 
 from ..config.modes import Config
 from ..config.settings import UserError
-from ..data.rows import rows_of_step
-from .checkpoint import RunState, save_checkpoint
+from ..data.rows import Rows, rows_of_step
+from .checkpoint import RunState, list_checkpoints, save_checkpoint
 from .distributed import AgreedError, Stopped, StopSignals, clip_gradients, micro_batches_per_step, together
 from .metrics import MetricLogger, evaluation_metrics, summary_of
 
 Update = Callable[[float], None]
 
 
-def learning_rate(config: Config, step: int) -> float:
-    """Learning rate of a step (counted from 0): linear warm-up to the peak, then constant, or cosine or linear to 0."""
+def learning_rate(config: Config, step: int, num_steps: int) -> float:
+    """Learning rate of a step (counted from 0): linear warm-up to the peak, then constant, or cosine or linear to 0.
+
+    num_steps: of the whole run (TrainConfig.total_steps).
+    """
     train = config.train
-    warmup_steps = round(train.warmup_ratio * train.max_steps)
+    warmup_steps = round(train.warmup_ratio * num_steps) if train.warmup_steps is None else train.warmup_steps
     if step < warmup_steps:
         return train.learning_rate * (step + 1) / (warmup_steps + 1)
-    done = (step - warmup_steps) / max(1, train.max_steps - warmup_steps)
+    done = (step - warmup_steps) / max(1, num_steps - warmup_steps)
     decay = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
     return train.learning_rate * decay[train.lr_scheduler]
 
@@ -99,12 +102,12 @@ class TrainingLoop:
 
     Args:
         run: where it starts. results: evaluation metrics by step, extended here. logger: on the main process only.
-        take_step(step, update) -> (metrics, table): one step of the algorithm, counted from 0. It leaves gradients and
-            calls update(loss) once for each update that it makes. The metric "tokens" becomes tokens per second.
-            table() gives sample rollouts as text; table may be None.
+        take_step(step, update) -> (metrics, samples): one step of the algorithm, counted from 0. It leaves gradients
+            and calls update(loss) once for each update that it makes. The metric "tokens" becomes tokens per second.
+            samples() gives some groups of rollouts as text; samples may be None.
         evaluate() -> name -> (2, documents), totals and weights; None when the run was asked to stop meanwhile.
             evaluate None: no evaluation.
-        shown: label -> metric, for the console.
+        shown: label -> metric, for the console. rows: what it trains on.
     """
 
     def __init__(
@@ -120,28 +123,30 @@ class TrainingLoop:
         take_step,
         evaluate,
         shown,
+        rows,
     ):
         self.config, self.accelerator, self.policy, self.optimizer = config, accelerator, policy, optimizer
         self.run, self.results, self.logger = run, results, logger
-        self.take_step, self.evaluate, self.shown = take_step, evaluate, shown
+        self.take_step, self.evaluate = take_step, evaluate
+        self.shown, self.rows, self.num_steps = shown, rows, config.train.total_steps(rows)
         self.saved, self.updating, self.grad_norm, self.loss = run.step, False, 0.0, 0.0
 
     def train(self, signals: StopSignals) -> None:
-        """Runs to train.max_steps.
+        """Runs to the last step.
 
         Raises Stopped when the run was asked to stop, UserError when the loss is not finite or a step cannot be done.
         """
         config, accelerator, run, train = self.config, self.accelerator, self.run, self.config.train
         finished = False
         hidden = not accelerator.is_main_process
-        self.progress = tqdm(total=train.max_steps, initial=run.step, desc="training", disable=hidden)
+        self.progress = tqdm(total=self.num_steps, initial=run.step, desc="training", disable=hidden)
         self.policy.train()
         try:
             if run.step == 0 and config.eval.at_start:
                 self._evaluate_now()
-            while run.step < train.max_steps and not signals.agreed(accelerator):
+            while run.step < self.num_steps and not signals.agreed(accelerator):
                 self._step()
-                if config.eval.every_steps and run.step % config.eval.every_steps == 0 and run.step < train.max_steps:
+                if config.eval.every_steps and run.step % config.eval.every_steps == 0 and run.step < self.num_steps:
                     self._evaluate_now()
                 if train.save_steps and run.step % train.save_steps == 0:
                     self._save()
@@ -165,22 +170,27 @@ class TrainingLoop:
 
     def _step(self) -> None:
         run, train, started = self.run, self.config.train, time.perf_counter()
-        rate = learning_rate(self.config, run.step)
+        rate = learning_rate(self.config, run.step, self.num_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        metrics, table = self.take_step(run.step, self._update)
+        metrics, samples = self.take_step(run.step, self._update)
         run.step, self.updating = run.step + 1, False
         metrics |= {"train/loss": self.loss, "train/learning_rate": rate, "train/grad_norm": self.grad_norm}
-        metrics["train/tokens_per_second"] = metrics.pop("tokens") / (time.perf_counter() - started)
-        if self.logger is not None and (run.step % train.logging_steps == 0 or run.step == train.max_steps):
+        num_tokens = metrics.pop("tokens")
+        run.tokens += round(num_tokens)
+        metrics["time/step"] = time.perf_counter() - started
+        metrics |= {"train/tokens_per_second": num_tokens / metrics["time/step"], "train/tokens": run.tokens}
+        if isinstance(self.rows, Rows):  # streams and mixtures have no epoch
+            metrics["train/epoch"] = run.step * train.batch_size / len(self.rows)
+        if self.logger is not None and (run.step % train.logging_steps == 0 or run.step == self.num_steps):
             self.logger.log(run.step, metrics)
             line = ", ".join(f"{label} {metrics[name]:.4g}" for label, name in self.shown.items() if name in metrics)
             self._print(f"step {run.step}: {line}")
         self.progress.update()
         table_steps = train.rollout_table_steps
-        if self.logger is not None and table is not None and table_steps:
+        if self.logger is not None and samples is not None and table_steps:
             if run.step == 1 or run.step % table_steps == 0:
-                self.logger.text(run.step, "rollouts", table())
+                self.logger.samples(run.step, samples())
 
     def _update(self, loss: float) -> None:
         self.loss, self.grad_norm = loss, clip_gradients(self.accelerator, self.policy, self.config.train.max_grad_norm)
@@ -208,15 +218,13 @@ class TrainingLoop:
         self.run.before = table if self.run.step == 0 else self.run.before
         if self.logger is not None:
             self.logger.log(self.run.step, results)
-            self._print(_evaluation_text(self.run.step, table, results))
+            self._print(_evaluation_text(f"step {self.run.step}", table, results))
 
     def _save(self, **how) -> None:
         if self.run.step > self.saved:
             self.saved = self.run.step  # one attempt: a full disk stays full
             target = save_checkpoint(self.config, self.accelerator, self.policy, self.optimizer, self.run, **how)
             self._print(f"saved {target}")
-            if self.logger is not None:
-                self.logger.flush()
 
     def _save_alone(self) -> None:
         """Saves on the main process without the others, where that is possible."""
@@ -234,25 +242,37 @@ class TrainingLoop:
             self.progress.write(text)
 
 
-def evaluate_only(accelerator: Accelerator, output_dir: Path, step: int, evaluate, signals: StopSignals) -> None:
-    """eval.only: evaluates once, prints the results and writes them to eval.json.
+def evaluate_only(
+    config: Config, accelerator: Accelerator, saved: Path | None, step: int, evaluate, signals: StopSignals
+) -> None:
+    """eval.only: evaluates once, prints the results, and writes them beside what they are of.
 
-    Raises Stopped when the run was asked to stop.
+    saved: the checkpoint that was loaded, of a step; its results are in eval-checkpoint-STEP.json beside it. None: the
+    model as it is before training; its results are in eval-step-0.json in train.output_dir. Raises Stopped when the run
+    was asked to stop.
     """
     if evaluate is None:
         raise UserError(
             "eval.only: true without held-out documents leaves nothing to do; set eval.num_documents above 0"
         )
+    folder = Path(config.train.output_dir).expanduser()
+    target, name = folder / "eval-step-0.json", f"{config.model.name_or_path} before training"
+    if saved is not None:
+        target, name = saved.parent / f"eval-{saved.name}.json", str(saved)
+    elif found := list_checkpoints(folder):
+        name += f" (not {found[-1]}, which train.resume=latest evaluates)"
+    accelerator.print(f"evaluating {name}")
     table = evaluate()
     if table is None:
         raise Stopped(signals.agreed(accelerator))
     results = evaluation_metrics(table, None)
-    accelerator.print(_evaluation_text(step, table, results))
+    accelerator.print(_evaluation_text(name, table, results))
     if accelerator.is_main_process:
         finite = {name: value if math.isfinite(value) else None for name, value in results.items()}
-        (output_dir / "eval.json").write_text(json.dumps({"step": step, **finite}, indent=2) + "\n")
+        target.write_text(json.dumps({"step": step, **finite}, indent=2) + "\n")
+        accelerator.print(f"written to {target}")
 
 
-def _evaluation_text(step: int, table: dict[str, Tensor], results: dict[str, float]) -> str:
+def _evaluation_text(name: str, table: dict[str, Tensor], results: dict[str, float]) -> str:
     documents = next(iter(table.values())).shape[1]
-    return f"step {step}, {documents} held-out documents, mean ± standard error:\n{summary_of(results)}"
+    return f"{name}, {documents} held-out documents, mean ± standard error:\n{summary_of(results)}"

@@ -1,19 +1,24 @@
-"""Metrics: sums over micro-batches and processes, and where they go: console, TensorBoard, metrics.jsonl."""
+"""Metrics: sums over micro-batches and processes, and where they go: metrics.jsonl, TensorBoard and its like."""
 
 import json
 import math
 import os
+import re
 import shutil
-import struct
-from contextlib import suppress
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from google.protobuf.message import DecodeError
+from accelerate.tracking import GeneralTracker
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
+
+from ..config.modes import Config
+from .integrity import renamed
 
 
 class MetricSums:
@@ -56,33 +61,71 @@ def step_metrics(accelerator: Accelerator, sums: MetricSums, num_micro_batches: 
     """Means of a step over all processes, the standard deviation of the advantages, and the number of tokens."""
     metrics = sums.means(accelerator)
     metrics["tokens"] *= num_micro_batches * accelerator.num_processes
+    if abs(metrics.get("ebft/diversity", 1.0)) < 1e-7:  # whitened rollouts are orthogonal: what is left is rounding
+        metrics["ebft/diversity"] = 0.0
     if "advantage" in metrics:
         mean = metrics.pop("advantage")
         metrics["ebft/advantages_std"] = max(0.0, metrics.pop("advantage_square") - mean**2) ** 0.5
     return metrics
 
 
-class MetricLogger:
-    """Writes numbers to TensorBoard and to <output_dir>/metrics.jsonl, one JSON object for each logged step.
+def start_trackers(config: Config, accelerator: Accelerator, output_dir: Path, first_step: int | None) -> list:
+    """Starts the trackers of train.report_to. A resumed run goes on where it was interrupted.
 
-    The object is on disk when the call returns. TensorBoard's events are written later, so a killed run lacks its last
-    ones: a resumed run writes them again from metrics.jsonl. Either way each step is there once.
+    first_step: as in MetricLogger. Returns accelerate's trackers; every process calls this.
+    """
+    folder, name = output_dir / "tensorboard", output_dir.name
+    if first_step is None and accelerator.is_main_process:
+        shutil.rmtree(folder, ignore_errors=True)
+    number = {} if first_step is None else {"purge_step": first_step + 1}
+    mark = output_dir / "run_id"  # by which a tracker knows a resumed run
+    if accelerator.is_main_process and not (number and mark.is_file()):
+        mark.write_text(uuid.uuid4().hex)
+    run_id = mark.read_text() if accelerator.is_main_process else None
+    how = {
+        "tensorboard": number,
+        "wandb": {"name": name, "dir": str(output_dir), "id": run_id, "resume": "allow" if number else None},
+        "trackio": {"name": name, "resume": "allow" if number else "never"},
+    }
+    accelerator.init_trackers("ebft", init_kwargs=how)
+    for tracker in accelerator.trackers if accelerator.is_main_process else ():
+        if tracker.name != "tensorboard":
+            tracker.store_init_configuration(flat(config.to_dict()))
+        elif first_step is None:
+            tracker.log({"configuration": f"~~~yaml\n{config.to_yaml()}~~~"}, step=0)
+        else:  # once more: TensorBoard takes the first mark of a folder for that of a new run, and drops nothing
+            start = Event(step=first_step + 1, session_log=SessionLog(status=SessionLog.START))
+            tracker.tracker.file_writer.add_event(start)
+    return accelerator.trackers
+
+
+def flat(tree: dict, prefix: str = "") -> dict:
+    """Nested settings by dotted key. Lists are text, as trackers want them."""
+    found = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = str(value) if isinstance(value, list) else value
+    return found
+
+
+class MetricLogger:
+    """Writes numbers to <output_dir>/metrics.jsonl, one JSON object for each logged step, and to the trackers.
+
+    Both have the numbers of a step when the call returns. The file has all of them. The trackers, where people look,
+    get neither standard errors nor changes.
 
     first_step: the step after which a resumed run starts. Later entries of the interrupted run are dropped, because
     they will be written again. None for a new run, which drops all entries of earlier starts.
     """
 
-    def __init__(self, output_dir: Path, first_step: int | None = None):
-        path, events = output_dir / "metrics.jsonl", output_dir / "tensorboard"
+    def __init__(self, output_dir: Path, first_step: int | None = None, trackers: Sequence[GeneralTracker] = ()):
+        path, self.trackers = output_dir / "metrics.jsonl", trackers
         kept = [] if first_step is None else logged_entries(output_dir, first_step, keep_damaged=True)
         replacement = path.with_suffix(".jsonl.tmp")
         replacement.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
         os.replace(replacement, path)
-        if first_step is None:
-            shutil.rmtree(events, ignore_errors=True)
-            self.writer = SummaryWriter(str(events))
-        else:
-            self.writer = _continued_events(events, kept, first_step)
         self.file = path.open("r+")
         self.last, self.last_start = (kept[-1] if kept else {}), 0
         self.file.seek(0, os.SEEK_END)
@@ -91,33 +134,32 @@ class MetricLogger:
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Logs the numbers of a step. A second call for the same step (an evaluation) adds to its object."""
-        for name, value in metrics.items():
-            self.writer.add_scalar(name, value, step)
         finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}  # NaN is not JSON
         if self.last.get("step") == step:
             self.file.seek(self.last_start)
             self.last |= finite
         else:
-            self.last_start, self.last = self.file.tell(), {"step": step, **finite}
+            self.last_start, self.last = self.file.tell(), {"step": step, "time": round(time.time(), 3), **finite}
         self.file.write(json.dumps(self.last, allow_nan=False) + "\n")
         self.file.flush()
         os.fsync(self.file.fileno())
+        looked_at = {name: value for name, value in metrics.items() if not name.endswith(("_se", "_change"))}
+        for tracker in self.trackers:
+            tracker.log(looked_at, step=step)
 
-    def text(self, step: int, name: str, markdown: str) -> None:
-        """Writes a text, for example a table, to TensorBoard."""
-        self.writer.add_text(name, markdown, step)
-
-    def flush(self) -> None:
-        """Gives TensorBoard's events to the operating system: a killed process does not lose them.
-
-        An error (a full disk) does not end the run here: the numbers are in metrics.jsonl, the next event raises it.
-        """
-        with suppress(OSError):
-            self.writer.flush()
+    def samples(self, step: int, groups: Sequence["SampleGroup"]) -> None:
+        """Shows the rollouts of some groups: as text in TensorBoard, as a table in the trackers that have tables."""
+        for tracker in self.trackers:
+            if tracker.name == "tensorboard":
+                tracker.log({"rollouts": samples_text(groups)}, step=step)
+            elif tracker.name in ("wandb", "clearml"):
+                rows = [
+                    [reward, group.prefix, text, group.truth] for group in groups for reward, text in group.rollouts
+                ]
+                tracker.log_table("rollouts", ["reward", "prefix", "rollout", "truth"], rows, step=step)
 
     def close(self) -> None:
-        """Writes everything to disk and closes the files."""
-        self.writer.close()
+        """Closes the file. (accelerate closes the trackers.)"""
         self.file.close()
 
 
@@ -158,69 +200,11 @@ def _is_entry(entry) -> bool:
     return all(value is None or isinstance(value, (int, float)) for value in entry.values())
 
 
-def _continued_events(events: Path, kept: list[dict], first_step: int) -> SummaryWriter:
-    """A writer that goes on after first_step, with the kept entries that the events of an earlier run lack.
-
-    TensorBoard drops what earlier files have from the purge step on.
-    """
-    step, names = last_event(events)
-    purge_step = min(step + 1 if names else step, first_step + 1)
-    writer = SummaryWriter(str(events), purge_step=purge_step)
-    # once more, because TensorBoard takes the first mark of a folder for that of a new run, and drops nothing
-    writer.file_writer.add_event(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
-    for entry in kept:
-        for name, value in entry.items():
-            if name != "step" and (entry["step"] >= purge_step or (entry["step"] == step and name not in names)):
-                writer.add_scalar(name, math.nan if value is None else value, entry["step"])
-    writer.flush()
-    return writer
-
-
-def last_event(events: Path) -> tuple[int, set[str]]:
-    """The last step in a folder of TensorBoard events, and the names that it has there. Earlier steps are whole.
-
-    Events are lost from the end on: a killed process writes no more. So only the last ones are decoded. (0, nothing)
-    where there is none.
-    """
-    last, names = None, set()
-    for path in sorted(events.glob("*tfevents*"), reverse=True):
-        for event in _events_from_the_end(path):
-            if event.session_log.status == SessionLog.START:  # it drops this step and later ones from earlier files
-                if last is None:
-                    last = event.step - 1
-                elif event.step <= last:
-                    return last, names
-            elif event.HasField("summary"):
-                last = event.step if last is None else last
-                if event.step < last:
-                    return last, names
-                if event.step == last:
-                    names |= {value.tag for value in event.summary.value}
-    return last or 0, names
-
-
-def _events_from_the_end(path: Path):
-    """The whole events of a file, last first. A frame: length (8 bytes), its checksum (4), event, checksum (4)."""
-    content, frames, begin = path.read_bytes(), [], 0
-    while begin + 12 <= len(content):
-        (length,) = struct.unpack_from("<Q", content, begin)
-        end = begin + 12 + length + 4
-        if end > len(content):
-            break
-        frames.append((begin + 12, end - 4))
-        begin = end
-    for first, last in reversed(frames):
-        try:
-            yield Event.FromString(content[first:last])
-        except DecodeError:
-            continue
-
-
 def logged_evaluations(output_dir: Path, last_step: int) -> dict[int, dict[str, float]]:
     """The evaluations among the logged entries, by step."""
     found = {}
     for entry in logged_entries(output_dir, last_step):
-        metrics = {name: value for name, value in entry.items() if name.startswith("eval/")}
+        metrics = {renamed(name): value for name, value in entry.items() if name.startswith("eval/")}
         if metrics:
             found[entry["step"]] = {name: math.nan if value is None else value for name, value in metrics.items()}
     return found
@@ -273,16 +257,29 @@ def summary_of(metrics: dict[str, float]) -> str:
     return "\n".join(lines)
 
 
-def rollout_table(rows: list[dict[str, str | float]]) -> str:
-    """Markdown table of sample rollouts: prefix | rollout | ground truth | reward."""
+@dataclass
+class SampleGroup:
+    """Rollouts of one anchor (or prompt) as text. rollouts: (reward, text) of each."""
 
-    def cell(value: str | float) -> str:
-        if isinstance(value, float):
-            return f"{value:.3f}"
-        text = value.replace("|", "¦").replace("`", "'")
-        text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\n", "⏎")
-        return f"`{text.strip()}`"
+    prefix: str
+    truth: str
+    rollouts: list[tuple[float, str]]
 
-    names = ["prefix", "rollout", "ground truth", "reward"]
-    lines = ["| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]
-    return "\n".join(lines + ["| " + " | ".join(cell(row[name]) for name in names) + " |" for row in rows])
+
+def samples_text(groups: Sequence[SampleGroup]) -> str:
+    """Groups as Markdown: the rewards of each, then prefix, truth, its best and its worst rollout as they were written.
+
+    Code blocks keep line ends and indentation, and are as wide as the page.
+    """
+    texts = []
+    for group in groups:
+        ranked = sorted(group.rollouts, key=lambda rollout: -rollout[0])
+        mean = sum(reward for reward, _ in ranked) / len(ranked)
+        (best, best_text), (worst, worst_text) = ranked[0], ranked[-1]
+        parts = {"prefix": group.prefix, "truth": group.truth}
+        parts |= {f"reward {best:.3f}": best_text, f"reward {worst:.3f}, the worst": worst_text}
+        block = "\n".join(f"{f'── {name} ':─<60}\n{text}" for name, text in parts.items())
+        fence = "~" * (3 + max(map(len, re.findall("~+", block)), default=0))
+        head = f"**reward {best:.3f} to {worst:.3f}**, mean {mean:.3f}, {len(ranked)} rollouts"
+        texts.append(f"{head}\n\n{fence}\n{block}\n{fence}")
+    return "\n\n".join(texts)

@@ -32,7 +32,7 @@ def test_evaluation_with_it_on_the_cpu_equals_sdpa(train, compiled, capsys):
     for implementation in ("sdpa", "flex_attention"):
         changes = dict(ebft__stride=8, eval__only=True, eval__num_documents=4, eval__per_device_batch_size=2)
         folder = train(implementation, **changes, model__attn_implementation=implementation)
-        found[implementation] = json.loads((folder / "eval.json").read_text())
+        found[implementation] = json.loads((folder / "eval-step-0.json").read_text())
         printed = "sdpa in blocks" if implementation == "sdpa" else implementation
         assert f"attention: {printed}" in capsys.readouterr().out
         assert compiled() == (0 if implementation == "sdpa" else 2)  # one to prove the kernel, one for all forwards

@@ -381,7 +381,7 @@ def test_two_runs_in_one_folder(train, start, write_config, tmp_path):
         owner = f"process {socket.gethostname()} {first.pid}"
         assert_holds(str(caught.value), "train.output_dir", "another run", run, owner)
     train("first", "eval.only=true", **changes)
-    assert json.loads((run / "eval.json").read_text())["step"] == 0
+    assert json.loads((run / "eval-step-0.json").read_text())["step"] == 0
     assert first.poll() is None
     first.kill()
     first.wait(WAIT)

@@ -1,7 +1,8 @@
 """Metric sums, standard errors, the metrics file and the rollout table."""
 
+import html
 import json
-import shutil
+import re
 import signal
 import subprocess
 import sys
@@ -11,19 +12,23 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker, register_tracker_class
+from accelerate.utils import ProjectConfiguration
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
-from tensorboard.summary.writer import event_file_writer
+from tensorboard.plugin_util import markdown_to_safe_html
 from tensorboard.util.tensor_util import make_ndarray
 
 from ebft_utils.run.metrics import (
     MetricLogger,
     MetricSums,
+    SampleGroup,
     logged_entries,
     mean_with_error,
-    rollout_table,
+    samples_text,
+    start_trackers,
     step_metrics,
 )
-from helpers import ROOT
+from helpers import ROOT, forget_accelerator
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Means
@@ -122,7 +127,8 @@ def read_lines(folder) -> list[dict]:
     def refuse(constant):
         raise ValueError(f"{constant} is not JSON")
 
-    return [json.loads(line, parse_constant=refuse) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    entries = [json.loads(line, parse_constant=refuse) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in entry.items() if name != "time"} for entry in entries]
 
 
 def test_lines_are_on_disk_at_once(tmp_path):
@@ -132,7 +138,6 @@ def test_lines_are_on_disk_at_once(tmp_path):
     logger.log(2, {"loss": 0.25})
     assert read_lines(tmp_path)[1] == {"step": 2, "loss": 0.25}
     logger.close()
-    assert list((tmp_path / "tensorboard").iterdir())
 
 
 def test_resume_drops_what_will_be_written_again(tmp_path):
@@ -148,7 +153,7 @@ def test_resume_drops_what_will_be_written_again(tmp_path):
     logger.close()
     assert [line["step"] for line in read_lines(tmp_path)] == [1, 2, 3, 4, 5, 6]
     assert read_lines(tmp_path)[3]["loss"] == 40.0
-    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "tensorboard"}
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl"}
 
 
 def test_a_half_written_last_line_does_not_stop_the_resume(tmp_path):
@@ -185,7 +190,16 @@ def test_a_damaged_line_does_not_stop_the_resume(tmp_path, capsys, line):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# TensorBoard's events
+# Trackers
+
+
+def started(folder, first_step=None, trackers=("tensorboard",)) -> MetricLogger:
+    """A logger with trackers, as a run has it."""
+    forget_accelerator()
+    logs = ProjectConfiguration(logging_dir=str(folder / "tensorboard"))
+    accelerator = Accelerator(cpu=True, log_with=list(trackers), project_config=logs)
+    config = SimpleNamespace(to_yaml=lambda: "train:\n  seed: 3\n", to_dict=lambda: {"train": {"seed": 3, "of": [1]}})
+    return MetricLogger(folder, first_step, start_trackers(config, accelerator, folder, first_step))
 
 
 def scalars(folder) -> dict[str, list[tuple[int, float]]]:
@@ -196,20 +210,22 @@ def scalars(folder) -> dict[str, list[tuple[int, float]]]:
     }
 
 
-def texts(folder) -> list[int]:
-    """The steps that have a text."""
-    return [event.step for _, events in shown(folder, "text") for event in events]
+def texts(folder) -> dict[str, list[tuple[int, str]]]:
+    return {
+        name: [(event.step, make_ndarray(event.tensor_proto).item().decode()) for event in events]
+        for name, events in shown(folder, "text")
+    }
 
 
 def shown(folder, plugin: str) -> list[tuple[str, list]]:
     """The events of each name. They are all tensors to TensorBoard, which keeps them by plugin."""
-    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"tensors": 0}).Reload()
+    events = EventAccumulator(str(folder / "tensorboard" / "ebft"), size_guidance={"tensors": 0}).Reload()
     known = plugin in events.ActivePlugins()
     return [(name, events.Tensors(name)) for name in events.PluginTagToContent(plugin)] if known else []
 
 
-def steps(last: int, loss: float = 1.0, first: int = 1) -> list[tuple[int, float]]:
-    return [(step, loss * step) for step in range(first, last + 1)]
+def steps(last: int, loss: float = 1.0) -> list[tuple[int, float]]:
+    return [(step, loss * step) for step in range(1, last + 1)]
 
 
 def log_steps(logger: MetricLogger, first: int, last: int) -> None:
@@ -217,136 +233,113 @@ def log_steps(logger: MetricLogger, first: int, last: int) -> None:
         logger.log(step, {"loss": float(step), "reward": 2.0 * step})
 
 
-def newest(folder):
-    return sorted((folder / "tensorboard").glob("*"))[-1]
-
-
-@pytest.fixture
-def in_order(monkeypatch):
-    """The names of event files begin with the second: starts of a test are a second apart, as those of runs are."""
-    seconds = iter(range(10**9, 2 * 10**9))
-    monkeypatch.setattr(event_file_writer.time, "time", lambda: next(seconds))
-
-
 KILLED = """
-import os, signal, sys, time
+import os, signal, sys
 from pathlib import Path
-from ebft_utils.run.metrics import MetricLogger
-logger = MetricLogger(Path(sys.argv[1]))
-for step in range(1, 8):
-    logger.log(step, {"loss": float(step), "reward": 2.0 * step})
-    if step == int(sys.argv[2]):
-        logger.flush()
-        records = logger.writer.file_writer.event_writer._async_writer._writer
-        records.write = lambda data: time.sleep(100)  # a disk that is busy: what follows waits in the queue
+sys.path.insert(0, "tests/run"); sys.path.insert(0, "tests")
+from test_metrics import log_steps, started
+log_steps(started(Path(sys.argv[1])), 1, 7)
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-@pytest.mark.parametrize("flushed, first_step", [(2, 7), (2, 5), (5, 7), (5, 5), (6, 4)])
-def test_a_killed_run_lacks_no_event_once_it_is_resumed(tmp_path, flushed, first_step):
-    """Guards against a hole in the curves of a run that was killed with kill -9, and steps that are there twice.
-
-    flushed: the step after which the events were given to the operating system.
-    """
-    command = [sys.executable, "-c", KILLED, str(tmp_path), str(flushed)]
+@pytest.mark.parametrize("first_step", [7, 5, 0])
+def test_a_killed_run_lacks_no_event_once_it_is_resumed(tmp_path, first_step):
+    """Guards against a hole in the curves of a run that was killed with kill -9, and steps that are there twice."""
+    command = [sys.executable, "-c", KILLED, str(tmp_path)]
     assert subprocess.run(command, cwd=ROOT, timeout=120).returncode == -signal.SIGKILL
-    assert len(scalars(tmp_path).get("loss", [])) < 7  # guards the test itself
+    assert scalars(tmp_path)["loss"] == steps(7)
     time.sleep(1.1)  # event files are named by the second
-    logger = MetricLogger(tmp_path, first_step=first_step)
-    log_steps(logger, first_step + 1, 9)
-    logger.close()
+    log_steps(started(tmp_path, first_step), first_step + 1, 9)
     assert scalars(tmp_path) == {"loss": steps(9), "reward": steps(9, 2.0)}
 
 
-@pytest.mark.parametrize("cut", range(1, 400, 23))
-def test_events_are_whole_wherever_they_break_off(tmp_path, in_order, cut):
-    """Guards against a step of which TensorBoard has one name and not the other.
-
-    cut: bytes that are lost at the end of the first file; the second start is killed before it has written anything but
-    a part of what was missing.
-    """
-    logger = MetricLogger(tmp_path)
-    log_steps(logger, 1, 5)
-    logger.close()
-    first = newest(tmp_path)
-    first.write_bytes(first.read_bytes()[:-cut])
-    MetricLogger(tmp_path, first_step=4).close()
-    second = newest(tmp_path)
-    assert second != first
-    second.write_bytes(second.read_bytes()[: -cut // 2])
-    logger = MetricLogger(tmp_path, first_step=4)
-    log_steps(logger, 5, 6)
-    logger.close()
-    assert scalars(tmp_path) == {"loss": steps(6), "reward": steps(6, 2.0)}
+def test_a_new_run_begins_with_empty_curves_and_its_configuration(tmp_path):
+    log_steps(started(tmp_path), 1, 5)
+    logger = started(tmp_path)
+    log_steps(logger, 1, 2)
+    logger.samples(2, [SampleGroup("a", "b", [(1.0, "c")])])
+    assert scalars(tmp_path) == {"loss": steps(2), "reward": steps(2, 2.0)}
+    found = {name.partition("/")[0]: values for name, values in texts(tmp_path).items()}
+    assert found["configuration"] == [(0, "~~~yaml\ntrain:\n  seed: 3\n~~~")]
+    assert found["rollouts"] == [(2, samples_text([SampleGroup("a", "b", [(1.0, "c")])]))]
 
 
-def test_whole_events_are_not_written_again(tmp_path, in_order):
-    """Guards against texts that are lost, because they are in no other file."""
-    logger = MetricLogger(tmp_path)
-    for step in range(1, 6):
-        log_steps(logger, step, step)
-        logger.text(step, "rollouts", "| a |")
-        logger.log(step, {"eval/loss": float(step)})
-    logger.close()
-    logger = MetricLogger(tmp_path, first_step=3)
-    assert texts(tmp_path) == [1, 2, 3]
-    size = newest(tmp_path).stat().st_size
-    log_steps(logger, 4, 6)
-    logger.close()
-    assert size < 200  # no number of the steps before
-    assert scalars(tmp_path) == {"loss": steps(6), "reward": steps(6, 2.0), "eval/loss": steps(3)}
+def test_people_see_values_and_the_file_has_their_errors_too(tmp_path):
+    values = {"eval/loss": 1.0, "eval/loss_se": 0.1, "eval/loss_change": -1.0, "eval/loss_change_se": 0.2}
+    started(tmp_path).log(3, values)
+    assert scalars(tmp_path) == {"eval/loss": [(3, 1.0)]}
+    (line,) = read_lines(tmp_path)
+    assert {name: line[name] for name in values} == values
 
 
-def test_events_without_an_evaluation_get_it(tmp_path, in_order):
-    """Guards against a step that counts as whole because its training numbers are there."""
-    logger = MetricLogger(tmp_path)
-    log_steps(logger, 1, 3)
-    logger.flush()
-    whole = newest(tmp_path).read_bytes()
-    logger.log(3, {"eval/loss": float("nan")})
-    logger.close()
-    newest(tmp_path).write_bytes(whole)
-    MetricLogger(tmp_path, first_step=3).close()
-    found = scalars(tmp_path)
-    assert found["loss"] == steps(3) and [step for step, _ in found["eval/loss"]] == [3]
+class Remembering(GeneralTracker):
+    """A tracker of somebody else's package."""
+
+    name, requires_logging_directory, calls = "remembering", False, []
+
+    def __init__(self, run_name, **how):
+        super().__init__()
+        self.calls.append((run_name, how))
+
+    tracker = None
+
+    def store_init_configuration(self, values):
+        self.calls.append(values)
+
+    def log(self, values, step=None, **how):
+        self.calls.append((step, values))
 
 
-def test_lost_events_are_all_written_again(tmp_path):
-    logger = MetricLogger(tmp_path)
-    logger.log(0, {"eval/loss": 0.5})
-    log_steps(logger, 1, 3)
-    logger.close()
-    shutil.rmtree(tmp_path / "tensorboard")
-    MetricLogger(tmp_path, first_step=3).close()
-    assert scalars(tmp_path) == {"eval/loss": [(0, 0.5)], "loss": steps(3), "reward": steps(3, 2.0)}
+def test_another_tracker_gets_settings_and_steps(tmp_path):
+    register_tracker_class(Remembering)
+    log_steps(started(tmp_path, trackers=["remembering"]), 1, 1)
+    assert Remembering.calls == [("ebft", {}), {"train.seed": 3, "train.of": "[1]"}, (1, {"loss": 1.0, "reward": 2.0})]
+    assert not (tmp_path / "tensorboard").exists()
+
+
+def test_a_resumed_run_keeps_its_name_for_a_tracker(tmp_path):
+    """Guards against a second run in wandb, and against a new run that takes over an old one."""
+    started(tmp_path)
+    first = (tmp_path / "run_id").read_text()
+    started(tmp_path, first_step=2)
+    assert (tmp_path / "run_id").read_text() == first
+    started(tmp_path)
+    assert (tmp_path / "run_id").read_text() != first
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The table
+# Sample rollouts
 
 
-def test_rollout_table_by_hand():
-    rows = [{"prefix": "def f(", "rollout": "x", "ground truth": "self", "reward": -0.12345}]
-    assert rollout_table(rows).split("\n") == [
-        "| prefix | rollout | ground truth | reward |",
-        "| --- | --- | --- | --- |",
-        "| `def f(` | `x` | `self` | -0.123 |",
+def test_samples_by_hand():
+    """The rewards first; prefix, truth, best and worst as they were written."""
+    group = SampleGroup("def f(x):\n    ", "return x", [(0.25, "pass"), (-0.12345, "x = 1\n    y"), (1.5, "return 1")])
+    text = samples_text([group, SampleGroup("a ~~~~ b", "", [(1.0, "c")])])
+    bars = {name: f"{f'── {name} ':─<60}" for name in ("prefix", "truth", "reward 1.500", "reward -0.123, the worst")}
+    assert text.splitlines()[:12] == [
+        "**reward 1.500 to -0.123**, mean 0.542, 3 rollouts",
+        "",
+        "~~~",
+        bars["prefix"],
+        "def f(x):",
+        "    ",
+        bars["truth"],
+        "return x",
+        bars["reward 1.500"],
+        "return 1",
+        bars["reward -0.123, the worst"],
+        "x = 1",
     ]
-    assert len(rollout_table([]).split("\n")) == 2
+    assert text.splitlines()[-1] == "~" * 7
 
 
-@pytest.mark.parametrize("text", ["a|b", "a`b", "a\nb", "a\r\nb", "a\rb", "``|\n|``", "\n\n"])
-def test_rollout_table_survives_any_text(text):
-    """Each row keeps its four cells.
-
-    A pipe would end a cell, a line end (LF, CR or both) the table, a backtick the code.
-    """
-    rows = [{"prefix": text, "rollout": text, "ground truth": text, "reward": 1.0}] * 2
-    table = rollout_table(rows)
-    lines = table.replace("\r\n", "\n").replace("\r", "\n").split("\n")
-    assert len(lines) == 4
-    for line in lines[2:]:
-        cells = line.split("|")
-        assert len(cells) == 6 and cells[0] == cells[5] == "" and cells[4] == " 1.000 "
-        assert all(cell.startswith(" `") and cell.endswith("` ") and cell.count("`") == 2 for cell in cells[1:4])
+@pytest.mark.parametrize("text", ["a|b", "a`b", "a\n    b", "a\r\nb", "~~~\n# x", "<b>&amp;</b>", "*x* _y_", "\n\n"])
+def test_tensorboard_shows_any_text_as_it_is(text):
+    """Guards against text that ends its block, is taken for markup, or loses its indentation."""
+    page = markdown_to_safe_html(samples_text([SampleGroup("P", text, [(1.0, "R")])] * 2))
+    blocks = re.findall("<pre><code>(.*?)</code></pre>", page, flags=re.DOTALL)
+    assert len(blocks) == 2 and page.count("<strong>") == 2
+    for block in blocks:
+        truth = html.unescape(block).partition(" truth ")[2].partition("\n")[2].partition("── reward")[0]
+        assert truth.split() == text.split() and ("    b" in truth) == ("    b" in text)

@@ -213,7 +213,7 @@ def test_a_run(servers, kind):
         assert step["vllm/staleness"] == step["vllm/capped"] == step["ebft/clipped"] == 0
         assert 0 <= step["rollout/truncated"] <= 1 and 1 <= step["rollout/length"] <= 24
         assert step["rollout/entropy"] > 0 and step["train/grad_norm"] > 0
-    assert [entry["step"] for entry in logged(folder) if "eval/reward_pass@1" in entry] == [0, 3]
+    assert [entry["step"] for entry in logged(folder) if "eval/mean_reward" in entry] == [0, 3]
     ids = torch.arange(3, 20)[None]
     loader = AutoPeftModelForCausalLM if kind == "LoRA" else AutoModelForCausalLM
     after = loader.from_pretrained(folder / "final")(ids).logits
