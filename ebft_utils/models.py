@@ -1,13 +1,20 @@
 """Loads the policy, its tokenizer, adapter and frozen feature network, and refuses models that cannot be trained."""
 
+import hashlib
 import importlib.util
 import json
+import os
 import re
+import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import torch
+import transformers
 from accelerate import PartialState
 from accelerate.utils import patch_environment
+from filelock import FileLock
+from huggingface_hub.constants import HF_HOME
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -122,10 +129,9 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """The tokenizer, right-padding. Raises UserError when it has no pad or no end-of-document token."""
     own = config.tokenizer is None
     key = "model.name_or_path" if own else "model.tokenizer"
-    source, gguf_file = resolve_source(config.tokenizer or config.name_or_path, key)
-    arguments = {"gguf_file": gguf_file} if gguf_file else {"revision": config.revision if own else None}
+    source = plain_source(config.tokenizer or config.name_or_path, key)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **arguments)
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=config.revision if own else None)
     except LOADING_ERRORS as error:
         raise UserError(f"{key}: no tokenizer can be loaded from {source!r}: {first_line(error)}") from None
     for kind in ("pad_token", "eos_token"):
@@ -146,29 +152,16 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 def load_causal_lm(config: ModelConfig, dtype: torch.dtype, device: torch.device | None = None) -> PreTrainedModel:
     """The pretrained causal LM in the given dtype, attending with `strided_sdpa`, without dropout.
 
-    A GGUF file becomes an ordinary model. device: weights are read straight to it; None: to main memory.
+    device: weights are read straight to it; None: to main memory.
     """
     name = config.name_or_path
-    source, gguf_file = resolve_source(name)
-    arguments = {"gguf_file": gguf_file} if gguf_file else {"revision": config.revision}
+    source, revision = plain_source(name), config.revision
     try:
-        model_config = AutoConfig.from_pretrained(source, **arguments)
+        model_config = AutoConfig.from_pretrained(source, revision=revision)
     except LOADING_ERRORS as error:
         raise UserError(f"model.name_or_path: {name!r} cannot be loaded: {first_line(error)}") from None
     refuse_unsupported(model_config, name)
-    if gguf_file:  # unpacked into plain float32 weights: packed ones cannot be trained
-        arguments["quantization_config"] = GgufConfig(gguf_file=gguf_file, dequantize=True)
-    arguments |= {"dtype": torch.float32 if gguf_file else dtype, "device_map": device, "output_loading_info": True}
-    try:
-        model, loading = AutoModelForCausalLM.from_pretrained(source, **arguments)
-    except LOADING_ERRORS as error:
-        raise UserError(f"model.name_or_path: {name!r} cannot be loaded: {first_line(error)}") from None
-    missing = sorted(loading["missing_keys"]) + sorted(key for key, *_ in loading["mismatched_keys"])
-    if missing:
-        raise UserError(
-            f"model.name_or_path: {name!r} lacks {len(missing)} weights of its architecture, for example {missing[0]}: "
-            "they would be random"
-        )
+    model = _read_weights(name, source, revision=revision, dtype=dtype, device_map=device)
     cast_weights(model, dtype)
     try:
         model.set_attn_implementation(STRIDED_SDPA)
@@ -181,26 +174,56 @@ def load_causal_lm(config: ModelConfig, dtype: torch.dtype, device: torch.device
     return model
 
 
-def unpacked_model(config: ModelConfig, folder: Path) -> str:
-    """The folder or hub id from which other programs can load the model.
+def _read_weights(name: str, source: str, **how) -> PreTrainedModel:
+    """The model of a folder or hub id. Raises UserError when it cannot be read whole."""
+    try:
+        model, loading = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **how)
+    except LOADING_ERRORS as error:
+        raise UserError(f"model.name_or_path: {name!r} cannot be loaded: {first_line(error)}") from None
+    missing = sorted(loading["missing_keys"]) + sorted(key for key, *_ in loading["mismatched_keys"])
+    if missing:
+        raise UserError(
+            f"model.name_or_path: {name!r} lacks {len(missing)} weights of its architecture, for example {missing[0]}: "
+            "they would be random"
+        )
+    return model
 
-    For a GGUF file: an ordinary copy of it, with its tokenizer, written to `folder` once.
+
+def plain_source(name_or_path: str, key: str = "model.name_or_path") -> str:
+    """The folder or hub id from which transformers, and other programs, can load the model.
+
+    Of a GGUF file that is an ordinary copy in float32 with its tokenizer, written once to the cache of Hugging Face:
+    reading the file itself takes half a minute each time.
     """
-    source, gguf_file = resolve_source(config.name_or_path)
+    source, gguf_file = resolve_source(name_or_path, key)
     if gguf_file is None:
         return source
-    mark = folder / "unpacked.json"  # written last
-    origin = Path(source, gguf_file).stat()
-    made_from = json.dumps([str(Path(source, gguf_file)), origin.st_size, origin.st_mtime])
-    if not mark.is_file() or mark.read_text() != made_from:
-        tokenizer, model = load_tokenizer(config), load_causal_lm(config, DTYPES[config.dtype])
-        try:
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-            mark.write_text(made_from)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"train.output_dir: {folder} could not be written: {error}") from None
-    return str(folder.resolve())
+    file = Path(source, gguf_file)
+    made_from = json.dumps([str(file), file.stat().st_size, file.stat().st_mtime_ns, transformers.__version__])
+    folder = Path(HF_HOME, "ebft", f"{file.stem}-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not folder.is_dir():
+                _unpack(name_or_path, file, folder)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{key}: {name_or_path!r} could not be unpacked into {folder}: {first_line(error)}") from None
+    return str(folder)
+
+
+def _unpack(name: str, file: Path, folder: Path) -> None:
+    """Writes an ordinary copy of a GGUF file. The folder appears when it is whole."""
+    temporary = folder.with_name(f"{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    print(f"{file.name} is unpacked once, into {folder}", flush=True)
+    unpacking = GgufConfig(gguf_file=file.name, dequantize=True)
+    model = _read_weights(
+        name, str(file.parent), gguf_file=file.name, quantization_config=unpacking, dtype=torch.float32
+    )
+    model.save_pretrained(temporary)
+    with suppress(*LOADING_ERRORS):  # model.tokenizer names another one, or load_tokenizer says that there is none
+        AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(temporary)
+    os.replace(temporary, folder)
 
 
 def cast_weights(module: torch.nn.Module, dtype: torch.dtype) -> None:
@@ -422,8 +445,11 @@ def feature_device(choice: str, policy_device: torch.device) -> torch.device:
     return device
 
 
-def model_card(config: Config, results: dict[int, dict[str, float]]) -> str:
-    """README.md of the exported model: what it is, how it was trained, held-out metrics (results: step -> metrics)."""
+def model_card(config: Config, results: dict[int, dict[str, float]], num_steps: int) -> str:
+    """README.md of the exported model: what it is, how it was trained, held-out metrics.
+
+    results: step -> metrics; num_steps: those that were trained.
+    """
     kind = "LoRA adapter" if config.lora else "full fine-tuning"
     split = f" (`{config.data.split}`)" if config.data.mix is None else ""
     lines = [
@@ -434,7 +460,7 @@ def model_card(config: Config, results: dict[int, dict[str, float]]) -> str:
         "---",
         f"# {config.model.name_or_path}, energy-based fine-tuning ({kind})",
         "",
-        f"Trained for {config.train.max_steps} steps on `{config.data.described}`{split} with {config.mode} EBFT",
+        f"Trained for {num_steps} steps on `{config.data.described}`{split} with {config.mode} EBFT",
         f"(arXiv 2603.12248): rl_coef {config.ebft.rl_coef}, ce_coef {config.ebft.ce_coef}, "
         f"learning rate {config.train.learning_rate}.",
         "The whole configuration is in `training_config.yaml`.",

@@ -63,7 +63,7 @@ def structured(source="unused", *, ebft=None, **data) -> StructuredConfig:
         model=ModelConfig("unused"),
         data=PromptDataConfig(**{"dataset": str(source), "max_conversation_length": 5000, **data}),
         ebft=StructuredEBFTConfig(**{"max_completion_length": 300, **(ebft or {})}),
-        train=TrainConfig("unused"),
+        train=TrainConfig("unused", max_steps=1),
         eval=EvalConfig(num_documents=0),
     )
 
@@ -74,7 +74,7 @@ def strided(source="unused", *, ebft=None, **data) -> StridedConfig:
         model=ModelConfig("unused"),
         data=TextDataConfig(**{"dataset": str(source), "sequence_length": 5000, **data}),
         ebft=StridedEBFTConfig(**{"context_length": 2, "stride": 2, "generate_max_len": 2, **(ebft or {})}),
-        train=TrainConfig("unused"),
+        train=TrainConfig("unused", max_steps=1),
         eval=EvalConfig(num_documents=0),
     )
 
@@ -82,7 +82,7 @@ def strided(source="unused", *, ebft=None, **data) -> StridedConfig:
 def document_of(config, tokenizer, row: dict):
     """The row's document, or why there is none."""
     (found,) = Tokenizing(config, tokenizer, *training_sources(config)).documents([row], [0])
-    return found
+    return found if isinstance(found, str) else found[0]
 
 
 def in_both_modes(tokenizer, row: dict, **data) -> Document:

@@ -14,7 +14,7 @@ def strided(source="", *, ebft=None, train=None, evaluation=None, model=None, **
         model=ModelConfig(**{"name_or_path": "unused", **(model or {})}),
         data=TextDataConfig(**{"dataset": str(source), "sequence_length": 64, **data}),
         ebft=StridedEBFTConfig(**{"context_length": 1, "stride": 2, "generate_max_len": 1, **(ebft or {})}),
-        train=TrainConfig(**{"output_dir": "unused", **(train or {})}),
+        train=TrainConfig(**{"output_dir": "unused", "max_steps": 1, **(train or {})}),
         eval=EvalConfig(**{"num_documents": 0, **(evaluation or {})}),
     )
 
@@ -24,7 +24,7 @@ def structured(source="", *, ebft=None, train=None, evaluation=None, **data) -> 
         model=ModelConfig("unused"),
         data=PromptDataConfig(**{"dataset": str(source), "max_prompt_length": 64, **data}),
         ebft=StructuredEBFTConfig(**{"max_completion_length": 64, **(ebft or {})}),
-        train=TrainConfig(**{"output_dir": "unused", **(train or {})}),
+        train=TrainConfig(**{"output_dir": "unused", "max_steps": 1, **(train or {})}),
         eval=EvalConfig(**{"num_documents": 0, **(evaluation or {})}),
     )
 

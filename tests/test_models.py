@@ -379,7 +379,7 @@ def test_model_card(write_config, model_folder):
     results = {step: {f"eval/{name}": value for name, value in metrics.items()} for step, metrics in results.items()}
     for metrics in results.values():  # paired changes since step 0 are no metrics of their own
         metrics |= {"eval/cross_entropy_change": 0.5, "eval/cross_entropy_change_se": 0.5}
-    lines = model_card(config, results).splitlines()
+    lines = model_card(config, results, 7).splitlines()
     assert lines[:5] == ["---", f'base_model: "{model_folder}"', "library_name: transformers", "tags: [ebft]", "---"]
     text = "\n".join(lines)
     settings = "rl_coef 1.0, ce_coef 0.1, learning rate 2e-05"
@@ -394,5 +394,5 @@ def test_model_card(write_config, model_folder):
 
 
 def test_model_card_of_an_adapter_without_evaluation(write_config):
-    text = model_card(load_config(str(write_config(lora={"r": 4}))), {})
+    text = model_card(load_config(str(write_config(lora={"r": 4}))), {}, 3)
     assert "library_name: peft" in text and "(LoRA adapter)" in text and "|" not in text

@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 from .settings import ConfigError, Section, option, section
 
@@ -53,12 +53,6 @@ class ColumnsConfig(Section):
     )
 
 
-def renamed_columns(section: str) -> dict[str, str]:
-    """Other trainers' names of the columns -> what to say when they are used."""
-    names = [field.name for field in dataclasses.fields(ColumnsConfig)]
-    return {f"{name}_column": f"set {section}.columns.{name}" for name in names}
-
-
 TRANSFORM = (
     "what a row means: text; prompt_completion; chat, first_turn, last_turn, all_turns (messages); "
     "reasoning (<think>), reasoning_answer; opencodeinstruct, swallow_code, question_answer, translate_to_english, "
@@ -75,11 +69,6 @@ DATASET = (
 class MixedSourceConfig(Section):
     """One source of data.mix."""
 
-    MISPLACED: ClassVar[dict[str, str]] = {
-        key: f"set data.{key}, for all of them"
-        for key in ("streaming", "shuffle_buffer", "num_proc", "on_bad_row", "allow_control_tokens")
-    } | renamed_columns("data.mix[]")
-
     dataset: str = option("", "like data.dataset")
     weight: float = option(1.0, "share of the rows that come from here, relative to the other weights", above=0)
     name: str | None = option(None, "like data.name")
@@ -95,8 +84,6 @@ class MixedSourceConfig(Section):
 @dataclass
 class DataConfig(Section):
     """The data that is trained on, as far as both modes share it."""
-
-    MISPLACED: ClassVar[dict[str, str]] = renamed_columns("data")
 
     dataset: str = option("", DATASET)
     mix: list[MixedSourceConfig] | None = option(
@@ -122,7 +109,16 @@ class DataConfig(Section):
         "a row that cannot be used (no text, wrong form, too short, too long): stop and name it (error), "
         "or leave it out and say how many and why (skip)",
     )
-    max_documents: int | None = option(None, "use at most this many rows (before shuffling)", minimum=1)
+    max_skipped: float = option(
+        0.5,
+        "with on_bad_row skip: largest share of a dataset's rows that may be bad; with more the run stops and names "
+        "the reasons",
+        minimum=0,
+        maximum=1,
+    )
+    max_documents: int | None = option(
+        None, "use at most this many rows of the dataset (before shuffling and long_documents)", minimum=1
+    )
     num_proc: int = option(1, "processes that tokenise", minimum=1)
     streaming: bool = option(
         False,
@@ -150,12 +146,17 @@ class TextDataConfig(DataConfig):
         "other kind is one row with the column text",
     )
     sequence_length: int = option(
-        256, "tokens of a document (longer ones are truncated), or of a packed row", minimum=2
+        256, "tokens of a row: most tokens of a document (longer ones: long_documents), or of a packed row", minimum=2
+    )
+    long_documents: Literal["split", "cut"] = option(
+        "split",
+        "raw text longer than sequence_length: split it into further rows, or cut it and leave the rest out. A prompt "
+        "with its completion is always cut, and so is a held-out document",
     )
     packing: bool = option(
         False, "put several documents into one row; attention, positions and anchors stay within each"
     )
-    append_eos: bool = option(True, "end each document with the end-of-document token, where it fits")
+    append_eos: bool = option(True, "end each document with the end-of-document token (a cut one has none)")
 
 
 @dataclass
@@ -182,8 +183,6 @@ class PromptDataConfig(DataConfig):
 @dataclass
 class EvalConfig(Section):
     """When held-out documents are evaluated, how many, and where they come from."""
-
-    MISPLACED: ClassVar[dict[str, str]] = renamed_columns("eval")
 
     only: bool = option(False, "evaluate the model and stop: no training")
     at_start: bool = option(True, "evaluate before the first step")
@@ -258,6 +257,20 @@ def check_data(data: DataConfig, evaluation: EvalConfig, mode: str) -> None:
             "data.enable_thinking",
             f"does nothing with the transform {transforms[0]}, which makes no messages for a chat template; "
             "leave it out",
+            ("data.transform",),
+        )
+    if data.on_bad_row == "error" and data.max_skipped != DataConfig().max_skipped:
+        raise ConfigError(
+            "data.max_skipped",
+            f"{data.max_skipped:g} does nothing with data.on_bad_row error, which stops at the first bad row; "
+            "leave it out",
+            ("data.on_bad_row",),
+        )
+    prompts = [name for name in transforms if name in TRANSFORMS and name not in RAW_TEXT]
+    if isinstance(data, TextDataConfig) and data.long_documents == "cut" and len(prompts) == len(transforms):
+        raise ConfigError(
+            "data.long_documents",
+            f"cut is for raw text, and with the transform {prompts[0]} a long completion is always cut; leave it out",
             ("data.transform",),
         )
     if not data.streaming and data.shuffle_buffer != DataConfig().shuffle_buffer:

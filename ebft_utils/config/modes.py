@@ -12,11 +12,13 @@ import dataclasses
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import yaml
 
 from .data import DataConfig, EvalConfig, PromptDataConfig, TextDataConfig, check_data
+from .names import explain_unknown
 from .sections import (
     EBFTConfig,
     FeatureNetworkConfig,
@@ -27,7 +29,7 @@ from .sections import (
     TrainConfig,
     VLLMConfig,
 )
-from .settings import ConfigError, Section, read_settings
+from .settings import ConfigError, Section, UserError, keys_of, read_settings
 
 
 @dataclass
@@ -54,12 +56,46 @@ class Config(Section):
         self._check_compile_decoding()
         self._check_ebft()
         self._check_feature_network()
+        self._check_steps()
         rows, per_device = self.train.batch_size, self.train.per_device_batch_size
         if rows % per_device:
             raise ConfigError(
                 "train.batch_size",
                 f"{rows} rows are no multiple of train.per_device_batch_size {per_device}",
                 ("train.per_device_batch_size",),
+            )
+
+    def _check_steps(self) -> None:
+        train, pair = self.train, ("train.max_steps", "train.num_epochs")
+        if train.max_steps is None and train.num_epochs is None:
+            raise ConfigError(pair[0], "is required, or train.num_epochs in its place: the length of the run", pair)
+        if train.num_epochs is not None:
+            if train.max_steps is not None:
+                raise ConfigError(
+                    pair[1],
+                    f"{train.num_epochs:g} stands beside train.max_steps {train.max_steps}, and both say how long the "
+                    "run is; leave one of them out, for example train.max_steps=null",
+                    pair,
+                )
+            for key, uncounted, why in (
+                ("data.streaming", self.data.streaming, "a stream is not counted"),
+                ("data.mix", self.data.mix is not None, "the sources of a mixture have epochs of their own"),
+            ):
+                if uncounted:
+                    raise ConfigError(pair[1], f"has no meaning with {key}: {why}; set train.max_steps", (key,))
+        if train.warmup_steps is None:
+            return
+        if train.warmup_ratio != TrainConfig().warmup_ratio:
+            raise ConfigError(
+                "train.warmup_steps",
+                f"{train.warmup_steps} stands beside train.warmup_ratio {train.warmup_ratio:g}; leave one of them out",
+                ("train.warmup_ratio",),
+            )
+        if train.max_steps is not None and train.warmup_steps > train.max_steps:
+            raise ConfigError(
+                "train.warmup_steps",
+                f"{train.warmup_steps} is more than train.max_steps {train.max_steps}: the peak would not be reached",
+                ("train.max_steps",),
             )
 
     def _check_compile_decoding(self) -> None:
@@ -275,14 +311,8 @@ class StructuredConfig(Config):
         return tree
 
 
-for strided, structured in (
-    (StridedEBFTConfig, StructuredEBFTConfig),
-    (TextDataConfig, PromptDataConfig),
-    (StridedConfig, StructuredConfig),
-):
-    names, others = ({field.name for field in dataclasses.fields(kind)} for kind in (strided, structured))
-    strided.MISPLACED = strided.MISPLACED | dict.fromkeys(others - names, "it belongs to train_structured.py")
-    structured.MISPLACED = structured.MISPLACED | dict.fromkeys(names - others, "it belongs to train_strided.py")
+# script -> its configuration
+MODES: dict[str, type[Config]] = {"train_strided.py": StridedConfig, "train_structured.py": StructuredConfig}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -294,16 +324,26 @@ def parse_command_line(argv: list[str], description: str, kind: type[Config] = S
 
     The configuration is None when it was only printed (--print-config).
     """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cfg", required=True, metavar="FILE", help="YAML configuration")
+    parser = _Parser(
+        usage="%(prog)s --cfg FILE [--print-config] [--dry-run] [section.key=value ..]",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--cfg", metavar="FILE", help="YAML configuration")
     for flag, meaning in (
         ("--print-config", "print the merged configuration and stop"),
         ("--dry-run", "show data, anchors, steps and estimated memory, and stop"),
     ):
         parser.add_argument(flag, action="store_true", help=meaning)
-    example = "overrides, for example train.max_steps=10"
+    example = "settings that replace the file's, for example train.max_steps=10"
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help=example)
-    arguments = parser.parse_intermixed_args(argv)
+    arguments, unknown = parser.parse_known_intermixed_args(argv)
+    if unknown:
+        raise UserError(f"command line: {unknown[0]!r} is no flag; {_instead_of_flag(unknown[0], kind)}")
+    if arguments.cfg is None:
+        files = [word for word in arguments.overrides if word.endswith((".yaml", ".yml"))]
+        raise UserError(f"command line: the configuration is missing: --cfg {next(iter(files), 'FILE')}")
     config = load_config(arguments.cfg, arguments.overrides, kind)
     if arguments.print_config:
         print(config.to_yaml(), end="")
@@ -311,9 +351,33 @@ def parse_command_line(argv: list[str], description: str, kind: type[Config] = S
     return config, arguments.dry_run
 
 
+class _Parser(argparse.ArgumentParser):
+    """Refuses in one line, as all else here does."""
+
+    def error(self, message: str):
+        raise UserError(f"command line: {message}")
+
+
+def _instead_of_flag(argument: str, kind: type[Config]) -> str:
+    """What was probably meant by an argument that begins with a dash and is no flag."""
+    name, equals, value = argument.lstrip("-").partition("=")
+    if name.replace("_", "-") in ("print-config", "dry-run"):
+        return f"did you mean --{name.replace('_', '-')}?"
+    if name in ("c", "config", "cfg", "config-file", "config_file"):
+        return "the configuration is given as --cfg FILE"
+    setting = f"{name}={value if equals else 'VALUE'}"
+    if name in keys_of(kind):
+        return f"a setting is written without dashes: {setting}"
+    return f"a setting is written without dashes, as section.key=value; {_explain(name, kind)}"
+
+
+def _explain(key: str, kind: type[Config]) -> str:
+    return explain_unknown(key, kind, {script: other for script, other in MODES.items() if other is not kind})
+
+
 def load_config(file: str, overrides: Sequence[str] = (), kind: type[Config] = StridedConfig):
     """The configuration of a mode from a YAML file and `section.key=value` overrides.
 
     Raises UserError with file (or override), key, value and what is allowed.
     """
-    return read_settings(kind, file, overrides)
+    return read_settings(kind, file, overrides, partial(_explain, kind=kind))

@@ -6,8 +6,10 @@ What the settings mean is not known here: see data.py, sections.py and modes.py.
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -43,18 +45,18 @@ def section(kind: type, description: str):
 
 
 class Section:
-    """Base of all (nested) settings dataclasses.
-
-    MISPLACED: keys that are elsewhere or have another name -> what to say when they are used here.
-    """
-
-    MISPLACED: ClassVar[dict[str, str]] = {}
+    """Base of all (nested) settings dataclasses."""
 
 
-def read_settings(kind: type, file: str, overrides: typing.Sequence[str] = ()):
+class _UnknownKey(Exception):
+    """A dotted key that there is not."""
+
+
+def read_settings(kind: type, file: str, overrides: typing.Sequence[str], explain_unknown: Callable[[str], str]):
     """An instance of the dataclass `kind` from a YAML file and `section.key=value` overrides.
 
     Every key and value is checked. Raises UserError with file (or override), key, value and what is allowed.
+    explain_unknown: what to say of a dotted key that there is not.
     """
     try:
         text = Path(file).read_text(encoding="utf-8")
@@ -70,7 +72,8 @@ def read_settings(kind: type, file: str, overrides: typing.Sequence[str] = ()):
         dotted, equals, text = override.partition("=")
         path = dotted.split(".")
         if not equals or not all(path):
-            raise UserError(f"command line: {override!r} is not of the form section.key=value")
+            form = "section.key=value, without spaces"
+            raise UserError(f"command line: {override!r} is not of the form {form}{_instead_of(override, kind)}")
         node = tree
         for name in path[:-1]:
             if not isinstance(node.get(name), dict):
@@ -80,12 +83,36 @@ def read_settings(kind: type, file: str, overrides: typing.Sequence[str] = ()):
         overridden_keys.append(dotted)
     try:
         return _build(kind, tree, "")
-    except ConfigError as error:
-        pairs = [(f"{culprit}.", key) for culprit in error.keys for key in overridden_keys]
-        overridden = any(
-            culprit.startswith((f"{key}.", f"{key}[")) or f"{key}.".startswith(culprit) for culprit, key in pairs
-        )
-        raise UserError(f"{'command line' if overridden else file}: {error}") from None
+    except _UnknownKey as unknown:
+        error = ConfigError(str(unknown), f"unknown key; {explain_unknown(str(unknown))}")
+    except ConfigError as refused:
+        error = refused
+    pairs = [(f"{culprit}.", key) for culprit in error.keys for key in overridden_keys]
+    overridden = any(
+        culprit.startswith((f"{key}.", f"{key}[")) or f"{key}.".startswith(culprit) for culprit, key in pairs
+    )
+    raise UserError(f"{'command line' if overridden else file}: {error}")
+
+
+def _instead_of(override: str, kind: type) -> str:
+    """What was probably meant by an argument without `=`, for the end of a message."""
+    if override in keys_of(kind):
+        return f": {override}=VALUE"
+    return f"; the configuration is given as --cfg {override}" if override.endswith((".yaml", ".yml")) else ""
+
+
+def keys_of(kind: type, prefix: str = "") -> list[str]:
+    """All dotted keys of a (nested) settings dataclass, its sections' own too; the entries of a list are `key[]`."""
+    hints, found = typing.get_type_hints(kind), []
+    for name in _fields(kind):
+        found.append(f"{prefix}{name}")
+        for alternative in alternatives(hints[name]):
+            inner, mark = alternative, ""
+            if typing.get_origin(alternative) is list:
+                (inner,), mark = typing.get_args(alternative), "[]"
+            if dataclasses.is_dataclass(inner):
+                found += keys_of(inner, f"{prefix}{name}{mark}.")
+    return found
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -127,6 +154,7 @@ def _keeping_the_text(construct):
 
 
 EMPTY = object()  # `key:` without a value; a written null is None
+EXPONENT = re.compile(r"\d+(\.\d+)?[eE]\+?\d+")
 _StrictLoader.add_constructor("tag:yaml.org,2002:null", lambda loader, node: None if node.value else EMPTY)
 for _name in ("int", "float", "bool"):
     _construct = getattr(yaml.SafeLoader, f"construct_yaml_{_name}")
@@ -144,16 +172,18 @@ def _parse_override(text: str, kinds: tuple, source: str):
     """The value of an override. kinds: the types that the setting may have; none for a key that does not exist.
 
     Text stands for itself where YAML would read something else into it (*, &, @, a comment, a mapping). Quotes around
-    the whole of it are YAML's, null is null, and [a, b] is a list where the setting takes one.
+    the whole of it are YAML's, null is null, and [a, b] or a,b is a list where the setting takes one.
     """
+    items = items_of(kinds)
+    if items and "," in text and text[0] not in "[{'\"":
+        return [_parse_override(item.strip(), items, source) for item in text.split(",")]
     if kinds and str not in kinds:
         return _parse_yaml(text, source)
-    takes_list = any(typing.get_origin(kind) is list for kind in kinds)
     try:
         node = yaml.compose(text, _StrictLoader)
     except yaml.YAMLError:
         return text
-    if takes_list and isinstance(node, yaml.SequenceNode) and node.end_mark.index == len(text.rstrip()):
+    if items and isinstance(node, yaml.SequenceNode) and node.end_mark.index == len(text.rstrip()):
         return _parse_yaml(text, source)
     quoted = isinstance(node, yaml.ScalarNode) and node.style in ("'", '"') and text[:1] == node.style
     if quoted and node.end_mark.index == len(text):
@@ -201,25 +231,16 @@ def _build(cls, tree: dict, prefix: str):
     for key, value in tree.items():
         dotted = f"{prefix}{key}"
         if key not in fields:
-            if key in cls.MISPLACED:
-                raise ConfigError(dotted, f"unknown key; {cls.MISPLACED[key]}")
-            close = difflib.get_close_matches(str(key), fields, n=1)
-            hint = f"did you mean {prefix}{close[0]}?" if close else f"allowed: {', '.join(fields)}"
-            raise ConfigError(dotted, f"unknown key; {hint}")
+            raise _UnknownKey(dotted)
         kinds = alternatives(hints[key])
         optional = type(None) in kinds
         inner = next((kind for kind in kinds if dataclasses.is_dataclass(kind)), None)
         if inner is not None and value is EMPTY:
             if optional:
-                raise ConfigError(
-                    dotted,
-                    f"is an empty section; write {dotted}: null to leave it out, {dotted}: {{}} for its defaults, "
-                    f"or its keys: {', '.join(_fields(inner))}",
-                )
+                raise ConfigError(dotted, f"is an empty section; write {_ways_to_write(inner, dotted, optional)}")
             value = {}
         value = None if value is EMPTY else value
-        items = [item for kind in kinds if typing.get_origin(kind) is list for item in typing.get_args(kind)]
-        listed = next((item for item in items if dataclasses.is_dataclass(item)), None)
+        listed = next((item for item in items_of(kinds) if dataclasses.is_dataclass(item)), None)
         if listed is not None and isinstance(value, list):
             values[key] = [_build_section(listed, item, f"{dotted}[{index}]") for index, item in enumerate(value)]
         elif inner is None:
@@ -227,15 +248,29 @@ def _build(cls, tree: dict, prefix: str):
         elif value is None and optional:
             values[key] = None
         else:
-            values[key] = _build_section(inner, value, dotted)
+            values[key] = _build_section(inner, value, dotted, optional)
     return cls(**values)
 
 
-def _build_section(cls, value, dotted: str):
+def _build_section(cls, value, dotted: str, optional: bool = False):
     if not isinstance(value, dict):
-        shown = _as_value(value)
-        raise ConfigError(dotted, f"{shown!r} is not a section; allowed: a mapping with {', '.join(_fields(cls))}")
+        shown = value.text if isinstance(value, _Written) else repr(_as_value(value))
+        raise ConfigError(dotted, f"{shown} is not a section; write {_ways_to_write(cls, dotted, optional)}")
     return _build(cls, value, f"{dotted}.")
+
+
+def _ways_to_write(cls, dotted: str, optional: bool) -> str:
+    """What may stand for a section: on the command line, and in YAML."""
+    absent = (
+        f"{dotted}=null to leave it out, {dotted}={{}} for its defaults (in YAML {dotted}: null, {dotted}: {{}}), or "
+    )
+    keys = ", ".join(_fields(cls))
+    return f"{absent if optional else ''}its keys, as in {dotted}.{next(iter(_fields(cls)))}=VALUE: {keys}"
+
+
+def items_of(kinds: tuple) -> tuple:
+    """The types that the items of a setting may have, where it may be a list. kinds: those of the setting."""
+    return tuple(item for kind in kinds if typing.get_origin(kind) is list for item in typing.get_args(kind))
 
 
 def alternatives(hint) -> tuple:
@@ -250,7 +285,8 @@ def alternatives(hint) -> tuple:
 def _convert(value, hint, bounds, key: str):
     """Checks a value against its type hint, and numbers against their bounds.
 
-    YAML reads 1e-5 (without a point) as text; it is taken as a number. Text may look like a number, a bool or a date.
+    YAML reads 1e-5 (without a point) as text; it is taken as a number, and 1e3 also as a whole one. Text may look like
+    a number, a bool or a date.
     """
     written, value = value, _as_value(value)
     for kind in alternatives(hint):
@@ -264,6 +300,10 @@ def _convert(value, hint, bounds, key: str):
             return value
         if kind is int and isinstance(value, int) and not isinstance(value, bool):
             return _within(value, bounds, key)
+        if kind is int and isinstance(_as_text(written), str) and EXPONENT.fullmatch(_as_text(written)):
+            number = float(_as_text(written))
+            if number.is_integer() and abs(number) < 2**53:  # from there on not every whole number is a float
+                return _within(int(number), bounds, key)
         if kind is float:
             number = _as_float(value)
             if number is not None:
@@ -272,6 +312,10 @@ def _convert(value, hint, bounds, key: str):
             (inner,) = typing.get_args(kind)
             return [_convert(item, inner, bounds, f"{key}[{index}]") for index, item in enumerate(written)]
     allowed = " or ".join(describe_type(kind) for kind in alternatives(hint))
+    if type(None) in alternatives(hint) and str(value).lower() == "none":
+        allowed += f" (write {key}=null)"
+    if items_of(alternatives(hint)) and isinstance(_as_text(written), str) and str not in alternatives(hint):
+        allowed += f" (one alone is written [{_as_text(written)}])"
     choices = [str(choice) for choice in typing.get_args(hint)] if typing.get_origin(hint) is Literal else []
     close = difflib.get_close_matches(str(value), choices, n=1)
     suggestion = f"; did you mean {close[0]}?" if close else ""

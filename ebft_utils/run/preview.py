@@ -14,6 +14,7 @@ from ..config.data import MIX_BLOCK
 from ..config.modes import Config
 from ..data.documents import Document, first_anchor
 from ..data.rows import MixedRows, Rows, load_rows, rows_of_step
+from ..data.sources import check_sources
 from ..data.streams import StreamedRows
 from ..models import load_tokenizer
 from .distributed import main_process_first
@@ -25,6 +26,7 @@ ANCHOR, START, END = "▸", "⟦", "⟧"
 
 def preview(config: Config, accelerator: Accelerator) -> str:
     """What a run would do, in words."""
+    check_sources(config)
     tokenizer = load_tokenizer(config.model)
     rows, held_out = main_process_first(accelerator, lambda: load_rows(config, tokenizer))
     shown, found = rows_of_step(rows, 0, NUM_EXAMPLES), count(config, rows)
@@ -60,8 +62,8 @@ def anchors_in(config: Config, spans: list[tuple[int, int]]) -> list[range]:
 class Counts:
     """Counts of some rows.
 
-    learnt: tokens in the cross-entropy (not the first of a raw text); longest, most: tokens and anchors of the largest
-    row.
+    documents: the pieces of a long text are one; learnt: tokens in the cross-entropy (not the first of a raw text);
+    longest, most: tokens and anchors of the largest row.
     """
 
     rows: int = 0
@@ -80,20 +82,20 @@ def count(config: Config, rows) -> list[Counts]:
         counts = Counts()
         if isinstance(source, StreamedRows):
             stream_rows = chain.from_iterable(source.blocks)
-            sizes = ([(len(document.tokens), document.spans) for document in row] for row in stream_rows)
+            sizes = ([(len(found.tokens), found.spans, found.piece) for found in row] for row in stream_rows)
         else:
-            columns = source.documents.select_columns(["num_tokens", "spans"])[:]
+            columns = source.documents.select_columns(["num_tokens", "spans", "piece"])[:]
             all_spans = [list(zip(spans[::2], spans[1::2], strict=True)) for spans in columns["spans"]]
-            documents = list(zip(columns["num_tokens"], all_spans, strict=True))
+            documents = list(zip(columns["num_tokens"], all_spans, columns["piece"], strict=True))
             sizes = ([documents[member] for member in members] for members in source.members)
         for row in sizes:
-            tokens = sum(length for length, _ in row)
-            anchors = sum(len(places) for _, spans in row for places in anchors_in(config, spans))
+            tokens = sum(length for length, _, _ in row)
+            anchors = sum(len(places) for _, spans, _ in row for places in anchors_in(config, spans))
             counts.rows += 1
-            counts.documents += len(row)
+            counts.documents += sum(piece == 0 for _, _, piece in row)
             counts.tokens += tokens
             counts.anchors += anchors
-            counts.learnt += sum(end - max(start, 1) for _, spans in row for start, end in spans)
+            counts.learnt += sum(end - max(start, 1) for _, spans, _ in row for start, end in spans)
             counts.longest, counts.most = max(counts.longest, tokens), max(counts.most, anchors)
         found.append(counts)
     return found
@@ -117,13 +119,14 @@ def count_lines(config: Config, rows, found: list[Counts], held_out: Rows | None
     )
     what = "read so far (a stream is not counted)" if config.data.streaming else "to train on"
     num_held_out = 0 if held_out is None else len(held_out)
-    epochs = "" if config.data.streaming or mixed else f"; {train.max_steps * train.batch_size / num_rows:.2f} epochs"
+    num_steps = train.total_steps(rows)
+    epochs = "" if config.data.streaming or mixed else f"; {num_steps * train.batch_size / num_rows:.2f} epochs"
     lines = [
         f"{documents:,} documents in {num_rows:,} rows {what}: {tokens:,} tokens, "
         f"{learnt:,} of them learnt; {num_held_out:,} held out",
         f"{anchors:,} anchors (groups), {anchors_per_row:.1f} a row; "
         f"{samples} rollouts of {up_to}{length} tokens at each",
-        f"{train.max_steps:,} steps of {train.batch_size} rows: {groups:.0f} groups, "
+        f"{num_steps:,} steps of {train.batch_size} rows: {groups:.0f} groups, "
         f"{up_to}{groups * samples * length:,.0f} rollout tokens and {document_tokens:,.0f} document tokens a step"
         f"{epochs}",
     ]

@@ -34,7 +34,7 @@ class Rollouts:
 
     Args:
         policy: prepared; served: the policy as the server has it, None without a server.
-        step_batches: this process's micro-batches of a step.
+        step_batches: this process's micro-batches of a step. num_steps: of the whole run.
     """
 
     def __init__(
@@ -46,9 +46,11 @@ class Rollouts:
         stop_ids: list[int],
         served: ServedPolicy | None,
         step_batches,
+        num_steps: int,
     ):
         self.config, self.accelerator, self.policy = config, accelerator, policy
         self.tokenizer, self.stop_ids, self.served, self.step_batches = tokenizer, stop_ids, served, step_batches
+        self.num_steps = num_steps
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
         self.ahead: dict[int, Future] = {}
         self.now = 0  # optimizer steps of the policy's weights
@@ -65,7 +67,7 @@ class Rollouts:
         if served.version is None or step - served.version >= ebft.vllm_sync_interval:
             served.sync(step)
         written = early or self._collect(step)
-        if ebft.async_prefetch and step + 1 < self.config.train.max_steps:
+        if ebft.async_prefetch and step + 1 < self.num_steps:
             self.ahead[step + 1] = self._start(self.step_batches(step + 1), self.config.train.seed)
         return written
 

@@ -69,18 +69,19 @@ class Trained:
         causal_lm_of_policy = self.accelerator.unwrap_model(self.policy).causal_lm
         self.network = load_feature_network(causal_lm_of_policy, config, self.accelerator.device)
         self.policy.train()
+        self.num_steps = config.train.total_steps(self.rows)
         if structured:
             pad_token_id, stop_ids = self.tokenizer.pad_token_id, stop_token_ids(causal_lm, self.tokenizer)
             step_batches = train_structured.step_batches
             batches = partial(step_batches, config, self.accelerator, self.rows, pad_token_id=pad_token_id)
             places = config, self.accelerator, self.policy
-            rollouts = Rollouts(*places, self.tokenizer, stop_ids, None, batches)
+            rollouts = Rollouts(*places, self.tokenizer, stop_ids, None, batches, self.num_steps)
             self.structured = train_structured.Run(*places, self.network, self.tokenizer, self.rows, rollouts, None)
 
     def take_step(self, step: int) -> dict[str, float]:
         """An optimizer step (counted from 0) at its learning rate."""
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config, step)
+            group["lr"] = learning_rate(self.config, step, self.num_steps)
         if self.config.mode == "structured":
             return train_structured.take_step(self.structured, step, self.update)[0]
         pad_token_id = self.tokenizer.pad_token_id

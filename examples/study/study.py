@@ -37,7 +37,7 @@ def run_one(run: grid.Run) -> None:
     """Trains, measures, and writes the result's file when it is whole."""
     trained, log = Trained(run.config(*run.overrides)), []
     started = time.perf_counter()
-    num_steps = 0 if run.name.startswith("gradient-") or run.name.endswith("base") else trained.config.train.max_steps
+    num_steps = 0 if run.name.startswith("gradient-") or run.name.endswith("base") else trained.num_steps
     for step in tqdm(range(num_steps), desc=run.name):
         metrics = trained.take_step(step)
         log.append({"step": step + 1, "train/grad_norm": trained.grad_norm, **metrics})

@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from ebft_utils.config.modes import StridedConfig, load_config, parse_command_line
+from ebft_utils.config.sections import TrainConfig
 from ebft_utils.config.settings import UserError
 from helpers import refusal as refusal_of
 
@@ -26,7 +27,7 @@ EBFT_DEFAULTS = {  # the keys and defaults that users of EBFT know
     "advantage_estimator": "rloo",
     "min_completion_prefix": 0,
 }
-REQUIRED = {"model": {"name_or_path": "m"}, "data": {"dataset": "d"}, "train": {"output_dir": "o"}}
+REQUIRED = {"model": {"name_or_path": "m"}, "data": {"dataset": "d"}, "train": {"output_dir": "o", "max_steps": 1000}}
 
 
 @pytest.fixture
@@ -112,7 +113,7 @@ def test_an_empty_section_means_its_defaults(minimal):
 def test_an_empty_lora_section_is_refused(minimal):
     """Guards against full fine-tuning at an adapter's learning rate when all lines under `lora:` are commented out."""
     minimal.write_text(minimal.read_text() + "lora:\n")
-    with pytest.raises(UserError, match="lora: is an empty section; write lora: null"):
+    with pytest.raises(UserError, match=r"lora: is an empty section; write lora=null to leave it out"):
         load_config(str(minimal))
     minimal.write_text(minimal.read_text().replace("lora:\n", "lora: null\n"))
     assert load_config(str(minimal)).lora is None
@@ -170,7 +171,7 @@ REFUSALS = {
     "misspelt key": ("ebft.n_sample_per_prompt=4", [MISSPELT, "did you mean ebft.n_samples_per_prompt?"]),
     "misspelt section": ("trian.max_steps=4", ["trian", "did you mean train?"]),
     "key like no other": ("train.zzz=4", ["train.zzz", "unknown key", "allowed", "max_steps", "learning_rate"]),
-    "key at the top": ("learning_rate=1e-5", ["learning_rate", "unknown key", "allowed", "train"]),
+    "key at the top": ("learning_rate=1e-5", ["learning_rate", "unknown key", "did you mean train.learning_rate?"]),
     "text for a whole number": ("train.max_steps=many", ["train.max_steps", "'many'", "whole number"]),
     "fraction for a whole number": ("train.max_steps=1.5", ["train.max_steps", "1.5", "whole number"]),
     "true for a whole number": ("train.max_steps=true", ["train.max_steps", "True", "whole number"]),
@@ -206,10 +207,27 @@ REFUSALS = {
     "negative learning rate": ("train.learning_rate=-1e-5", ["train.learning_rate", "-1e-05", "above 0"]),
     "negative coefficient": ("ebft.diversity_coef=-1", ["ebft.diversity_coef", "-1", "at least 0"]),
     "warm-up longer than the run": ("train.warmup_ratio=1.5", ["train.warmup_ratio", "1.5", "at most 1"]),
+    "warm-up given twice": (
+        "train={warmup_steps: 5, warmup_ratio: 0.5, max_steps: 9, output_dir: o}",
+        ["train.warmup_steps", "5 stands beside train.warmup_ratio 0.5", "leave one of them out"],
+    ),
+    "warm-up of more steps than there are": (
+        "train={warmup_steps: 10, max_steps: 9, output_dir: o}",
+        ["train.warmup_steps", "10 is more than train.max_steps 9"],
+    ),
+    "length given twice": (
+        "train.num_epochs=2",
+        ["train.num_epochs", "2 stands beside train.max_steps 1000", "for example train.max_steps=null"],
+    ),
+    "no length": ("train.max_steps=null", ["train.max_steps", "is required, or train.num_epochs in its place"]),
+    "no epoch": ("train.num_epochs=0", ["train.num_epochs", "above 0"]),
     "feature layer above 1": ("ebft.feature_layers=[0.25, 1.5]", ["ebft.feature_layers[1]", "1.5", "at most 1"]),
     "feature layer below 0": ("ebft.feature_layers=[-0.5]", ["ebft.feature_layers[0]", "-0.5", "at least 0"]),
     "no feature layer": ("ebft.feature_layers=[]", ["ebft.feature_layers", "empty", "between 0 and 1"]),
-    "old switch": ("ebft.use_whitening=false", ["ebft.use_whitening", "unknown key", "set ebft.whitening", "none"]),
+    "old switch": (
+        "ebft.use_whitening=false",
+        ["ebft.use_whitening", "unknown key", "did you mean ebft.whitening?", "none"],
+    ),
     "one rollout": ("ebft.n_samples_per_prompt=1", ["ebft.n_samples_per_prompt", "1", "2 or more"]),
     "no rollout": ("ebft.n_samples_per_prompt=0", ["ebft.n_samples_per_prompt", "0", "at least"]),
     "top_p": ("ebft.top_p=0.9", ["ebft.top_p", "0.9", "1.0", "ebft.temperature"]),
@@ -238,12 +256,13 @@ def test_refusal_names_where_key_value_and_what_is_allowed(minimal, tmp_path, ov
     assert "\n" not in message
 
 
-@pytest.mark.parametrize("key", ["model.name_or_path", "data.dataset", "train.output_dir"])
+@pytest.mark.parametrize("key", ["model.name_or_path", "data.dataset", "train.output_dir", "train.max_steps"])
 def test_required_keys(tmp_path, key):
-    """Guards against a missing model, dataset or output folder that only shows when it is first used."""
+    """Guards against a missing model, dataset, output folder or length that only shows when it is first used."""
     section, name = key.split(".")
-    file = tmp_path / "incomplete.yaml"
-    file.write_text(yaml.safe_dump({other: values for other, values in REQUIRED.items() if other != section}))
+    file, tree = tmp_path / "incomplete.yaml", {name: dict(values) for name, values in REQUIRED.items()}
+    del tree[section][name]
+    file.write_text(yaml.safe_dump(tree))
     message = refusal(file)
     assert str(file) in message and key in message and "required" in message
 
@@ -258,6 +277,30 @@ def test_refusal_of_two_values_points_to_the_overridden_one(minimal, override):
     key, _, value = override.partition("=")
     assert "data.sequence_length" in message and key in message and value in message
     assert message.startswith("command line: ")
+
+
+@pytest.mark.parametrize(
+    "override, words",
+    [
+        ("data.streaming=true", "train.num_epochs: has no meaning with data.streaming: a stream is not counted"),
+        ("data={mix: [{dataset: a}, {dataset: b}]}", "train.num_epochs: has no meaning with data.mix: the sources"),
+    ],
+)
+def test_epochs_that_cannot_be_counted(minimal, override, words):
+    """Guards against a run over rows without a number that fails when its data is loaded, or never ends."""
+    message = refusal(minimal, "train.max_steps=null", "train.num_epochs=2", override)
+    assert words in message and message.endswith("set train.max_steps")
+
+
+@pytest.mark.parametrize(
+    "epochs, rows, batch, steps",
+    [(1, 10, 5, 2), (1, 11, 5, 3), (2, 11, 5, 5), (0.5, 10, 5, 1), (0.01, 10, 5, 1), (1.1, 10, 1, 11), (3, 7, 2, 11)],
+)
+def test_steps_of_epochs(epochs, rows, batch, steps):
+    """Guards against a last batch that is dropped, no step at all, and a step more for want of binary fractions."""
+    train = TrainConfig(num_epochs=epochs, batch_size=batch)
+    assert train.total_steps(range(rows)) == steps
+    assert TrainConfig(max_steps=4).total_steps(None) == 4
 
 
 UNUSABLE = {
@@ -313,10 +356,3 @@ def test_override_below_a_plain_value(minimal):
     """Guards against `train.seed.x=3` turning the seed into a mapping."""
     message = refusal(minimal, "train.seed.x=3")
     assert message.startswith("command line: ") and "train.seed" in message
-
-
-def test_cfg_is_required(capsys):
-    """Guards against a run on defaults alone when --cfg was forgotten."""
-    with pytest.raises(SystemExit) as caught:
-        parse_command_line(["train.max_steps=3"], "")
-    assert caught.value.code == 2 and "--cfg" in capsys.readouterr().err

@@ -62,7 +62,9 @@ IN_BOTH_MODES = {
     "unknown transform beside mix": says(
         mixed(entry(transform="question_answer"), transform="tpyo"), "data.transform", "'tpyo'"
     ),
-    "bad rows of an entry": says(mixed(entry(on_bad_row="skip")), "data.mix[0].on_bad_row", "set data.on_bad_row"),
+    "bad rows of an entry": says(
+        mixed(entry(on_bad_row="skip")), "data.mix[0].on_bad_row", "did you mean data.on_bad_row?"
+    ),
     "mix and dataset": says(
         file(mix=[{"dataset": "a.jsonl"}, {"dataset": "b.jsonl"}]),
         "data.mix",
@@ -95,7 +97,7 @@ IN_BOTH_MODES = {
         mixed(entry(columns={"promt": "q"})), "data.mix[0].columns.promt", "did you mean data.mix[0].columns.prompt?"
     ),
     "streaming in an entry": says(
-        mixed(entry(streaming=True)), "data.mix[0].streaming", "set data.streaming, for all of them"
+        mixed(entry(streaming=True)), "data.mix[0].streaming", "did you mean data.streaming?"
     ),
     "unknown transform in an entry": says(
         mixed(FILE, entry(transform="first_trun")),
@@ -163,7 +165,7 @@ IN_BOTH_MODES = {
     ),
     **{
         f"the old key {name}_column": says(
-            pairs(**{f"{name}_column": "q"}), f"data.{name}_column", f"set data.columns.{name}"
+            pairs(**{f"{name}_column": "q"}), f"data.{name}_column", f"did you mean data.columns.{name}?"
         )
         for name in COLUMN_KEYS.split(", ")
     },
@@ -215,7 +217,7 @@ REFUSED = {name: (kinds, *case) for kinds, table in TABLES for name, case in tab
 
 
 def tree_of(sections: dict) -> dict:
-    return {"model": {"name_or_path": "m"}, "train": {"output_dir": "o"}, **sections}
+    return {"model": {"name_or_path": "m"}, "train": {"output_dir": "o", "max_steps": 3}, **sections}
 
 
 @pytest.mark.parametrize("kinds, sections, words", REFUSED.values(), ids=REFUSED)

@@ -15,7 +15,11 @@ from ebft_utils.config.settings import UserError
 from helpers import ROOT, assert_holds, refusal
 
 GROUP_NORM = "ebft.advantage_estimator=group_norm"
-TREE = {"model": {"name_or_path": "some/model"}, "data": {"dataset": "rows.jsonl"}, "train": {"output_dir": "runs/x"}}
+TREE = {
+    "model": {"name_or_path": "some/model"},
+    "data": {"dataset": "rows.jsonl"},
+    "train": {"output_dir": "runs/x", "max_steps": 3},
+}
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import yaml
 from ebft_utils.config.modes import StructuredConfig, load_config
 from helpers import refusal
 
-REQUIRED = {"model": {"name_or_path": "m"}, "data": {"dataset": "d"}, "train": {"output_dir": "o"}}
+REQUIRED = {"model": {"name_or_path": "m"}, "data": {"dataset": "d"}, "train": {"output_dir": "o", "max_steps": 1000}}
 ODD = [
     *("*.md", "*", "&x", "@me", "%5", ":", "a: b", "a #b", "#", "C:\\data\\x", "2024-01-02", "2024-13-45", "no"),
     *("yes", "on", "Off", "true", "1234567", "0123", "1e5", "1.50", "0x1F", "1_000", "1:30", ".inf", "[a]", "[a", "{b"),
@@ -59,7 +59,7 @@ def test_text_in_a_file_is_what_is_written(minimal, tmp_path, text):
     """
     file = tmp_path / "written.yaml"
     file.write_text(
-        f"model: {{name_or_path: m, revision: {text}}}\ntrain: {{output_dir: {text}}}\n"
+        f"model: {{name_or_path: m, revision: {text}}}\ntrain: {{output_dir: {text}, max_steps: 3}}\n"
         f"vllm: {{extra_args: [--x, {text}]}}\n"
         f"data:\n  mix:\n  - {{dataset: a.jsonl, revision: {text}, columns: {{prompt: {text}}}}}\n"
     )

@@ -49,7 +49,7 @@ def config_of(source, *, data=None, evaluation=None, ebft=None, train=None) -> S
         model=ModelConfig("unused"),
         data=TextDataConfig(**{"dataset": str(source), "sequence_length": 8, **(data or {})}),
         ebft=StridedEBFTConfig(**{"context_length": 2, "stride": 2, "generate_max_len": 2, **(ebft or {})}),
-        train=TrainConfig(output_dir="unused", **(train or {})),
+        train=TrainConfig(**{"output_dir": "unused", "max_steps": 1, **(train or {})}),
         eval=EvalConfig(**{"num_documents": 0, **(evaluation or {})}),
     )
 
@@ -200,8 +200,8 @@ def test_truncation_and_end_of_document_token(tmp_path, tokenizer):
     """
     path = write_jsonl(tmp_path / "texts.jsonl", [words(*range(10, 10 + length)) for length in (7, 8, 9, 20, 4)])
     seven, cut, four = [*range(10, 17)], [*range(10, 18)], [*range(10, 14)]
-    assert documents_of(path, tokenizer) == [[*seven, EOS], cut, cut, cut, [*four, EOS]]
-    assert documents_of(path, tokenizer, append_eos=False) == [seven, cut, cut, cut, four]
+    assert documents_of(path, tokenizer, long_documents="cut") == [[*seven, EOS], cut, cut, cut, [*four, EOS]]
+    assert documents_of(path, tokenizer, long_documents="cut", append_eos=False) == [seven, cut, cut, cut, four]
 
 
 def test_text_column(tmp_path, tokenizer):
@@ -238,7 +238,8 @@ def test_bad_row_after_the_first_thousand(tmp_path, tokenizer):
 def test_bad_rows_are_skipped_and_counted(tmp_path, tokenizer, capsys):
     """Guards against `skip` that leaves out good rows, keeps bad ones, or says nothing."""
     path = write_jsonl(tmp_path / "texts.jsonl", [words(10, 11, 12, 13), None, "", words(3), words(20, 21, 22)])
-    assert documents_of(path, tokenizer, on_bad_row="skip") == [[10, 11, 12, 13, EOS], [20, 21, 22, EOS]]
+    skip = {"on_bad_row": "skip", "max_skipped": 0.6}
+    assert documents_of(path, tokenizer, **skip) == [[10, 11, 12, 13, EOS], [20, 21, 22, EOS]]
     said = capsys.readouterr().out
     assert "3 of 5 rows" in said and str(path) in said and "needs 4" in said
 

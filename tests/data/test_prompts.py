@@ -35,7 +35,7 @@ def config_of(source="unused", *, data=None, ebft=None, evaluation=None) -> Stru
         model=ModelConfig("unused"),
         data=PromptDataConfig(dataset=str(source), **(data or {})),
         ebft=StructuredEBFTConfig(**{"max_completion_length": 40, **(ebft or {})}),
-        train=TrainConfig("unused"),
+        train=TrainConfig("unused", max_steps=1),
         eval=EvalConfig(**{"num_documents": 0, **(evaluation or {})}),
     )
 
@@ -46,7 +46,7 @@ def load_prompts(config, tokenizer):
 
 def tokenize_row(row: dict, tokenizer, config) -> Conversation:
     (found,) = Tokenizing(config, tokenizer, *training_sources(config)).documents([row], [0])
-    return conversation_of([found])
+    return conversation_of(found)
 
 
 def test_text_as_tokens(tokenizer):

@@ -86,7 +86,7 @@ def config_of(fake, **vllm) -> StructuredConfig:
         model=ModelConfig("some/model"),
         data=PromptDataConfig("unused", max_prompt_length=50),
         ebft=StructuredEBFTConfig(max_completion_length=40),
-        train=TrainConfig("unused"),
+        train=TrainConfig("unused", max_steps=1),
         eval=EvalConfig(),
         lora=LoraConfig(r=16),
         vllm=VLLMConfig(port=fake.server_port, timeout=2.0, **vllm),
@@ -362,7 +362,7 @@ def served(fake, model_folder, tmp_path, lora: bool, probe: int = 30, longest: i
         model=ModelConfig(str(model_folder)),
         data=PromptDataConfig("unused", max_prompt_length=longest - 40),
         ebft=StructuredEBFTConfig(max_completion_length=40, temperature=0.7),
-        train=TrainConfig(str(tmp_path / "run")),
+        train=TrainConfig(str(tmp_path / "run"), max_steps=1),
         lora=LoraConfig(r=4) if lora else None,
         vllm=VLLMConfig(port=fake.server_port, timeout=2.0, sync_folder=str(tmp_path / "sync"), sync_tolerance=1e-3),
     )

@@ -52,7 +52,7 @@ DEAD_WITHIN = 60  # seconds from a server's end to the run's
 def rollouts_of(served: ServedPolicy, stop_ids: tuple[int, ...] = (0,)) -> Rollouts:
     """As a run makes it, with `rows` and `batch(row_ids, keys)` beside it."""
     tokenizer = load_tokenizer(served.config.model)
-    rollouts = Rollouts(served.config, served.accelerator, served.policy, tokenizer, list(stop_ids), served, None)
+    rollouts = Rollouts(served.config, served.accelerator, served.policy, tokenizer, list(stop_ids), served, None, 1)
     rollouts.rows, _ = load_rows(served.config, tokenizer, conversation_of)
     others = tokenizer.pad_token_id, served.accelerator.device
     rollouts.batch = lambda row_ids, keys: make_prompt_batch(rollouts.rows, row_ids, keys, *others)
