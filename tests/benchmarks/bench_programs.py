@@ -153,7 +153,7 @@ def load_models(arguments: Namespace, device: torch.device) -> Models:
         compile_decoding=arguments.compile_decoding,
         gradient_checkpointing=arguments.gradient_checkpointing,
     )
-    data, train = TextDataConfig(dataset="random tokens"), TrainConfig(output_dir="none")
+    data, train = TextDataConfig(dataset="random tokens"), TrainConfig(output_dir="none", max_steps=1)
     config = StridedConfig(model=setting, data=data, train=train)
     if arguments.shape:
         sizes = dict(zip(SIZES, SHAPES[arguments.shape], strict=True))
