@@ -4,6 +4,9 @@ A document is raw text, or a prompt with the turns that follow it. Its *spans* a
 of a raw text, each answer of a conversation. All other tokens (prompt, later messages of the user) are context only.
 
     [ prompt | answer <end> | user's message | answer <end> ]    spans: both answers, each with its end-of-text token
+
+In strided mode a document has at most data.sequence_length tokens. A longer raw text becomes several documents, its
+*pieces*, of that many tokens each (data.long_documents: split), or is cut; a prompt with its answers is cut.
 """
 
 import itertools
@@ -25,10 +28,17 @@ Tokens = list[int]
 
 @dataclass(frozen=True)
 class Document:
-    """tokens: token ids; spans: (start, end) of each part that is learnt, end-of-text tokens included."""
+    """tokens: token ids; spans: (start, end) of each part that is learnt, end-of-text tokens included.
+
+    piece: its number among the pieces of its text, from 0. Of the first piece also unused: how many tokens of the whole
+    text are in no piece; lost_ends: how many answers have lost their end.
+    """
 
     tokens: Tokens
     spans: list[tuple[int, int]]
+    piece: int = field(default=0, compare=False, repr=False)
+    unused: int = field(default=0, compare=False, repr=False)
+    lost_ends: int = field(default=0, compare=False, repr=False)
 
 
 def first_anchor(span: tuple[int, int], context_length: int, min_completion_prefix: int) -> int:
@@ -65,8 +75,8 @@ class Tokenizing:
         # SentencePiece puts a space before each text. A text that continues another one must not get it.
         self.adds_space = bool(tokens) and tokens[0].startswith("\u2581")
 
-    def documents(self, rows: list[dict], numbers: list[int]) -> list[Document | str]:
-        """A document for each row, or the reason why there is none ("": the transform left the row out).
+    def documents(self, rows: list[dict], numbers: list[int]) -> list[list[Document] | str]:
+        """The pieces of each row's document, or the reason why there is none ("": the transform left the row out).
 
         numbers: row numbers, for messages. Raises UserError for a bad row where data.on_bad_row is error, and for a
         transform that fails or returns something else than it should.
@@ -87,8 +97,8 @@ class Tokenizing:
                 tokens[id(pieces)] = opening, answers, between
         self._tell(found, numbers)
 
-        def assemble(pieces: _Pieces) -> Document:
-            return self._document(*tokens[id(pieces)], pieces)
+        def assemble(pieces: _Pieces) -> list[Document]:
+            return self._assembled(*tokens[id(pieces)], pieces)
 
         return [
             self._checked(assemble, pieces, number) if isinstance(pieces, _Pieces) else pieces
@@ -121,15 +131,11 @@ class Tokenizing:
         """Token ids. special: with the tokenizer's special tokens; apart: control tokens in a text are ordinary."""
         if not texts:
             return []
-        limit = None
-        if special and self.config.mode == "strided":  # a prompt that is cut here is refused later
-            limit = self.config.data.sequence_length + self.adds_end
         if apart:
-            found = [tokens if limit is None else tokens[:limit] for tokens in self.control.encode(texts, special)]
-        else:
-            cut = {} if limit is None else dict(truncation=True, max_length=limit)
-            found = self.tokenizer(texts, add_special_tokens=special, **cut)["input_ids"]
-        if special and self.adds_end:  # _document appends the end token, where there is one
+            found = self.control.encode(texts, special)
+        else:  # verbose: it would warn of texts that are longer than the model reads, before they are cut
+            found = self.tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
+        if special and self.adds_end:  # _assembled appends the end token, where there is one
             return [tokens[:-1] for tokens in found]
         return found
 
@@ -217,8 +223,9 @@ class Tokenizing:
             raise
         except Exception as error:  # the user's function may raise anything
             if transform.own:
-                where = f"{self.source.key}.transform: {transform.name}"
-                raise UserError(f"{where} raised {type(error).__name__}: {error}") from None
+                where = f"{self.source.key}.transform: {transform.name} raised {type(error).__name__}: {error}"
+                has = f"; the row has the columns {', '.join(row)}" if isinstance(error, KeyError) else ""
+                raise UserError(f"{where}{has}") from None
             if isinstance(error, KeyError):
                 raise BadRow(error.args[0], "is missing") from None
             raise
@@ -258,7 +265,9 @@ class Tokenizing:
 
     # --- tokens -------------------------------------------------------------------------------------------------------
 
-    def _document(self, opening: Tokens, answers: list[Tokens], between: list[Tokens], pieces: _Pieces) -> Document:
+    def _assembled(
+        self, opening: Tokens, answers: list[Tokens], between: list[Tokens], pieces: _Pieces
+    ) -> list[Document]:
         data, structured, end = self.config.data, self.config.mode == "structured", [self.tokenizer.eos_token_id]
         # An answer that the user replies to has always ended. data.append_eos decides for the last one alone.
         num_ended = len(answers) if structured or data.append_eos else len(answers) - 1
@@ -266,16 +275,32 @@ class Tokenizing:
         if structured:
             self._check_lengths(opening, answers, between, pieces)
         if not answers:  # raw text
-            tokens = opening + end if data.append_eos and len(opening) < data.sequence_length else opening
-            return self._with_room(Document(tokens, [(0, len(tokens))]), pieces)
+            return self._text_pieces(opening + end if data.append_eos else opening, pieces)
         tokens, spans = list(opening), []
         for gap, answer in zip([[], *between], answers, strict=True):
             start = len(tokens) + len(gap)
             tokens += gap + answer
             spans.append((start, start + len(answer)))
         if structured:
-            return Document(tokens, spans)
-        return self._with_room(self._cut(tokens, spans, len(opening), pieces), pieces)
+            return [Document(tokens, spans)]
+        document = self._cut(tokens, spans, len(opening), pieces)
+        self._check_room(document, pieces)
+        return [document]
+
+    def _text_pieces(self, tokens: Tokens, pieces: _Pieces) -> list[Document]:
+        """A raw text in pieces of data.sequence_length tokens, or its first piece (data.long_documents).
+
+        A last piece without room for an anchor is left out.
+        """
+        data, limit = self.config.data, self.config.data.sequence_length
+        needs, parts = self.config.first_anchor + self.config.ebft.generate_max_len, [tokens[:limit]]
+        if data.long_documents == "split":
+            parts += [tokens[start : start + limit] for start in range(limit, len(tokens), limit)]
+            parts = parts[:1] + [part for part in parts[1:] if len(part) >= needs]
+        unused = [len(tokens) - sum(map(len, parts))] + [0] * (len(parts) - 1)
+        documents = [Document(part, [(0, len(part))], number, unused[number]) for number, part in enumerate(parts)]
+        self._check_room(documents[0], pieces)
+        return documents
 
     def _check_lengths(self, opening: Tokens, answers: list[Tokens], between: list[Tokens], pieces: _Pieces) -> None:
         data, limit = self.config.data, self.config.ebft.max_completion_length
@@ -307,20 +332,22 @@ class Tokenizing:
         if prompt_length >= limit:
             raise BadRow(
                 pieces.prompt_column,
-                f"the prompt has {prompt_length} tokens or more, which leaves nothing of data.sequence_length {limit} "
+                f"the prompt has {prompt_length} tokens, which leaves nothing of data.sequence_length {limit} "
                 "to the completion",
             )
-        return Document(tokens[:limit], [(start, min(end, limit)) for start, end in spans if start < limit])
+        kept = [(start, min(end, limit)) for start, end in spans if start < limit]
+        lost_ends = sum(end > limit for _, end in spans)
+        return Document(tokens[:limit], kept, unused=max(0, len(tokens) - limit), lost_ends=lost_ends)
 
-    def _with_room(self, document: Document, pieces: _Pieces) -> Document:
-        """The document. Raises BadRow when no anchor fits into it (strided mode)."""
+    def _check_room(self, document: Document, pieces: _Pieces) -> None:
+        """Raises BadRow when no anchor fits into a document of strided mode."""
         ebft = self.config.ebft
 
         def first_end(span: tuple[int, int]) -> int:
             return first_anchor(span, ebft.context_length, ebft.min_completion_prefix) + ebft.generate_max_len
 
         if any(first_end(span) <= span[1] for span in document.spans):
-            return document
+            return
         lacks = "no room for one anchor, which needs"
         keys = "(ebft.context_length or min_completion_prefix + ebft.generate_max_len)"
         if not pieces.answers:

@@ -1,8 +1,9 @@
 """Documents -> rows, and which rows each optimizer step trains on.
 
-A row is what the model sees in one line of a batch: one document, or several with `data.packing`. Rows form an endless
-series. Which of them make up an optimizer step depends only on (seed, step), so a run resumes where it stopped, and the
-number of processes does not matter.
+A row is what the model sees in one line of a batch: one document, or several with `data.packing`. Each piece of a long
+raw text (data.long_documents) is a document there; it is held out, or left out as a copy, with all others of its text.
+Rows form an endless series. Which of them make up an optimizer step depends only on (seed, step), so a run resumes
+where it stopped, and the number of processes does not matter.
 
     Rows          documents that are all there: epoch after epoch, each in its own order
     StreamedRows  documents of a stream (streams.py), in blocks of data.shuffle_buffer rows, each in its own order
@@ -22,14 +23,15 @@ from ..config.data import MIX_BLOCK
 from ..config.modes import Config
 from ..config.settings import UserError
 from .documents import Document
-from .sources import Source, evaluation_source, training_sources
+from .sources import Noted, Source, evaluation_source, training_sources
 from .streams import Stream, StreamedRows
-from .tables import documents_from, load_documents, table_of
+from .tables import documents_from, load_documents, share_of, table_of, text_numbers
 
 DEFAULT_EVALUATION = 64  # held-out documents; also at most a tenth of the data, unless it is a stream of unknown size
+LARGE_SHARE = 0.2  # of the documents; when more are held out, the run says so
 
 
-class Rows:
+class Rows(Noted):
     """Rows of documents that are all there.
 
     Args:
@@ -77,7 +79,7 @@ def _epoch_order(num_rows: int, seed: tuple[int, ...], epoch: int) -> np.ndarray
     return np.random.default_rng([*seed, epoch]).permutation(num_rows)
 
 
-class MixedRows:
+class MixedRows(Noted):
     """Rows of several sources, each with its exact share of every MIX_BLOCK rows. A row is (source, its row)."""
 
     def __init__(self, sources: list[Rows | StreamedRows], weights: list[float], seed: int):
@@ -158,15 +160,18 @@ def load_rows(
 ) -> tuple[Rows | StreamedRows | MixedRows, Rows | None]:
     """Rows to train on, and held-out rows, of which no copy is trained on.
 
-    Held-out rows hold one document each. They are None when eval.num_documents is 0.
+    Held-out rows hold one document each, of a long text its first piece. They are None when eval.num_documents is 0.
     """
     sources = training_sources(config)
+    judged = sources if config.eval.dataset is None else [evaluation_source(config)]
     load = _streams if config.data.streaming else _tables
-    train, held_out = load(config, tokenizer, sources, form)
+    train, held_out = load(config, tokenizer, sources, judged, form)
     held_out = None if held_out is None else Rows(held_out, one_a_row(len(held_out)), form=form)
-    if config.data.mix is None:
-        return train[0], held_out
-    return MixedRows(train, [source.weight for source in sources], config.train.seed), held_out
+    rows = train[0]
+    if config.data.mix is not None:
+        rows = MixedRows(train, [source.weight for source in sources], config.train.seed)
+    rows.read_from = tuple(sources) if judged is sources else (*sources, *judged)
+    return rows, held_out
 
 
 def _order_seed(config: Config, number: int) -> tuple[int, ...]:
@@ -183,10 +188,10 @@ def _shares(sources: list[Source], number: int) -> list[int]:
     return np.diff(np.floor(np.cumsum([0.0, *weights]) / sum(weights) * number + 0.5).astype(int)).tolist()
 
 
-def _tables(config: Config, tokenizer, sources: list[Source], form: Callable):
-    """Rows of each source, and the documents for evaluation (None: no evaluation)."""
+def _tables(config: Config, tokenizer, sources: list[Source], judged: list[Source], form: Callable):
+    """Rows of each source, and the documents for evaluation (None: no evaluation). judged: where those come from."""
     train = [load_documents(config, tokenizer, source) for source in sources]
-    train, held_out = hold_out(config, tokenizer, sources, train)
+    train, held_out = hold_out(config, tokenizer, sources, judged, train)
     rows = []
     for number, documents in enumerate(train):
         members = one_a_row(len(documents))
@@ -197,65 +202,76 @@ def _tables(config: Config, tokenizer, sources: list[Source], form: Callable):
 
 
 def hold_out(
-    config: Config, tokenizer, sources: list[Source], train: list[datasets.Dataset]
+    config: Config, tokenizer, sources: list[Source], judged: list[Source], train: list[datasets.Dataset]
 ) -> tuple[list[datasets.Dataset], datasets.Dataset | None]:
     """Documents of each source to train on, and the documents for evaluation (None: no evaluation).
 
-    The latter are those of eval.dataset, or are taken out of the sources by their weights.
+    The latter are those of eval.dataset, or are taken out of the sources by their weights. Of a long text the first
+    piece is evaluated, and no other one is trained on.
     """
     evaluation = config.eval
-    taken_out = evaluation.dataset is None
-    from_sources = sources if taken_out else [evaluation_source(config)]
-    pools = train if taken_out else [load_documents(config, tokenizer, source) for source in from_sources]
-    total, wanted = sum(map(len, pools)), evaluation.num_documents
+    taken_out = judged is sources
+    pools = train if taken_out else [load_documents(config, tokenizer, source) for source in judged]
+    firsts = [np.flatnonzero(np.array(pool["piece"][:]) == 0) for pool in pools]
+    total, wanted = sum(map(len, firsts)), evaluation.num_documents
     if wanted is None:
-        limits = [len(pool) // 10 if taken_out else len(pool) for pool in pools]
-        numbers = _shares(from_sources, min(DEFAULT_EVALUATION, total // 10 if taken_out else total))
+        limits = [len(first) // 10 if taken_out else len(first) for first in firsts]
+        numbers = _shares(judged, min(DEFAULT_EVALUATION, total // 10 if taken_out else total))
         numbers = [min(pair) for pair in zip(numbers, limits, strict=True)]
         PartialState().print(f"data: {sum(numbers)} of {total} documents are for evaluation (eval.num_documents)")
     else:
-        numbers = _shares(from_sources, wanted)
+        numbers = _shares(judged, wanted)
     spare = taken_out and not evaluation.only  # something must be left to train on
-    for source, pool, number in zip(from_sources, pools, numbers, strict=True):
-        if number > len(pool) - spare:
+    for source, first, number in zip(judged, firsts, numbers, strict=True):
+        if number > len(first) - spare:
             share = f", of which {number}," if len(pools) > 1 else ""
             rest, instead = (" and leave any to train on", ", or set eval.dataset") if spare else ("", "")
             raise UserError(
-                f"eval.num_documents: {wanted}{share} cannot be taken out of the {len(pool)} usable documents of "
+                f"eval.num_documents: {wanted}{share} cannot be taken out of the {len(first)} usable documents of "
                 f"{source}{rest}; lower it{instead}"
+            )
+        if spare and number > LARGE_SHARE * len(first):
+            source.note(
+                f"data: {number} of {len(first)} documents of {source} ({share_of(number, len(first))}) are held out "
+                "and not trained on (eval.num_documents); a tenth is usually enough"
             )
     if sum(numbers) == 0:
         return train, None
     seeds = [evaluation.seed if len(pools) == 1 else [evaluation.seed, number] for number in range(len(pools))]
-    orders = [np.random.default_rng(seed).permutation(len(pool)) for seed, pool in zip(seeds, pools, strict=True)]
-    cut = list(zip(pools, orders, numbers, strict=True))
-    held_out = datasets.concatenate_datasets([pool.select(np.sort(order[:number])) for pool, order, number in cut])
+    orders = [np.random.default_rng(seed).permutation(len(first)) for seed, first in zip(seeds, firsts, strict=True)]
+    chosen = [np.sort(order[:number]) for order, number in zip(orders, numbers, strict=True)]
+    cut = list(zip(pools, firsts, chosen, strict=True))
+    held_out = datasets.concatenate_datasets([pool.select(first[texts]) for pool, first, texts in cut])
     if not evaluation.only and train:
         if taken_out:
-            train = [pool.select(np.sort(order[number:])) for pool, order, number in cut]
+            train = [pool.select(np.flatnonzero(~np.isin(text_numbers(pool), texts))) for pool, _, texts in cut]
         train = [_without_copies(documents, held_out, source) for documents, source in zip(train, sources, strict=True)]
     return train, held_out
 
 
 def _without_copies(documents: datasets.Dataset, held_out: datasets.Dataset, source: Source) -> datasets.Dataset:
-    """The documents that differ in some token from every held-out one. Datasets often hold a text twice."""
-    kept = np.flatnonzero(~np.isin(documents["digest"][:], held_out["digest"][:]))
+    """The documents that differ in some token from every held-out one. Datasets often hold a text twice.
+
+    A text is left out with all its pieces when one of them is a copy.
+    """
+    texts = text_numbers(documents)
+    copies = np.unique(texts[np.isin(documents["digest"][:], held_out["digest"][:])])
+    kept = np.flatnonzero(~np.isin(texts, copies))
     if not len(kept):
-        copies = f"every other document of {source} is a copy of a held-out one"
-        raise UserError(f"eval.num_documents: {copies}: nothing is left to train on")
-    if len(kept) < len(documents):
-        number = len(documents) - len(kept)
-        PartialState().print(f"data: {number} documents of {source} left out of training: copies of held-out ones")
+        same = f"every other document of {source} is a copy of a held-out one"
+        raise UserError(f"eval.num_documents: {same}: nothing is left to train on")
+    if len(copies):
+        source.note(f"data: {len(copies)} documents of {source} left out of training: copies of held-out ones")
     return documents.select(kept)
 
 
-def _streams(config: Config, tokenizer, sources: list[Source], form: Callable):
+def _streams(config: Config, tokenizer, sources: list[Source], judged: list[Source], form: Callable):
     """The same for streams. Their first usable documents are held out when eval.dataset is null."""
     evaluation, data = config.eval, config.data
     held_out, taken = None, [0] * len(sources)
     streams = [Stream(config, tokenizer, source) for source in sources]
     if evaluation.dataset is not None:
-        _, held_out = hold_out(config, tokenizer, sources, [])
+        _, held_out = hold_out(config, tokenizer, sources, judged, [])
     elif evaluation.num_documents != 0:
         wanted = DEFAULT_EVALUATION if evaluation.num_documents is None else evaluation.num_documents
         shares = _shares(sources, wanted)

@@ -10,7 +10,8 @@ import os
 import sysconfig
 import textwrap
 import zlib
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
@@ -34,7 +35,8 @@ logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # the
 class Source:
     """A dataset, and how its rows are read. key: its section of the configuration; weight: its share in data.mix.
 
-    skips: whether a file of a folder that cannot be decoded is left out (data.on_bad_row).
+    skips: whether a file of a folder that cannot be decoded is left out (data.on_bad_row); notes: what of it is not
+    trained on, in sentences.
     """
 
     key: str
@@ -49,9 +51,26 @@ class Source:
     max_documents: int | None
     weight: float = 1.0
     skips: bool = False
+    notes: list[str] = field(default_factory=list, compare=False)
 
     def __str__(self) -> str:
         return repr(self.dataset)
+
+    def note(self, text: str) -> None:
+        """Says what is not trained on, and keeps it in notes, on all processes."""
+        PartialState().print(text)
+        self.notes.append(text)
+
+
+class Noted:
+    """Rows that know their sources, and so what of them is not trained on."""
+
+    read_from: tuple[Source, ...] = ()
+
+    @property
+    def notes(self) -> list[str]:
+        """What of the data is left out, cut or held out, in sentences. Of a stream: as far as it has been read."""
+        return [note for source in self.read_from for note in source.notes]
 
 
 def training_sources(config: Config) -> list[Source]:
@@ -68,6 +87,12 @@ def training_sources(config: Config) -> list[Source]:
 def evaluation_source(config: Config) -> Source:
     """The source to evaluate on: eval.dataset."""
     return _source("eval", config.eval, config, max_documents=None)
+
+
+def check_sources(config: Config) -> None:
+    """Raises UserError when a transform, a file or a folder of the data does not exist. It reads no rows."""
+    for source in [*training_sources(config), *([evaluation_source(config)] if config.eval.dataset else [])]:
+        _files_of(source)
 
 
 def is_local(dataset: str) -> bool:
@@ -126,11 +151,27 @@ def _check_columns(names: list[str], source: Source) -> None:
             remedy = f"set {key}.{setting}, or another {key}.transform than {transform.name}"
             if setting == column:
                 remedy = f"the transform {transform.name} reads it: take another {key}.transform"
+            if (fitting := _fitting_transform(names, source)) is not None:
+                remedy = f"set {fitting}"
             raise UserError(f"{key}: {source} has no column {column!r}; it has {', '.join(names)}: {remedy}")
 
 
+def _fitting_transform(names: list[str], source: Source) -> str | None:
+    """The settings with which rows of such columns can be read, where a default transform reads none of them."""
+    key, own = source.key, source.transform
+    if own.name not in ("text", "prompt_completion") or set(names) & set(own.columns_needed(source.columns).values()):
+        return None
+    if {"prompt", "completion"} <= set(names):
+        return f"{key}.transform=prompt_completion"
+    if "messages" in names:
+        return f"{key}.transform=chat"
+    if "conversations" in names:
+        return f"{key}.transform=chat {key}.columns.messages=conversations"
+    return None
+
+
 def _open(source: Source, streaming: bool):
-    path = Path(os.path.expanduser(source.dataset))
+    path, files = Path(os.path.expanduser(source.dataset)), _files_of(source)
     if streaming and "[" in source.split:
         raise UserError(
             f"{source.key}.split: {source.split!r} is a part of a split, and a stream has only whole ones; "
@@ -142,15 +183,12 @@ def _open(source: Source, streaming: bool):
             raise UserError(f"{where} is for datasets of the hub, and {source} is none; leave it out")
     if source.dataset in BUILT_IN:
         return _part(BUILT_IN[source.dataset](), source, streaming)
+    if files and kind_of(files[0]) in LOADERS:
+        return _open_files(files, source, streaming)
+    if files:
+        return _part(_file_texts(files), source, streaming)
     if path.is_dir():
-        return _open_folder(path, source, streaming)
-    if kind_of(path) in LOADERS:
-        if not path.is_file():
-            raise UserError(f"{source.key}: the file {source.dataset} does not exist")
-        return _open_files([path], source, streaming)
-    if is_local(source.dataset):
-        kinds = ", ".join(LOADERS)
-        raise UserError(f"{source.key}: {source.dataset} is neither a folder nor a file of a known kind ({kinds})")
+        return _open_saved(path, source, streaming)
     return datasets.load_dataset(
         source.dataset, source.name, revision=source.revision, split=source.split, streaming=streaming
     )
@@ -162,28 +200,65 @@ def kind_of(file: Path) -> str:
     return inner if file.suffix == ".gz" and inner in PACKED else file.suffix
 
 
-def _open_folder(folder: Path, source: Source, streaming: bool):
-    if (folder / "state.json").is_file():  # what save_to_disk writes
+def _files_of(source: Source) -> list[Path]:
+    """The files of a local dataset. Empty for one that has none of its own: built-in, saved, of the hub."""
+    path = Path(os.path.expanduser(source.dataset))
+    if source.dataset in BUILT_IN or _is_saved(path):
+        return []
+    if path.is_dir():
+        return _files_of_folder(path, source)
+    if kind_of(path) in LOADERS:
+        if not path.is_file():
+            raise UserError(f"{source.key}: the file {source.dataset} does not exist")
+        return [path]
+    if is_local(source.dataset):
+        kinds = ", ".join(LOADERS)
+        raise UserError(f"{source.key}: {source.dataset} is neither a folder nor a file of a known kind ({kinds})")
+    return []
+
+
+def _is_saved(folder: Path) -> bool:
+    """Whether save_to_disk of `datasets` wrote the folder."""
+    return any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
+
+
+def _open_saved(folder: Path, source: Source, streaming: bool):
+    if (folder / "state.json").is_file():
         return _part(datasets.load_from_disk(str(folder)), source, streaming)
-    if (folder / "dataset_dict.json").is_file():
-        splits = datasets.load_from_disk(str(folder))
-        split, _, part = source.split.partition("[")
-        if split not in splits:
-            raise UserError(f"{source.key}.split: {source} has no split {split!r}; it has {', '.join(splits)}")
-        return _part(splits[split], source, streaming, split)
+    splits = datasets.load_from_disk(str(folder))
+    split, _, part = source.split.partition("[")
+    if split not in splits:
+        raise UserError(f"{source.key}.split: {source} has no split {split!r}; it has {', '.join(splits)}")
+    return _part(splits[split], source, streaming, split)
+
+
+def _files_of_folder(folder: Path, source: Source) -> list[Path]:
     files = _matching(folder, source)
     pattern = f"{source.key}.file_pattern {source.file_pattern!r}"
     if not files:
-        raise UserError(f"{source.key}: the folder {source.dataset} holds no file that matches {pattern}")
+        raise UserError(
+            f"{source.key}: the folder {source.dataset} holds no file that matches {pattern}"
+            f"{_held_instead(folder, source)}"
+        )
     kinds = {kind_of(file) for file in files}
     if len(kinds) > 1 and kinds & LOADERS.keys():
         raise UserError(
             f"{source.key}: {pattern} matches files of several kinds in {source.dataset} "
             f"({', '.join(sorted(kinds))}); narrow it to one"
         )
-    if kinds & LOADERS.keys():
-        return _open_files(files, source, streaming)
-    return _part(_file_texts(files), source, streaming)
+    return files
+
+
+def _held_instead(folder: Path, source: Source) -> str:
+    """What a folder holds, hidden files aside, and the file_pattern of the commonest kind."""
+    names = [file.relative_to(folder) for file in folder.rglob("*") if file.is_file()]
+    suffixes = Counter(name.suffix for name in names if not any(part.startswith(".") for part in name.parts))
+    if not suffixes:
+        return ": it is empty"
+    held = ", ".join(f"{number} {suffix or 'without suffix'}" for suffix, number in suffixes.most_common(4))
+    more = ", .." if len(suffixes) > 4 else ""
+    commonest = suffixes.most_common(1)[0][0]
+    return f"; its files are {held}{more}: set {source.key}.file_pattern='*{commonest}'"
 
 
 def _matching(folder: Path, source: Source) -> list[Path]:
@@ -224,7 +299,7 @@ def _readable(files: list[Path], kind: str, source: Source, streaming: bool) -> 
     if faults and not skips:
         raise UserError(f"{source.key}: {faults[0]}")
     if faults:
-        PartialState().print(f"data: {len(faults)} of {num_files} files of {source} left out: 1 like {faults[0]}")
+        source.note(f"data: {len(faults)} of {num_files} files of {source} left out: 1 like {faults[0]}")
     kept = [file for file, fault in found.items() if fault is None and not is_blank(file, kind)]
     if not kept and faults:
         raise UserError(f"{source.key}: {source} has no file that can be read: {faults[0]}")
@@ -253,9 +328,8 @@ def _field(file: Path, names: list[str], split: str, source: Source) -> str | No
 def reading_fault(error: BaseException, source: Source, doing: str = "loaded") -> str:
     """Why a dataset cannot be read, in one line. doing: what could not be done with it."""
     path = Path(os.path.expanduser(source.dataset))
-    saved = any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))  # by save_to_disk
     try:
-        files = _matching(path, source) if path.is_dir() and not saved else [path] if path.is_file() else []
+        files = _matching(path, source) if path.is_dir() and not _is_saved(path) else [path] if path.is_file() else []
         faults = (fault_of(file, kind_of(file), whole=True) or broken_line(file, kind_of(file)) for file in files)
         if (fault := next(filter(None, faults), None)) is not None:
             return fault

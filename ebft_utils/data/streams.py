@@ -5,19 +5,21 @@ from collections import deque
 from collections.abc import Callable
 from itertools import islice
 
+import numpy as np
 from accelerate import PartialState
 
 from ..config.modes import Config
 from ..config.settings import UserError
 from .documents import Document, Tokenizing
-from .sources import Source, load_table, reading_fault
-from .tables import LeftOut, columns_read, table_of
+from .sources import Noted, Source, load_table, reading_fault
+from .tables import Tally, columns_read, table_of
 
 
-class StreamedRows:
+class StreamedRows(Noted):
     """Rows of a stream, read when they are asked for. rows[position] is the row at a position of the endless series.
 
-    The stream is cut into blocks of block_size dataset rows. The usable documents of a block are packed and shuffled.
+    The stream is cut into blocks of block_size dataset rows. The usable documents of a block, with all pieces of
+    its texts, are packed and shuffled.
     When the stream ends it begins again, with its blocks in other orders.
 
     Args:
@@ -103,7 +105,8 @@ class Stream:
         self.table = columns_read(load_table(source, streaming=True), source)
         self.source, self.tokenizing = source, Tokenizing(config, tokenizer, source)
         self.begin, self.copies = 0, set()
-        self.left_out, self.furthest, self.print_at = LeftOut(source), -1, 1
+        self.tally, self.furthest, self.say_at = Tally(config, source, "the first "), -1, 1
+        self.notes_before = list(source.notes)
 
     def open_at(self, number: int):
         """The rows for training from that one on."""
@@ -113,24 +116,35 @@ class Stream:
         """The usable documents of some rows. first: the number of the first row."""
         numbers = [self.begin + first + index for index in range(len(rows))]
         found = self.tokenizing.documents(rows, numbers)
+        texts = [pieces for pieces in found if not isinstance(pieces, str)]
         if numbers[-1] > self.furthest:  # a second epoch is not counted again
             self.furthest = numbers[-1]
-            self.left_out.add([problem for problem in found if isinstance(problem, str)])
-            if self.left_out.number >= self.print_at:  # at twice as many each time
-                self.print_at = 2 * self.left_out.number
-                PartialState().print(self.left_out.text(f"of the first {numbers[-1] + 1}"))
-        documents = [document for document in found if isinstance(document, Document)]
-        if not self.copies or not documents:
-            return documents
-        digests = table_of(documents)["digest"][:]
-        return [document for document, digest in zip(documents, digests, strict=True) if digest not in self.copies]
+            self._count([problem for problem in found if isinstance(problem, str)], texts)
+        if self.copies:
+            texts = [pieces for pieces in texts if not self.copies & set(table_of(pieces)["digest"][:])]
+        return [document for pieces in texts for document in pieces]
+
+    def _count(self, problems: list[str], texts: list[list[Document]]) -> None:
+        """Counts what is not trained on, and says it whenever it has doubled."""
+        tally, documents = self.tally, [document for pieces in texts for document in pieces]
+        columns = [(len(found.tokens), found.piece, found.unused, found.lost_ends) for found in documents]
+        tally.add_problems(problems)
+        if documents:
+            tally.add(*np.array(columns).T)
+        tally.check()
+        notes = tally.notes()
+        self.source.notes[:] = [*self.notes_before, *notes]
+        number = tally.left + tally.long_texts + tally.long_answers
+        if number >= self.say_at:
+            self.say_at = 2 * number
+            PartialState().print("\n".join(notes))
 
     def first(self, number: int) -> tuple[list[Document], int]:
-        """The first usable documents, and how many rows they took."""
+        """The first usable documents, of each its first piece, and how many rows they took."""
         stream, documents, taken = self._reading(iter(self.table)), [], 0
         for row in stream if number else ():
             (found,) = self.tokenizing.documents([row], [taken])
-            documents += [found] if isinstance(found, Document) else []
+            documents += [] if isinstance(found, str) else found[:1]
             taken += 1
             if len(documents) == number:
                 return documents, taken

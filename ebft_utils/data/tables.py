@@ -33,15 +33,19 @@ COLUMNS = datasets.Features(
         "num_tokens": datasets.Value("int32"),
         "digest": datasets.Value("int64"),  # of the tokens alone: finds copies of held-out texts, whatever is learnt
         "problem": datasets.Value("string"),  # why the row cannot be used
+        "piece": datasets.Value("int32"),  # this and the next two: see Document
+        "unused": datasets.Value("int64"),
+        "lost_ends": datasets.Value("int32"),
     }
 )
 
 
 def documents_from(columns: dict[str, list]) -> list[Document]:
     """Rows of a tokenised table as documents."""
+    names = ("input_ids", "spans", "piece", "unused", "lost_ends")
     return [
-        Document(tokens, list(zip(spans[::2], spans[1::2], strict=True)))
-        for tokens, spans in zip(columns["input_ids"], columns["spans"], strict=True)
+        Document(tokens, list(zip(spans[::2], spans[1::2], strict=True)), *numbers)
+        for tokens, spans, *numbers in zip(*(columns[name] for name in names), strict=True)
     ]
 
 
@@ -53,7 +57,8 @@ def table_of(documents: list[Document]) -> datasets.Dataset:
 
 def _row_of(document: Document | None, problem: str = "") -> dict:
     if document is None:
-        return {"input_ids": [], "spans": [], "num_tokens": 0, "digest": 0, "problem": problem}
+        empty = {"input_ids": [], "spans": [], "num_tokens": 0, "digest": 0, "piece": 0, "unused": 0, "lost_ends": 0}
+        return {**empty, "problem": problem}
     tokens = document.tokens
     digest = hashlib.blake2b(np.array(tokens, dtype=np.int32).tobytes(), digest_size=8).digest()
     return {
@@ -62,13 +67,22 @@ def _row_of(document: Document | None, problem: str = "") -> dict:
         "num_tokens": len(tokens),
         "digest": int.from_bytes(digest, "little", signed=True),
         "problem": "",
+        "piece": document.piece,
+        "unused": document.unused,
+        "lost_ends": document.lost_ends,
     }
+
+
+def text_numbers(documents: datasets.Dataset) -> np.ndarray:
+    """For each document of a table the number of the text that it is a piece of, from 0."""
+    return np.cumsum(np.array(documents["piece"][:]) == 0) - 1
 
 
 def load_documents(config: Config, tokenizer: PreTrainedTokenizerBase, source: Source) -> datasets.Dataset:
     """The usable documents of a source (columns: COLUMNS), from the cache where they were made before.
 
-    Raises UserError when there are none.
+    The pieces of a text stand one after the other. What is left out and cut is said (Source.notes). Raises UserError
+    when no row can be used, or fewer than data.max_skipped allows.
     """
     table, tokenizing = columns_read(load_table(source), source), Tokenizing(config, tokenizer, source)
     key = cache_key(config, tokenizer, source, table)
@@ -77,7 +91,9 @@ def load_documents(config: Config, tokenizer: PreTrainedTokenizerBase, source: S
     def tokenize(columns: dict, numbers: list[int]) -> dict:
         rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
         made = tokenizing.documents(rows, numbers)
-        found = [_row_of(None, result) if isinstance(result, str) else _row_of(result) for result in made]
+        found = []
+        for result in made:
+            found += [_row_of(None, result)] if isinstance(result, str) else map(_row_of, result)
         return {name: [row[name] for row in found] for name in COLUMNS}
 
     def tokenised() -> datasets.Dataset:
@@ -98,15 +114,16 @@ def load_documents(config: Config, tokenizer: PreTrainedTokenizerBase, source: S
     except UnicodeDecodeError as error:  # a file in another encoding, beyond its beginning
         raise UserError(f"{source.key}: {reading_fault(error, source, 'read')}") from None
     lengths = np.array(documents["num_tokens"][:])
-    kept = np.flatnonzero(lengths)
-    if len(kept) < len(lengths):
-        left_out = LeftOut(source)
-        left_out.add(documents.select(np.flatnonzero(lengths == 0))["problem"][:])
-        words = left_out.text(f"of {len(lengths)}")
-        if len(kept) == 0:
-            raise UserError(f"{source.key}: {source} has no row that can be used. {words}")
-        PartialState().print(words)
-    return documents.select(kept)
+    kept, tally = np.flatnonzero(lengths), Tally(config, source)
+    tally.add_problems(documents.select(np.flatnonzero(lengths == 0))["problem"][:])
+    documents = documents.select(kept)
+    tally.add(*(np.array(documents[name][:], dtype=int) for name in ("num_tokens", "piece", "unused", "lost_ends")))
+    if len(kept) == 0:
+        raise UserError(f"{source.key}: {source} has no row that can be used. {tally.left_out()}")
+    tally.check()
+    for note in tally.notes():
+        source.note(note)
+    return documents
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -189,30 +206,102 @@ def columns_read(table, source: Source):
     return table.select_columns([*names, *hidden])
 
 
-class LeftOut:
-    """Counts the rows of a source that are left out, by the kind of their problem."""
+class Tally:
+    """Counts what of a source is not trained on: rows that are left out, and documents that are too long.
 
-    def __init__(self, source: Source):
-        self.source, self.number, self.kinds, self.examples = source, 0, Counter(), {}
+    first: before the numbers of rows and documents, for a stream "the first ".
+    """
 
-    def add(self, problems: list[str]) -> None:
+    def __init__(self, config: Config, source: Source, first: str = ""):
+        self.config, self.source, self.first = config, source, first
+        self.left, self.kinds, self.examples = 0, Counter(), {}
+        self.documents, self.tokens = 0, 0
+        self.long_texts, self.text_rows, self.unused_of_texts = 0, 0, 0
+        self.long_answers, self.lost_ends, self.unused_of_answers = 0, 0, 0
+
+    def add_problems(self, problems: list[str]) -> None:
         """problems: why each row is left out; "" where the transform did that."""
         for problem in problems:
             # the kind: the problem without what belongs to this row, such as numbers and quoted text
             kind = re.sub(r"\d+|'[^']*'|\"[^\"]*\"", "", problem).partition("; text")[0]
             example = f"like {problem}" if problem else f"by the transform {self.source.transform.name}"
-            self.number += 1
+            self.left += 1
             self.kinds[kind] += 1
             self.examples.setdefault(kind, example)
 
-    def text(self, of: str) -> str:
-        """How many rows, and why: one example of each of the commonest kinds."""
+    def add(self, num_tokens: np.ndarray, piece: np.ndarray, unused: np.ndarray, lost_ends: np.ndarray) -> None:
+        """Columns of usable documents, as in COLUMNS. The pieces of a text stand one after the other."""
+        firsts = np.flatnonzero(piece == 0)
+        pieces, unused, lost_ends = np.diff([*firsts, len(piece)]), unused[firsts], lost_ends[firsts]
+        cut_answers = lost_ends > 0
+        long_texts = ((unused > 0) | (pieces > 1)) & ~cut_answers
+        self.documents += len(firsts)
+        self.tokens += int(num_tokens.sum() + unused.sum())
+        self.long_texts += int(long_texts.sum())
+        self.text_rows += int(pieces[long_texts].sum())
+        self.unused_of_texts += int(unused[long_texts].sum())
+        self.long_answers += int(cut_answers.sum())
+        self.lost_ends += int(lost_ends.sum())
+        self.unused_of_answers += int(unused[cut_answers].sum())
+
+    @property
+    def rows(self) -> int:
+        """How many rows of the dataset have been counted."""
+        return self.left + self.documents
+
+    def check(self) -> None:
+        """Raises UserError when more than data.max_skipped of the rows are bad.
+
+        Rows that the transform leaves out are not bad, and do not count.
+        """
+        rows, limit = self.rows - self.kinds[""], self.config.data.max_skipped
+        bad = self.left - self.kinds[""]
+        if bad > limit * rows:
+            raise UserError(
+                f"{self.source.key}: {bad} of {self.first}{rows} rows of {self.source} are bad: "
+                f"{share_of(bad, rows)}, and data.max_skipped is {limit:g}: {self._reasons()}; mend them or the "
+                "settings that they name, or raise data.max_skipped where so many are expected"
+            )
+
+    def _reasons(self) -> str:
         common = self.kinds.most_common(4)
         reasons = [f"{count} {self.examples[kind]}" for kind, count in common]
-        others = self.number - sum(count for _, count in common)
-        if others:
-            reasons.append(f"{others} for other reasons")
-        return f"data: {self.number} {of} rows of {self.source} left out: {'; '.join(reasons)}"
+        others = self.left - sum(count for _, count in common)
+        return "; ".join([*reasons, f"{others} for other reasons"] if others else reasons)
+
+    def left_out(self) -> str:
+        """How many rows are left out, and why: one example of each of the commonest kinds."""
+        return f"data: {self.left} of {self.first}{self.rows} rows of {self.source} left out: {self._reasons()}"
+
+    def notes(self) -> list[str]:
+        """What is not trained on, in a sentence for each kind. Empty when everything is."""
+        data, found = self.config.data, [self.left_out()] if self.left else []
+
+        def longer(number: int) -> str:
+            of = f"data: {number} of {self.first}{self.documents} documents of {self.source}"
+            are = "is" if number == 1 else "are"
+            return f"{of} {are} longer than data.sequence_length {data.sequence_length}"
+
+        if self.long_texts:
+            unused = f"{share_of(self.unused_of_texts, self.tokens)} of the tokens are not used"
+            if data.long_documents == "cut":
+                how = f"cut, {unused} (data.long_documents: split would use them)"
+            else:
+                how = f"split into {self.text_rows} rows, {unused} (last pieces without room for an anchor)"
+            found.append(f"{longer(self.long_texts)}: {how}")
+        if self.long_answers:
+            ends = f"{self.lost_ends} answer{'s' if self.lost_ends > 1 else ''} lost the end"
+            unused = f"{share_of(self.unused_of_answers, self.tokens)} of the tokens are not used"
+            found.append(f"{longer(self.long_answers)}: cut, {ends}, {unused}; raise data.sequence_length to keep them")
+        return found
+
+
+def share_of(number: int, total: int) -> str:
+    """A share in percent: 0 % and 100 % stand for none and all alone."""
+    percent = 100 * number / total if total else 0.0
+    if 0 < number < total:
+        percent = min(max(percent, 0.1), 99.9)
+    return f"{percent:.0f} %" if 10 <= percent < 99 or number in (0, total) else f"{percent:.1f} %"
 
 
 def cache_key(config: Config, tokenizer: PreTrainedTokenizerBase, source: Source, table: datasets.Dataset) -> str:
@@ -223,7 +312,7 @@ def cache_key(config: Config, tokenizer: PreTrainedTokenizerBase, source: Source
     """
     data, ebft = config.data, config.ebft
     if config.mode == "strided":
-        limits = [data.sequence_length, data.append_eos]
+        limits = [data.sequence_length, data.append_eos, data.long_documents]
         limits += [ebft.context_length, ebft.min_completion_prefix, ebft.generate_max_len]
     else:
         limits = [data.max_prompt_length, ebft.max_completion_length, config.longest_sequence[0]]

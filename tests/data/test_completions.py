@@ -73,7 +73,7 @@ def test_a_prompt_as_long_as_the_sequence(tmp_path, by_word, capsys, num_prompt)
     """Guards against a prompt that is cut, and a document with nothing to learn."""
     path = write_rows(tmp_path / "rows.jsonl", [pair(3, 3), pair(num_prompt, 3)])
     data = {"transform": "prompt_completion", "sequence_length": 8}
-    too_long = "the prompt has 8 tokens or more, which leaves nothing of data.sequence_length 8 to the completion"
+    too_long = f"the prompt has {num_prompt} tokens, which leaves nothing of data.sequence_length 8 to the completion"
     reason = f"row 1, column 'prompt': {too_long}"
     assert refusal(documents_of, strided(path, **data), by_word) == f"data: {str(path)!r}, {reason}; {SKIP}"
     kept = documents_of(strided(path, **data, on_bad_row="skip"), by_word)

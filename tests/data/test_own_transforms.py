@@ -171,7 +171,7 @@ WRONG = [  # the body of a transform, what is said of it
     (saying(turns=[{"prompt": "c"}]), "returned turns[0] {'prompt': 'c'}; allowed: {prompt, completion}"),
     (saying(turns=["c"]), "returned turns[0] 'c'; allowed: {prompt, completion}"),
     (saying(turns=[{"prompt": "c", "completion": 7}]), "returned turns[0].completion 7, which is not text"),
-    ("return {'prompt': row['question'], 'completion': 'b'}", "raised KeyError: 'question'"),
+    ("return {'prompt': row['question'], 'completion': 'b'}", "KeyError: 'question'; the row has the columns n ("),
     ("return {'prompt': row['n'].strip(), 'completion': 'b'}", f"raised AttributeError: {NO_STRIP}"),
     ("raise RuntimeError('no time')", "raised RuntimeError: no time"),
 ]

@@ -237,13 +237,14 @@ def test_a_resumed_stream_equals_the_unbroken_run(mixed, changes, model_folder):
 
 def test_a_stream_on_two_processes_equals_one(mixed, start, write_config, tmp_path, mix):
     """Guards against processes that read the same rows, or each other's."""
-    alone = mixed("alone", "train.max_steps=4")
+    alone = mixed("alone", "train.max_steps=4", "data.long_documents=cut")
     file = write_config(
         eval__num_documents=0,
         data__dataset="",
         data__mix=mix,
         data__shuffle_buffer=6,
         data__streaming=True,
+        data__long_documents="cut",
         train__max_steps=4,
         train__batch_size=4,
         ebft__ce_coef=0.3,
@@ -324,8 +325,10 @@ def test_dry_run_counts(command, write_config, capsys, tmp_path, text_file):
     main(["--cfg", str(file), "--dry-run"])
     printed = capsys.readouterr().out
     num_rows, total = len(tokens), sum(map(len, tokens))
-    rows = f"{num_rows} documents in {num_rows} rows to train on"
-    assert f"{rows}: {total:,} tokens, {total - num_rows:,} of them learnt; 4 held out" in printed
+    documents = rows.documents["piece"][:].count(0)
+    assert 30 < documents < num_rows  # the pieces of a long text are one document
+    words = f"{documents} documents in {num_rows} rows to train on"
+    assert f"{words}: {total:,} tokens, {total - num_rows:,} of them learnt; 4 held out" in printed
     assert f"{anchors:,} anchors (groups), {anchors / len(tokens):.1f} a row; 3 rollouts of 4 tokens at each" in printed
     assert f"30 steps of 2 rows: {2 * anchors / num_rows:.0f} groups" in printed
     assert f"{60 / num_rows:.2f} epochs" in printed
