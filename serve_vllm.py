@@ -9,8 +9,7 @@ runs in the server. What it adds to a plain `vllm serve`:
     with a lora section, adapters               --enable-lora --max-lora-rank, VLLM_ALLOW_RUNTIME_LORA_UPDATING=1
     weights that can be replaced                VLLM_SERVER_DEV_MODE=1; --weight-transfer-config with
                                                 vllm.weight_sync: nccl
-A GGUF file is first unpacked into an ordinary model, in <train.output_dir>/served_model, so that server and trainer
-have the same weights.
+Of a GGUF file it serves the ordinary copy that the trainer reads too (models.plain_source): both have the same weights.
 
 Whoever reaches the server's address can load other weights into it, without a key. So it listens on 127.0.0.1 unless
 vllm.host says otherwise.
@@ -21,11 +20,15 @@ import json
 import os
 import shlex
 import sys
-from pathlib import Path
 
+from ebft_utils.config.command import check_command_line
 from ebft_utils.config.modes import StructuredConfig, parse_command_line
+
+if __name__ == "__main__":
+    check_command_line(StructuredConfig, __doc__)  # before the imports that take seconds
+
 from ebft_utils.config.settings import UserError
-from ebft_utils.models import resolve_source, unpacked_model
+from ebft_utils.models import plain_source
 
 ADAPTER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values that --max-lora-rank allows
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -69,10 +72,8 @@ def main(argv: list[str]) -> None:
     config, dry_run = parse_command_line(argv, __doc__, StructuredConfig)
     if config is None:
         return
-    folder = Path(config.train.output_dir).expanduser() / "served_model"
-    if dry_run:  # nothing is unpacked
-        source, gguf_file = resolve_source(config.model.name_or_path)
-        model = source if gguf_file is None else str(folder.resolve())
+    model = plain_source(config.model.name_or_path)
+    if dry_run:
         print(shlex.join(["vllm", "serve", *server_arguments(config, model)]))
         return
     if importlib.util.find_spec("vllm") is None:
@@ -80,7 +81,6 @@ def main(argv: list[str]) -> None:
             "vllm is not installed here: pip install vllm==0.32.0 (on a machine without a GPU: see examples/README.md, "
             "'Structured mode with a vLLM server')"
         )
-    model = unpacked_model(config.model, folder)
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *server_arguments(config, model)]
     environment = {"VLLM_SERVER_DEV_MODE": "1"}
     if config.lora is not None:

@@ -54,7 +54,7 @@ from ebft_utils.algorithm.strided import in_parts, number_of_parts, rollouts_to_
 from ebft_utils.data.batches import Batch, make_batch, rollout_uniforms
 from ebft_utils.data.rows import Rows, load_rows
 from ebft_utils.run import checkpoint, distributed
-from ebft_utils.run.export import export_final
+from ebft_utils.run.export import export_final, merges, model_card
 from ebft_utils.run.loop import TrainingLoop, Update, evaluate_only, evaluate_rows, make_optimizer, micro_batches
 from ebft_utils.run.memory import out_of_memory_advice
 from ebft_utils.run.metrics import (
@@ -335,6 +335,7 @@ def main(argv: list[str]) -> None:
         return
     accelerator = distributed.prepare_accelerator(config)
     distributed.micro_batches_per_step(config, accelerator)  # or it refuses
+    merges(config)  # or it refuses
     if dry_run:
         accelerator.print(preview(config, accelerator))
         return
@@ -395,7 +396,7 @@ def train_or_evaluate(config: StridedConfig, accelerator: Accelerator, output_di
         TrainingLoop(config, accelerator, policy, optimizer, run, results, logger, **how).train(signals)
 
     # --- the final model ---------------------------------------------------------------------------------------------
-    target = export_final(config, accelerator, policy, tokenizer, models.model_card(config, results, run.step))
+    target = export_final(config, accelerator, policy, tokenizer, model_card(config, results, run.step))
     accelerator.print(f"the final model is in {target}")
     if logger is not None:
         logger.close()

@@ -59,7 +59,7 @@ from ebft_utils.data.prompts import Completion, PromptBatch, conversation_of, fe
 from ebft_utils.data.rows import MixedRows, Rows, load_rows
 from ebft_utils.data.streams import StreamedRows
 from ebft_utils.run import checkpoint, distributed
-from ebft_utils.run.export import export_final
+from ebft_utils.run.export import export_final, merges, model_card
 from ebft_utils.run.loop import TrainingLoop, Update, evaluate_only, evaluate_rows, make_optimizer, micro_batches
 from ebft_utils.run.memory import out_of_memory_advice
 from ebft_utils.run.metrics import (
@@ -380,6 +380,7 @@ def main(argv: list[str]) -> None:
         return
     accelerator = distributed.prepare_accelerator(config)
     distributed.micro_batches_per_step(config, accelerator)  # or it refuses
+    merges(config)  # or it refuses
     if dry_run:
         accelerator.print(preview(config, accelerator))
         return
@@ -452,7 +453,7 @@ def train_or_evaluate(config: StructuredConfig, accelerator: Accelerator, output
         TrainingLoop(config, accelerator, policy, optimizer, state, results, logger, **how).train(signals)
 
     # --- the final model ---------------------------------------------------------------------------------------------
-    target = export_final(config, accelerator, policy, tokenizer, models.model_card(config, results, state.step))
+    target = export_final(config, accelerator, policy, tokenizer, model_card(config, results, state.step))
     accelerator.print(f"the final model is in {target}")
     if logger is not None:
         logger.close()

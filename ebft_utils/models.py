@@ -14,7 +14,8 @@ import transformers
 from accelerate import PartialState
 from accelerate.utils import patch_environment
 from filelock import FileLock
-from huggingface_hub.constants import HF_HOME
+from huggingface_hub.constants import HF_HOME, HF_HUB_CACHE
+from huggingface_hub.file_download import repo_folder_name
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -108,8 +109,15 @@ def resolve_source(name_or_path: str, key: str = "model.name_or_path") -> tuple[
             raise UserError(f"{key}: the file {name_or_path} does not exist")
         return str(path.parent.resolve()), path.name
     elif not path.is_dir():
-        if name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1:
+        # the hub has no maker called models; asking it takes a minute where there is no network
+        if name_or_path.startswith((".", "/", "~", "models/")) or name_or_path.count("/") > 1:
             raise UserError(f"{key}: the folder {name_or_path} does not exist")
+        beside = name_or_path.count("/") == 1 and path.parent.is_dir()
+        if beside and not Path(HF_HUB_CACHE, repo_folder_name(repo_id=name_or_path, repo_type="model")).is_dir():
+            raise UserError(
+                f"{key}: the folder {path.parent} is here, and holds no {path.name}; if the hub's model "
+                f"{name_or_path} is meant, bring it into the cache first: hf download {name_or_path}"
+            )
         return name_or_path, None
     path = path.resolve()
     gguf_files = sorted(file.name for file in path.glob("*.gguf"))

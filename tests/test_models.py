@@ -7,6 +7,7 @@ import torch
 from transformers import CONFIG_MAPPING, AttentionInterface, AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from ebft_utils import models
 from ebft_utils.algorithm.attention import STRIDED_SDPA
 from ebft_utils.algorithm.strided import strided_logprobs
 from ebft_utils.config.modes import load_config
@@ -71,6 +72,7 @@ def test_resolve_a_model_inside_a_package(tmp_path, monkeypatch):
         ("/no/such/folder", "the folder /no/such/folder does not exist"),
         ("./folder", "the folder ./folder does not exist"),
         ("~/no_such_folder_of_mine", "does not exist"),
+        ("models/mine", "the folder models/mine does not exist"),
         ("outputs/run/final", "the folder outputs/run/final does not exist"),
         ("models/weights.gguf", "the file models/weights.gguf does not exist"),
     ],
@@ -136,17 +138,30 @@ def test_unreadable_models_are_one_line(tmp_path):
         load_tokenizer(ModelConfig(name_or_path=str(tmp_path)))
 
 
+def test_a_folder_missing_in_one_that_is_here(tmp_path, monkeypatch):
+    """Guards against asking the hub for out/fnal, and against a hub's model that a folder of its maker's name hides."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(models, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    assert resolve_source("maker/model") == ("maker/model", None)
+    (tmp_path / "maker").mkdir()
+    words = "the folder maker is here, and holds no model; .*: hf download maker/model$"
+    with pytest.raises(UserError, match=f"^model.name_or_path: {words}"):
+        resolve_source("maker/model")
+    (tmp_path / "cache" / "models--maker--model").mkdir(parents=True)
+    assert resolve_source("maker/model") == ("maker/model", None)
+
+
 @pytest.mark.parametrize("load", [load_tokenizer, lambda config: load_causal_lm(config, torch.float32)])
 def test_an_id_that_may_be_a_folder(monkeypatch, load):
-    """Guards against a mistyped models/mine that reads like trouble with the hub."""
+    """Guards against a mistyped out/final that reads like trouble with the hub."""
 
     def ask(*_, **__):
         raise OSError("the hub does not know it")
 
     for kind in (AutoTokenizer, AutoConfig):
         monkeypatch.setattr(kind, "from_pretrained", ask)
-    with pytest.raises(UserError, match=r"'models/mine' \(no folder here, so an id of the hub\).*hub does not know it"):
-        load(ModelConfig(name_or_path="models/mine"))
+    with pytest.raises(UserError, match=r"'out/final' \(no folder here, so an id of the hub\).*hub does not know it"):
+        load(ModelConfig(name_or_path="out/final"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

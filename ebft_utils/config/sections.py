@@ -46,7 +46,11 @@ class LoraConfig(Section):
     r: int = option(16, "rank of the adapter", minimum=1)
     alpha: float = option(32.0, "scale of the adapter is alpha / r", above=0)
     target_modules: str | list[str] = option("all-linear", "names of the layers that get an adapter, or all-linear")
-    merge: bool = option(False, "also export the model with the adapter merged in, as final/merged")
+    merge: bool | None = option(
+        None,
+        "export the model with the adapter merged in as final/, and the adapter as final/adapter; null: only where an "
+        "adapter cannot be used alone (the model is a GGUF file)",
+    )
 
 
 @dataclass

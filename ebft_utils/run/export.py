@@ -1,12 +1,15 @@
 """The final model: written under a temporary name, and renamed when it is complete."""
 
 import io
+import re
+from collections.abc import Sequence
 from contextlib import redirect_stderr
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import patch_environment
+from huggingface_hub import ModelCardData
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor
@@ -17,6 +20,8 @@ from ..config.settings import UserError
 from ..models import DTYPES, load_causal_lm, resolve_source
 from .checkpoint import free_space
 from .folders import writing
+
+HUB_ID = r"[\w.-]+/[\w.-]+"
 
 
 def whole_state(config: Config, policy: torch.nn.Module) -> dict[str, Tensor]:
@@ -30,11 +35,11 @@ def whole_state(config: Config, policy: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def export_final(config: Config, accelerator: Accelerator, policy: torch.nn.Module, tokenizer, card: str) -> Path:
-    """Writes <output_dir>/final: the model (or adapter) for `from_pretrained`, tokenizer, configuration, model card.
+    """Writes <output_dir>/final: what `from_pretrained` loads, with tokenizer, configuration and model card.
 
-    The adapter of a GGUF model gets an ordinary copy of that model (final/base_model), because peft cannot load the
-    adapter onto the file. With lora.merge there is also final/merged, the model with the adapter merged in (in float32,
-    then rounded to model.dtype).
+    That is the model, or the adapter of a LoRA run. With lora.merge it is the model with the adapter merged into its
+    weights (in float32, then rounded to model.dtype), and final/adapter is the adapter alone. The base of an adapter is
+    named in it, so a GGUF file, which peft cannot load an adapter onto, is always merged.
     """
     target = Path(config.train.output_dir).expanduser().resolve() / "final"
     weights = whole_state(config, policy)
@@ -45,8 +50,10 @@ def export_final(config: Config, accelerator: Accelerator, policy: torch.nn.Modu
         weights = {name: tensor for name, tensor in weights.items() if name not in tied}
         try:
             with writing(target) as temporary:
-                if isinstance(causal_lm, PeftModel):
-                    _export_adapter(config, causal_lm, weights, tokenizer, temporary, target)
+                if merges(config):
+                    _export_merged(config, causal_lm, weights, temporary)
+                elif isinstance(causal_lm, PeftModel):
+                    _export_adapter(config, causal_lm, weights, temporary)
                 else:
                     causal_lm.save_pretrained(temporary, state_dict=weights)
                 tokenizer.save_pretrained(temporary)
@@ -61,24 +68,85 @@ def export_final(config: Config, accelerator: Accelerator, policy: torch.nn.Modu
     return target
 
 
-def _export_adapter(
-    config: Config, causal_lm: PeftModel, weights: dict[str, Tensor], tokenizer, folder: Path, target: Path
-) -> None:
-    """Writes an adapter into a folder, which will be renamed to target."""
+def merges(config: Config) -> bool:
+    """Whether final/ is the model with its adapter merged in. Raises UserError where the adapter alone is of no use."""
+    if config.lora is None:
+        return False
     is_gguf = resolve_source(config.model.name_or_path)[1] is not None
-    if is_gguf:
-        causal_lm.peft_config["default"].base_model_name_or_path = str(target / "base_model")
+    if is_gguf and config.lora.merge is False:
+        raise UserError(
+            f"lora.merge: false with the GGUF file of {config.model.name_or_path!r}: nothing can load an adapter onto "
+            "it; leave lora.merge out"
+        )
+    return is_gguf if config.lora.merge is None else config.lora.merge
+
+
+def _export_adapter(config: Config, causal_lm: PeftModel, weights: dict[str, Tensor], folder: Path) -> None:
+    """Writes an adapter. It names its base as the configuration does: a hub id, not a path of this machine's cache."""
+    source = resolve_source(config.model.name_or_path)
+    name = source[0] if source[1] is None else config.model.name_or_path
+    causal_lm.peft_config["default"].base_model_name_or_path = name
     causal_lm.save_pretrained(folder, state_dict=weights, save_embedding_layers=False)
-    if not is_gguf and not config.lora.merge:
-        return
-    bars = redirect_stderr(io.StringIO())  # those of a GGUF file were shown when the policy was read
+    (folder / "README.md").unlink()  # peft's own card, which is empty
+
+
+def _export_merged(config: Config, causal_lm: PeftModel, weights: dict[str, Tensor], folder: Path) -> None:
+    _export_adapter(config, causal_lm, weights, folder / "adapter")
+    bars = redirect_stderr(io.StringIO())  # they were shown when the policy was read
     with patch_environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false"), bars:
         base = load_causal_lm(config.model, torch.float32)
-    if is_gguf:
-        base.to(DTYPES[config.model.dtype]).save_pretrained(folder / "base_model")
-        tokenizer.save_pretrained(folder / "base_model")
-        base.float()
-    if config.lora.merge:
-        merged = PeftModel.from_pretrained(base, folder).merge_and_unload()
-        merged.to(DTYPES[config.model.dtype]).save_pretrained(folder / "merged")
-        tokenizer.save_pretrained(folder / "merged")
+        merged = PeftModel.from_pretrained(base, folder / "adapter").merge_and_unload()
+    merged.to(DTYPES[config.model.dtype]).save_pretrained(folder)
+
+
+def model_card(config: Config, results: dict[int, dict[str, float]], num_steps: int, notes: Sequence[str] = ()) -> str:
+    """README.md of the exported model: what it is, how it was trained, held-out metrics, how to load and publish it.
+
+    results: step -> metrics; num_steps: those that were trained; notes: what was cut or left out of the data.
+    """
+    name, merged = config.model.name_or_path, merges(config)
+    adapter = config.lora is not None and not merged
+    kind = "LoRA adapter" if adapter else "LoRA, merged" if merged else "full fine-tuning"
+    on_hub = re.fullmatch(HUB_ID, name) and not Path(name).expanduser().exists()
+    of_hub = [source.dataset for source in config.data.mix or [config.data] if re.fullmatch(HUB_ID, source.dataset)]
+    metadata = ModelCardData(
+        base_model=name if on_hub else None,
+        datasets=of_hub or None,
+        library_name="peft" if adapter else "transformers",
+        pipeline_tag="text-generation",
+        tags=["ebft"],
+    )
+    described = name if on_hub else Path(name).name
+    split = f" (`{config.data.split}`)" if config.data.mix is None else ""
+    lines = [
+        "---",
+        metadata.to_yaml(),
+        "---",
+        f"# {described}, energy-based fine-tuning ({kind})",
+        "",
+        f"Trained for {num_steps} steps on `{config.data.described}`{split} with {config.mode} EBFT",
+        f"(arXiv 2603.12248): rl_coef {config.ebft.rl_coef}, ce_coef {config.ebft.ce_coef}, "
+        f"learning rate {config.train.learning_rate}.",
+        "The whole configuration is in `training_config.yaml`.",
+        *notes,
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer" + "  # and pip install peft" * adapter,
+        "",
+        'folder = "."  # this folder, or its id on the hub',
+        "model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)",
+        'inputs = tokenizer("Once upon a time", return_tensors="pt")',
+        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))",
+        "```",
+        "",
+        "Publish it: `hf upload your-name/your-model .`",
+    ]
+    if results:
+        names = [name for name in next(iter(results.values())) if not name.endswith(("_se", "_change"))]
+        table = [["metric", *(f"step {step}" for step in results)], ["---"] * (1 + len(results))]
+        for name in names:
+            cells = [f"{metrics[name]:.4f} ± {metrics[name + '_se']:.4f}" for metrics in results.values()]
+            table.append([name.removeprefix("eval/"), *cells])
+        lines += ["", "Held-out documents, mean ± standard error over documents:", ""]
+        lines += [f"| {' | '.join(row)} |" for row in table]
+    return "\n".join(lines) + "\n"

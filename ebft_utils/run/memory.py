@@ -29,9 +29,9 @@ from ..models import (
     base_causal_lm,
     feature_device,
     first_line,
+    plain_source,
     refuse_short_context,
     refuse_unsupported,
-    resolve_source,
     with_adapter,
 )
 from .checkpoint import MAY_CHANGE
@@ -64,10 +64,9 @@ class Shape:
 
 def shape_of(config: Config) -> Shape:
     """The shape of the model that a configuration names. Raises UserError when the model's config cannot be read."""
-    source, gguf_file = resolve_source(config.model.name_or_path)
-    arguments = {"gguf_file": gguf_file} if gguf_file else {"revision": config.model.revision}
+    source = plain_source(config.model.name_or_path)
     try:
-        settings = AutoConfig.from_pretrained(source, **arguments).get_text_config()
+        settings = AutoConfig.from_pretrained(source, revision=config.model.revision).get_text_config()
         refuse_unsupported(settings, config.model.name_or_path)
         refuse_short_context(settings, *config.longest_sequence, config.model.name_or_path)
         with torch.device("meta"):

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -11,7 +11,6 @@ sys.path.insert(0, str(ROOT))
 
 from ebft_utils.config.modes import StridedConfig, StructuredConfig, load_config
 from ebft_utils.config.settings import UserError
-from ebft_utils.models import unpacked_model
 
 RESULTS = HERE / "results"
 LENGTHS = (8, 16, 32, 64)  # tokens of a rollout, in CFM by length
@@ -68,14 +67,8 @@ class Run:
         return RESULTS / f"{self.name}.json"
 
     def config(self, *overrides: str) -> StridedConfig | StructuredConfig:
-        """Of its base file and these overrides.
-
-        The model is read from a copy that is unpacked once: a GGUF file takes ten seconds each time.
-        """
-        kind = config_class(self.base)
-        packed = load_config(str(HERE / self.base), (), kind).model
-        unpacked = unpacked_model(replace(packed, dtype="float32"), ROOT / "runs" / "study-model")
-        return load_config(str(HERE / self.base), (*overrides, f"model.name_or_path={unpacked}"), kind)
+        """Of its base file and these overrides."""
+        return load_config(str(HERE / self.base), overrides, config_class(self.base))
 
 
 def config_class(base: str) -> type[StridedConfig | StructuredConfig]:

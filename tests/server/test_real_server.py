@@ -17,30 +17,17 @@ import pytest
 import test_weight_sync
 import torch
 from test_weight_sync import KINDS, assert_close, change, numbers, served_policy, trained
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import GenerationConfig
 
-from ebft_utils import models
-from ebft_utils.config.sections import ModelConfig
 from ebft_utils.data.prompts import conversation_of, make_prompt_batch
 from ebft_utils.data.rows import load_rows
-from ebft_utils.models import load_causal_lm, load_tokenizer, stop_token_ids, unpacked_model
+from ebft_utils.models import load_causal_lm, load_tokenizer, stop_token_ids
 from ebft_utils.run.distributed import AgreedError
 from ebft_utils.server import weight_sync
 from ebft_utils.server.client import VLLMServer
 from ebft_utils.server.rollouts import Rollouts
 from ebft_utils.server.weight_sync import ServedPolicy
-from helpers import (
-    ROOT,
-    assert_holds,
-    end_of,
-    error_of,
-    evaluations,
-    logged,
-    tiny_model,
-    tiny_tokenizer,
-    training,
-    wait_for,
-)
+from helpers import ROOT, assert_holds, end_of, error_of, evaluations, logged, training, wait_for
 from real_vllm import KEY, Server
 
 servers = test_weight_sync.servers  # the fixture
@@ -315,39 +302,6 @@ def test_the_key_is_not_in_the_process_list(servers):
     assert not [line for line in lines if KEY in line]
     log = (server.folder / "server.log").read_text()
     assert KEY not in log and "VLLM_API_KEY=..." in log
-
-
-def test_a_gguf_model_is_unpacked_once(tmp_path, monkeypatch):
-    """Guards against a server with other weights than the trainer: vLLM reads an ordinary copy of the file.
-
-    Not half a copy, and not that of an older file.
-    """
-    file, folder, model, loads = tmp_path / "tiny.gguf", tmp_path / "served", tiny_model(tie_word_embeddings=True), []
-    file.write_text("reading such files is test_real_model.py's business")
-
-    def load(config, dtype):
-        loads.append(dtype)
-        return model
-
-    monkeypatch.setattr(models, "load_causal_lm", load)
-    monkeypatch.setattr(models, "load_tokenizer", lambda config: tiny_tokenizer())
-    config, ids = ModelConfig(name_or_path=str(file)), torch.arange(3, 40)[None]
-    assert unpacked_model(config, folder) == unpacked_model(config, folder) == str(folder) and loads == [torch.float32]
-    assert torch.equal(AutoModelForCausalLM.from_pretrained(folder)(ids).logits, model(ids).logits)
-    tokenizers = (AutoTokenizer.from_pretrained(folder), tiny_tokenizer())
-    copied, original = (tokenizer("Guards against").input_ids for tokenizer in tokenizers)
-    assert copied == original
-    (folder / "unpacked.json").unlink()  # as if its writer had been killed
-    (folder / "model.safetensors").write_bytes(b"half of it")
-    unpacked_model(config, folder)
-    assert len(loads) == 2 and torch.equal(AutoModelForCausalLM.from_pretrained(folder)(ids).logits, model(ids).logits)
-    file.write_text("another file")
-    unpacked_model(config, folder)
-    assert len(loads) == 3
-    ordinary = tmp_path / "ordinary"
-    model.save_pretrained(ordinary)
-    assert unpacked_model(ModelConfig(name_or_path=str(ordinary)), tmp_path / "unused") == str(ordinary)
-    assert not (tmp_path / "unused").exists()
 
 
 @pytest.fixture
