@@ -28,7 +28,7 @@ from helpers import (
 )
 from real_vllm import prompts_file
 
-TIMES = {"time/generate", "time/wait", "time/features", "time/train", "time/step"}
+TIMES = {"time", "time/generate", "time/wait", "time/features", "time/train", "time/step"}
 LENGTH, SAMPLES, TEMPERATURE = 24, 3, 0.8
 MODES = pytest.mark.parametrize("mode", [{}, {"lora": {"r": 4, "alpha": 8.0}}], ids=["full", "LoRA"])
 
