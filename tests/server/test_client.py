@@ -249,7 +249,7 @@ def test_nobody_listens(fake):
         VLLMServer(config).call("/health")
     assert 1.5 < time.monotonic() - started < 8
     assert f"http://127.0.0.1:{config.vllm.port} " in str(caught.value)
-    assert_holds(str(caught.value), "vllm.timeout: 2", "Connection refused", "serve_vllm.py --cfg", "ebft.use_vllm=false")
+    assert_holds(str(caught.value), "vllm.timeout: 2", "Connection refused", "serve_vllm.py", "ebft.use_vllm=false")
 
 
 BROKEN = {
