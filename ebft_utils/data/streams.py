@@ -12,7 +12,9 @@ from ..config.modes import Config
 from ..config.settings import UserError
 from .documents import Document, Tokenizing
 from .sources import Noted, Source, load_table, reading_fault
-from .tables import Tally, columns_read, table_of
+from .tables import Tally, columns_read, digest_of
+
+ENOUGH_ROWS = 100  # of a stream, from which the share of bad ones is judged
 
 
 class StreamedRows(Noted):
@@ -117,11 +119,14 @@ class Stream:
         numbers = [self.begin + first + index for index in range(len(rows))]
         found = self.tokenizing.documents(rows, numbers)
         texts = [pieces for pieces in found if not isinstance(pieces, str)]
-        if numbers[-1] > self.furthest:  # a second epoch is not counted again
+        new = numbers[-1] > self.furthest
+        if new:  # a second epoch is not counted again
             self.furthest = numbers[-1]
             self._count([problem for problem in found if isinstance(problem, str)], texts)
+        if not new or len(rows) < self.tokenizing.config.data.shuffle_buffer or self.tally.rows >= ENOUGH_ROWS:
+            self.tally.check()  # all rows have been read, or enough
         if self.copies:
-            texts = [pieces for pieces in texts if not self.copies & set(table_of(pieces)["digest"][:])]
+            texts = [pieces for pieces in texts if not self.copies & set(map(digest_of, pieces))]
         return [document for pieces in texts for document in pieces]
 
     def _count(self, problems: list[str], texts: list[list[Document]]) -> None:
@@ -131,7 +136,6 @@ class Stream:
         tally.add_problems(problems)
         if documents:
             tally.add(*np.array(columns).T)
-        tally.check()
         notes = tally.notes()
         self.source.notes[:] = [*self.notes_before, *notes]
         number = tally.left + tally.long_texts + tally.long_answers

@@ -60,17 +60,22 @@ def _row_of(document: Document | None, problem: str = "") -> dict:
         empty = {"input_ids": [], "spans": [], "num_tokens": 0, "digest": 0, "piece": 0, "unused": 0, "lost_ends": 0}
         return {**empty, "problem": problem}
     tokens = document.tokens
-    digest = hashlib.blake2b(np.array(tokens, dtype=np.int32).tobytes(), digest_size=8).digest()
     return {
         "input_ids": tokens,
         "spans": list(itertools.chain.from_iterable(document.spans)),
         "num_tokens": len(tokens),
-        "digest": int.from_bytes(digest, "little", signed=True),
+        "digest": digest_of(document),
         "problem": "",
         "piece": document.piece,
         "unused": document.unused,
         "lost_ends": document.lost_ends,
     }
+
+
+def digest_of(document: Document) -> int:
+    """The same for equal tokens."""
+    digest = hashlib.blake2b(np.array(document.tokens, dtype=np.int32).tobytes(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
 
 
 def text_numbers(documents: datasets.Dataset) -> np.ndarray:

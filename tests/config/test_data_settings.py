@@ -160,6 +160,10 @@ IN_BOTH_MODES = {
         "the transform chat makes none",
     ),
     "processes": says(pairs(num_proc=0), "data.num_proc", "0", "at least 1"),
+    "share of bad rows": says(pairs(on_bad_row="skip", max_skipped=1.5), "data.max_skipped", "1.5", "at most 1"),
+    "share of bad rows that stop it": says(
+        pairs(max_skipped=0.1), "data.max_skipped", "0.1 does nothing with data.on_bad_row error"
+    ),
     "what to do with a bad row": says(
         pairs(on_bad_row="skp"), "data.on_bad_row", "'skp'", "error | skip", "did you mean skip?"
     ),
@@ -180,6 +184,12 @@ IN_STRIDED_MODE = {
     "thinking in raw text": says(
         file(enable_thinking=False), "data.enable_thinking", "does nothing with the transform text"
     ),
+    "cut answers": says(
+        pairs(long_documents="cut"),
+        "data.long_documents",
+        "with the transform prompt_completion a long completion is always cut",
+    ),
+    "long documents": says(file(long_documents="drop"), "data.long_documents", "'drop'", "split | cut"),
     "template for raw text": says(
         file(apply_chat_template=True),
         "data.apply_chat_template",

@@ -172,7 +172,8 @@ def test_a_stream_of_long_texts(thirty, by_word, packing):
     def blocks():
         return load_rows(short(thirty, packing=packing, streaming=True, shuffle_buffer=4), by_word)[0]
 
-    unbroken = [blocks()[0]] + [(rows := blocks())[0]] and [rows[position] for position in range(150)]
+    rows = blocks()
+    unbroken = [rows[position] for position in range(150)]
     for position in (1, 17, 50, 90, 131):
         before, after = blocks(), blocks()
         assert [before[at] for at in range(position)] == unbroken[:position]
@@ -227,6 +228,23 @@ def test_a_run_of_mostly_bad_rows_stops(mostly_bad, by_word, streaming):
         rows, _ = load_rows(short(mostly_bad, **skip, max_skipped=0.95), by_word)
         left_out = f"data: 57 of {first}60 rows of {str(mostly_bad)!r} left out: 50 like row 3"
         assert [note[: len(left_out)] for note in rows.notes] == [left_out]
+
+
+@pytest.mark.parametrize("block_size", [1, 3, 7, 12])
+def test_a_stream_is_judged_by_more_than_its_first_rows(tmp_path, by_word, block_size):
+    """Guards against a stop at the first bad rows of a good stream, and a bad stream that never stops."""
+    for number, (bad, good) in enumerate([(4, 8), (8, 4)]):
+        rows = write_rows(tmp_path / f"{number}.jsonl", [{"text": "w10"}] * bad + [{"text": words(10, 5)}] * good)
+        config = short(rows, on_bad_row="skip", streaming=True, shuffle_buffer=block_size)
+
+        def two_epochs(config=config, good=good):
+            stream, _ = load_rows(config, by_word)
+            return [stream[position] for position in range(2 * good)]
+
+        if bad < good:
+            assert len(two_epochs()) == 16
+        else:
+            assert "8 of the first 12 rows" in refusal(two_epochs)
 
 
 def test_rows_that_the_transform_leaves_out_are_not_bad(tmp_path, by_word):
