@@ -356,12 +356,15 @@ def test_two_processes_with_less_than_one_evaluation_batch_each(two_processes, w
 # (d, e) Against naive computations
 
 
-def naive_documents(text_file: Path, tokenizer, sequence_length: int = 48) -> list[torch.Tensor]:
-    """Token ids of each line, as the configuration of these tests asks for: cut to 48, EOS where it fits."""
+def naive_documents(text_file: Path, tokenizer, sequence_length: int = 48, shortest: int = 8) -> list[torch.Tensor]:
+    """Token ids of each line with EOS behind it, as the configuration of these tests asks for: in pieces of 48.
+
+    A last piece of fewer than 8 tokens has no room for an anchor.
+    """
     documents = []
     for line in text_file.read_text().splitlines():
-        ids = tokenizer(json.loads(line)["text"])["input_ids"][:sequence_length]
-        documents.append(torch.tensor(ids + [tokenizer.eos_token_id] if len(ids) < sequence_length else ids))
+        ids = torch.tensor([*tokenizer(json.loads(line)["text"])["input_ids"], tokenizer.eos_token_id])
+        documents += [piece for piece in ids.split(sequence_length) if len(piece) >= shortest]
     return documents
 
 
