@@ -6,6 +6,7 @@ Its report is that of the results beside it.
 import json
 import math
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -365,7 +366,7 @@ def test_results_are_written_whole_and_once(tiny, monkeypatch):
     monkeypatch.setattr(study, "run_one", lambda run: pytest.fail("run again"))
     monkeypatch.setattr(study.subprocess, "run", lambda *arguments, **how: None)
     study.main(["one"])
-    monkeypatch.setattr(grid, "PARTS", {"one": lambda: [grid.replace(run, overrides=("train.max_steps=3",))]})
+    monkeypatch.setattr(grid, "PARTS", {"one": lambda: [replace(run, overrides=("train.max_steps=3",))]})
     words = "holds the result of train.max_steps=2, and tiny-seed0 is now train.max_steps=3"
     with pytest.raises(study.UserError, match=words):
         study.main(["one"])
