@@ -1,7 +1,7 @@
 """Strided energy-based fine-tuning (EBFT; Jelassi et al. 2026, arXiv 2603.12248) on raw text, or on answers to prompts.
 
-    python train_strided.py --cfg examples/quickstart.yaml
-    accelerate launch --config_file accelerate_configs/fsdp2.yaml train_strided.py --cfg examples/llama3b.yaml
+    python train_strided.py --cfg examples/raw_text.yaml
+    accelerate launch -q --config_file accelerate_configs/fsdp2.yaml train_strided.py --cfg examples/llama3b.yaml
 
 One training step, for each document (`train_step` below reads like this list):
     1. Every `stride` tokens of what is learnt there is an anchor. At each anchor the policy writes n short rollouts,
@@ -53,6 +53,7 @@ from ebft_utils.algorithm.rewards import (
 from ebft_utils.algorithm.strided import in_parts, number_of_parts, rollouts_to_train, truth_windows
 from ebft_utils.data.batches import Batch, make_batch, rollout_uniforms
 from ebft_utils.data.rows import Rows, load_rows
+from ebft_utils.data.sources import check_sources
 from ebft_utils.run import checkpoint, distributed
 from ebft_utils.run.export import export_final, merges, model_card
 from ebft_utils.run.loop import TrainingLoop, Update, evaluate_only, evaluate_rows, make_optimizer, micro_batches
@@ -351,6 +352,7 @@ def train_or_evaluate(config: StridedConfig, accelerator: Accelerator, output_di
     saved = checkpoint.find_checkpoint(config, accelerator)
     changed = checkpoint.check_same_run(config, saved) if saved is not None else []
     checkpoint.write_config(config, accelerator, output_dir)
+    check_sources(config)
     tokenizer = models.load_tokenizer(config.model)
     load = partial(load_rows, config, tokenizer)
     rows, held_out = distributed.main_process_first(accelerator, load)  # the other processes then read its cache
@@ -396,8 +398,8 @@ def train_or_evaluate(config: StridedConfig, accelerator: Accelerator, output_di
         TrainingLoop(config, accelerator, policy, optimizer, run, results, logger, **how).train(signals)
 
     # --- the final model ---------------------------------------------------------------------------------------------
-    target = export_final(config, accelerator, policy, tokenizer, model_card(config, results, run.step))
-    accelerator.print(f"the final model is in {target}")
+    target = export_final(config, accelerator, policy, tokenizer, model_card(config, results, run.step, rows.notes))
+    accelerator.print("\n".join([*rows.notes, f"the final model is in {target}"]))
     if logger is not None:
         logger.close()
 

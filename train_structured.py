@@ -1,7 +1,7 @@
 """Structured energy-based fine-tuning (EBFT; Jelassi et al. 2026, arXiv 2603.12248): prompts, completions, a server.
 
     python serve_vllm.py --cfg examples/structured.yaml        # in one terminal (or machine): the rollout server
-    accelerate launch --config_file accelerate_configs/cpu.yaml train_structured.py --cfg examples/structured.yaml
+    python train_structured.py --cfg examples/structured.yaml
 
 One training step (`take_step` and `train_step` below read like this list):
     1. The server writes n completions of each prompt, turn by turn, with the policy's weights.
@@ -57,6 +57,7 @@ from ebft_utils.algorithm.rewards import (
 )
 from ebft_utils.data.prompts import Completion, PromptBatch, conversation_of, feature_spans, make_prompt_batch, padded
 from ebft_utils.data.rows import MixedRows, Rows, load_rows
+from ebft_utils.data.sources import check_sources
 from ebft_utils.data.streams import StreamedRows
 from ebft_utils.run import checkpoint, distributed
 from ebft_utils.run.export import export_final, merges, model_card
@@ -396,6 +397,7 @@ def train_or_evaluate(config: StructuredConfig, accelerator: Accelerator, output
     saved = checkpoint.find_checkpoint(config, accelerator)
     changed = checkpoint.check_same_run(config, saved) if saved is not None else []
     checkpoint.write_config(config, accelerator, output_dir)
+    check_sources(config)
     tokenizer = models.load_tokenizer(config.model)
     load = partial(load_rows, config, tokenizer, conversation_of)
     rows, held_out = distributed.main_process_first(accelerator, load)  # the other processes then read its cache
@@ -453,8 +455,8 @@ def train_or_evaluate(config: StructuredConfig, accelerator: Accelerator, output
         TrainingLoop(config, accelerator, policy, optimizer, state, results, logger, **how).train(signals)
 
     # --- the final model ---------------------------------------------------------------------------------------------
-    target = export_final(config, accelerator, policy, tokenizer, model_card(config, results, state.step))
-    accelerator.print(f"the final model is in {target}")
+    target = export_final(config, accelerator, policy, tokenizer, model_card(config, results, state.step, rows.notes))
+    accelerator.print("\n".join([*rows.notes, f"the final model is in {target}"]))
     if logger is not None:
         logger.close()
 

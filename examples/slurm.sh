@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Several machines under Slurm: one launcher a machine, one process a GPU, weights split over all of them (FSDP2).
-#   OUTPUT=runs/mine sbatch examples/slurm.sh train_strided.py --cfg examples/quickstart.yaml \
+#   OUTPUT=runs/mine sbatch examples/slurm.sh train_strided.py --cfg examples/raw_text.yaml \
 #       lora=null train.learning_rate=1e-5
 # Run it from the repository, on a file system that all machines share. A job that comes to its time limit saves and is
 # queued again. A job that is pre-empted saves when its partition gives it the time (GraceTime). Either goes on from its
@@ -25,7 +25,7 @@ resume=()
 if compgen -G "$OUTPUT/checkpoint-*/SHA256SUMS" > /dev/null; then resume=(train.resume=latest); fi
 
 status=0
-srun --kill-on-bad-exit=1 bash -c 'exec accelerate launch --config_file accelerate_configs/multi_node.yaml \
+srun --kill-on-bad-exit=1 bash -c 'exec accelerate launch -q --config_file accelerate_configs/multi_node.yaml \
     --num_machines "$SLURM_JOB_NUM_NODES" --num_processes "$NUM_PROCESSES" --machine_rank "$SLURM_NODEID" \
     --main_process_ip "$MAIN_IP" --main_process_port "$MAIN_PORT" "$@"' \
     bash "$@" "train.output_dir=$OUTPUT" "${resume[@]}" || status=$?

@@ -17,7 +17,7 @@ from helpers import ROOT
 def quickstart():
     """Configuration, tokenizer, policy and one batch of the quickstart."""
     overrides = ["data.split=train[:40]", "data.sequence_length=64", "eval.num_documents=0"]
-    config = load_config(str(ROOT / "examples" / "quickstart.yaml"), overrides)
+    config = load_config(str(ROOT / "examples" / "raw_text.yaml"), overrides)
     tokenizer = load_tokenizer(config.model)
     rows, _ = load_rows(config, tokenizer)
     places = dict(context_length=8, min_completion_prefix=0, stride=8, num_generated=8)

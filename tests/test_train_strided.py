@@ -106,7 +106,8 @@ def test_the_command_trains_and_saves(run_script, write_config, model_folder, tm
     for name in ("cross_entropy", "cfm_loss", "cfm_unbiased", "mean_reward", "reward_best_of_n", "perplexity"):
         for entry in evaluations(folder):
             assert f"{entry['eval/' + name]:.4f} ± {entry['eval/' + name + '_se']:.4f}" in card
-    assert str(model_folder) in card and "step 0" in card and "step 3" in card
+    assert model_folder.name in card and "step 0" in card and "step 3" in card
+    assert yaml.safe_load((folder / "config.yaml").read_text()) == load_config(str(file)).to_dict()
 
 
 def test_print_config(write_config, capsys, tmp_path):

@@ -1,6 +1,6 @@
 """The configuration: one YAML file, dotted overrides on the command line, strict validation.
 
-    config = load_config("examples/quickstart.yaml", ["train.max_steps=10", "ebft.ce_coef=0.03"])
+    config = load_config("examples/raw_text.yaml", ["train.max_steps=10", "ebft.ce_coef=0.03"])
 
 Every key is defined once, with its type, default and meaning, in the dataclasses of sections.py and data.py. The
 configuration never edits itself: it refuses what it cannot honour, naming the file, the key, the value, the reason and

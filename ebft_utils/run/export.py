@@ -128,7 +128,7 @@ def model_card(config: Config, results: dict[int, dict[str, float]], num_steps: 
         f"(arXiv 2603.12248): rl_coef {config.ebft.rl_coef}, ce_coef {config.ebft.ce_coef}, "
         f"learning rate {config.train.learning_rate}.",
         "The whole configuration is in `training_config.yaml`.",
-        *notes,
+        *[f"- {note}" for note in notes],
         "",
         "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer" + "  # and pip install peft" * adapter,

@@ -111,7 +111,7 @@ def main() -> None:
                 "train.warmup_ratio": 0,
             }
             changes = [f"{key}={value}" for key, value in settings.items()]
-            arguments = ["--cfg", str(ROOT / "examples" / "quickstart.yaml"), *changes, *overrides]
+            arguments = ["--cfg", str(ROOT / "examples" / "raw_text.yaml"), *changes, *overrides]
             first = launch(config, Path(folder) / "report", [*arguments, "train.max_steps=3"])
             size = sum(file.stat().st_size for file in (output / "checkpoint-3").rglob("*")) / 2**30
             second = launch(config, Path(folder) / "report", [*arguments, "train.max_steps=4", "train.resume=latest"])

@@ -11,7 +11,7 @@ from helpers import ROOT, refusal
 
 STRIDED, STRUCTURED = (
     (kind, str(ROOT / "examples" / name))
-    for kind, name in ((StridedConfig, "quickstart.yaml"), (StructuredConfig, "structured.yaml"))
+    for kind, name in ((StridedConfig, "raw_text.yaml"), (StructuredConfig, "structured.yaml"))
 )
 LORA = "write lora=null to leave it out, lora={} for its defaults"
 FORM = "is not of the form section.key=value, without spaces"
