@@ -54,7 +54,7 @@ def server_arguments(config: StructuredConfig, model: str) -> list[str]:
     if config.model.revision is not None:
         arguments["--revision"] = config.model.revision
     if config.model.tokenizer is not None:
-        arguments["--tokenizer"] = config.model.tokenizer
+        arguments["--tokenizer"] = plain_source(config.model.tokenizer, "model.tokenizer")
     if vllm.weight_sync == "nccl":
         arguments["--weight-transfer-config"] = json.dumps({"backend": "nccl"})
     flags = ["--enforce-eager"] if vllm.enforce_eager else []

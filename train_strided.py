@@ -351,7 +351,6 @@ def train_or_evaluate(config: StridedConfig, accelerator: Accelerator, output_di
     # --- data, model --------------------------------------------------------------------------------------------------
     saved = checkpoint.find_checkpoint(config, accelerator)
     changed = checkpoint.check_same_run(config, saved) if saved is not None else []
-    checkpoint.write_config(config, accelerator, output_dir)
     check_sources(config)
     tokenizer = models.load_tokenizer(config.model)
     load = partial(load_rows, config, tokenizer)
@@ -371,6 +370,7 @@ def train_or_evaluate(config: StridedConfig, accelerator: Accelerator, output_di
         accelerator.print("\n  ".join([f"going on from {saved}, step {run.step}", *changed]))
         if not config.eval.only:
             checkpoint.continue_with(config, accelerator, run, rows)
+    checkpoint.write_config(config, accelerator, output_dir)
 
     # --- evaluate only, or train -------------------------------------------------------------------------------------
     with distributed.StopSignals() as signals:
@@ -400,8 +400,6 @@ def train_or_evaluate(config: StridedConfig, accelerator: Accelerator, output_di
     # --- the final model ---------------------------------------------------------------------------------------------
     target = export_final(config, accelerator, policy, tokenizer, model_card(config, results, run.step, rows.notes))
     accelerator.print("\n".join([*rows.notes, f"the final model is in {target}"]))
-    if logger is not None:
-        logger.close()
 
 
 if __name__ == "__main__":

@@ -241,8 +241,8 @@ def train_step(
                 sums.add_sum("tokens", read, 1.0)
             total_loss += loss.detach()
         update(accelerator.reduce(total_loss, reduction="sum").item())
-    sums.add_sum("time/features", torch.tensor(features_done - started), 1.0)
-    sums.add_sum("time/train", torch.tensor(time.perf_counter() - features_done), 1.0)
+    sums.add_sum("time/features", torch.tensor(features_done - started, device=accelerator.device), 1.0)
+    sums.add_sum("time/train", torch.tensor(time.perf_counter() - features_done, device=accelerator.device), 1.0)
     return sums, groups if completions is not None else None
 
 
@@ -396,7 +396,6 @@ def train_or_evaluate(config: StructuredConfig, accelerator: Accelerator, output
     # --- data, model --------------------------------------------------------------------------------------------------
     saved = checkpoint.find_checkpoint(config, accelerator)
     changed = checkpoint.check_same_run(config, saved) if saved is not None else []
-    checkpoint.write_config(config, accelerator, output_dir)
     check_sources(config)
     tokenizer = models.load_tokenizer(config.model)
     load = partial(load_rows, config, tokenizer, conversation_of)
@@ -417,6 +416,7 @@ def train_or_evaluate(config: StructuredConfig, accelerator: Accelerator, output
         accelerator.print("\n  ".join([f"going on from {saved}, step {state.step}", *changed]))
         if not config.eval.only:
             checkpoint.continue_with(config, accelerator, state, rows)
+    checkpoint.write_config(config, accelerator, output_dir)
 
     # --- the server --------------------------------------------------------------------------------------------------
     def first_row():
@@ -457,8 +457,6 @@ def train_or_evaluate(config: StructuredConfig, accelerator: Accelerator, output
     # --- the final model ---------------------------------------------------------------------------------------------
     target = export_final(config, accelerator, policy, tokenizer, model_card(config, results, state.step, rows.notes))
     accelerator.print("\n".join([*rows.notes, f"the final model is in {target}"]))
-    if logger is not None:
-        logger.close()
 
 
 if __name__ == "__main__":

@@ -5,9 +5,9 @@ import importlib.util
 import json
 import os
 import re
-import shutil
 from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 import transformers
@@ -216,6 +216,8 @@ def plain_source(name_or_path: str, key: str = "model.name_or_path") -> str:
     file = Path(source, gguf_file)
     made_from = json.dumps([str(file), file.stat().st_size, file.stat().st_mtime_ns, transformers.__version__])
     folder = Path(HF_HOME, "ebft", f"{file.stem}-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}")
+    if folder.is_dir():
+        return str(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
@@ -228,17 +230,18 @@ def plain_source(name_or_path: str, key: str = "model.name_or_path") -> str:
 
 def _unpack(name: str, file: Path, folder: Path) -> None:
     """Writes an ordinary copy of a GGUF file. The folder appears when it is whole."""
-    temporary = folder.with_name(f"{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
     print(f"{file.name} is unpacked once, into {folder}", flush=True)
-    unpacking = GgufConfig(gguf_file=file.name, dequantize=True)
-    model = _read_weights(
-        name, str(file.parent), gguf_file=file.name, quantization_config=unpacking, dtype=torch.float32
-    )
-    model.save_pretrained(temporary)
-    with suppress(*LOADING_ERRORS):  # model.tokenizer names another one, or load_tokenizer says that there is none
-        AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(temporary)
-    os.replace(temporary, folder)
+    how = {"gguf_file": file.name, "quantization_config": GgufConfig(gguf_file=file.name, dequantize=True)}
+    # efficient loading gives all processes but one zeros instead of weights
+    with patch_environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false"):
+        model = _read_weights(name, str(file.parent), dtype=torch.float32, **how)
+    with TemporaryDirectory(dir=folder.parent) as temporary:  # a name of its own: locks may not reach other machines
+        whole = Path(temporary, "whole")
+        model.save_pretrained(whole)
+        with suppress(*LOADING_ERRORS):  # model.tokenizer names another one, or load_tokenizer says that there is none
+            AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(whole)
+        if not folder.is_dir():
+            os.replace(whole, folder)
 
 
 def cast_weights(module: torch.nn.Module, dtype: torch.dtype) -> None:

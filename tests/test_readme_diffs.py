@@ -9,7 +9,7 @@ import yaml
 from helpers import ROOT, forget_accelerator, logged, weights
 from real_vllm import prompts_file
 
-README = (ROOT / "README.md").read_text()
+README = "".join((ROOT / page).read_text() for page in ("README.md", "ebft_utils/algorithm/README.md"))
 FOUND = re.findall(r"\*\*The (\w+)\*\* \(`(train_\w+\.py)`.*?```diff\n(.*?)```", README, flags=re.DOTALL)
 
 

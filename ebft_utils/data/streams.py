@@ -111,7 +111,9 @@ class Stream:
         self.notes_before = list(source.notes)
 
     def open_at(self, number: int):
-        """The rows for training from that one on."""
+        """The rows for training from that one on. A resumed run counts from there."""
+        if self.begin + number > self.furthest + 1:
+            self.tally, self.furthest = Tally(self.tokenizing.config, self.source), self.begin + number - 1
         return self._reading(iter(self.table.skip(self.begin + number)))
 
     def documents(self, rows: list[dict], first: int) -> list[Document]:

@@ -289,7 +289,9 @@ class Tally:
 
         if self.long_texts:
             unused = f"{share_of(self.unused_of_texts, self.tokens)} of the tokens are not used"
-            if data.long_documents == "cut":
+            if self.source.key == "eval":
+                how = "the beginning of each is evaluated"
+            elif data.long_documents == "cut":
                 how = f"cut, {unused} (data.long_documents: split would use them)"
             else:
                 how = f"split into {self.text_rows} rows, {unused} (last pieces without room for an anchor)"

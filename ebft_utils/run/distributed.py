@@ -51,6 +51,7 @@ def prepare_accelerator(config: Config) -> Accelerator:
             raise UserError(f"train.report_to: {tracker} is not installed: pip install {tracker.replace('_', '-')}")
     logs = Path(config.train.output_dir).expanduser().resolve() / "tensorboard"
     accelerator = Accelerator(
+        cpu=torch.backends.mps.is_available(),  # accelerate would take Apple's GPUs, which have no float64
         mixed_precision=MIXED_PRECISION[config.model.dtype],
         kwargs_handlers=handlers,
         log_with=config.train.report_to,

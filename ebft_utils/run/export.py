@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from ..config.modes import Config
 from ..config.settings import UserError
+from ..data.sources import is_local
 from ..models import DTYPES, load_causal_lm, resolve_source
 from .checkpoint import free_space
 from .folders import writing
@@ -86,6 +87,7 @@ def _export_adapter(config: Config, causal_lm: PeftModel, weights: dict[str, Ten
     source = resolve_source(config.model.name_or_path)
     name = source[0] if source[1] is None else config.model.name_or_path
     causal_lm.peft_config["default"].base_model_name_or_path = name
+    causal_lm.peft_config["default"].revision = config.model.revision
     causal_lm.save_pretrained(folder, state_dict=weights, save_embedding_layers=False)
     (folder / "README.md").unlink()  # peft's own card, which is empty
 
@@ -108,7 +110,8 @@ def model_card(config: Config, results: dict[int, dict[str, float]], num_steps: 
     adapter = config.lora is not None and not merged
     kind = "LoRA adapter" if adapter else "LoRA, merged" if merged else "full fine-tuning"
     on_hub = re.fullmatch(HUB_ID, name) and not Path(name).expanduser().exists()
-    of_hub = [source.dataset for source in config.data.mix or [config.data] if re.fullmatch(HUB_ID, source.dataset)]
+    datasets = [source.dataset for source in config.data.mix or [config.data]]
+    of_hub = [dataset for dataset in datasets if re.fullmatch(HUB_ID, dataset) and not is_local(dataset)]
     metadata = ModelCardData(
         base_model=name if on_hub else None,
         datasets=of_hub or None,
@@ -145,7 +148,10 @@ def model_card(config: Config, results: dict[int, dict[str, float]], num_steps: 
         names = [name for name in next(iter(results.values())) if not name.endswith(("_se", "_change"))]
         table = [["metric", *(f"step {step}" for step in results)], ["---"] * (1 + len(results))]
         for name in names:
-            cells = [f"{metrics[name]:.4f} ± {metrics[name + '_se']:.4f}" for metrics in results.values()]
+            cells = [
+                f"{metrics[name]:.4f} ± {metrics[name + '_se']:.4f}" if name in metrics else ""
+                for metrics in results.values()
+            ]
             table.append([name.removeprefix("eval/"), *cells])
         lines += ["", "Held-out documents, mean ± standard error over documents:", ""]
         lines += [f"| {' | '.join(row)} |" for row in table]

@@ -48,7 +48,6 @@ CHANGEABLE = {  # section -> settings that a resumed run may change
     "save_steps save_total_limit resume process_timeout_minutes",
     "data": "num_proc",
 }
-RENAMED_METRICS = {"reward_pass@1": "mean_reward"}  # in runs of earlier versions
 MAY_CHANGE = {f"{section}.{name}" for section, names in CHANGEABLE.items() for name in names.split()}
 
 
@@ -71,13 +70,6 @@ class RunState:
     before: dict[str, Tensor] | None
     places: list
     tokens: int = 0
-
-
-def renamed(metric: str) -> str:
-    """Today's name of a metric that an earlier version has logged."""
-    for old, new in RENAMED_METRICS.items():
-        metric = metric.replace(old, new)
-    return metric
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -183,7 +175,7 @@ def read_run(path: Path) -> RunState:
     if before is not None:
         if not (isinstance(before, dict) and before and all(map(_is_table, before.values()))):
             raise Damaged("run.json: before is no table of an evaluation")
-        values["before"] = {renamed(name): torch.tensor(table, dtype=torch.float64) for name, table in before.items()}
+        values["before"] = {name: torch.tensor(table, dtype=torch.float64) for name, table in before.items()}
         if len({table.shape for table in values["before"].values()}) > 1:
             raise Damaged("run.json: before holds tables of different sizes")
     return RunState(**values)

@@ -130,6 +130,9 @@ class TrainingLoop:
         self.take_step, self.evaluate = take_step, evaluate
         self.shown, self.rows, self.num_steps = shown, rows, config.train.total_steps(rows)
         self.saved, self.updating, self.grad_norm, self.loss = run.step, False, 0.0, 0.0
+        if (config.train.warmup_steps or 0) > self.num_steps:
+            words = f"{config.train.warmup_steps} are more than the {self.num_steps} steps of the run"
+            raise UserError(f"train.warmup_steps: {words}")
 
     def train(self, signals: StopSignals) -> None:
         """Runs to the last step.
@@ -165,6 +168,8 @@ class TrainingLoop:
             if run.step > self.saved and not (finished or self.updating or signals.at_once):
                 self._save_alone()
             self.progress.close()
+            if self.logger is not None:
+                self.logger.close()
         if number := signals.agreed(accelerator):
             raise Stopped(number)
 
@@ -269,7 +274,10 @@ def evaluate_only(
     accelerator.print(_evaluation_text(name, table, results))
     if accelerator.is_main_process:
         finite = {name: value if math.isfinite(value) else None for name, value in results.items()}
-        target.write_text(json.dumps({"step": step, **finite}, indent=2) + "\n")
+        try:
+            target.write_text(json.dumps({"step": step, **finite}, indent=2) + "\n")
+        except OSError as error:
+            raise UserError(f"{target} could not be written: {error.strerror}") from None
         accelerator.print(f"written to {target}")
 
 

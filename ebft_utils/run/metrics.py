@@ -18,7 +18,8 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from torch import Tensor
 
 from ..config.modes import Config
-from .integrity import renamed
+from ..config.settings import UserError
+from .distributed import together
 
 
 class MetricSums:
@@ -70,7 +71,7 @@ def step_metrics(accelerator: Accelerator, sums: MetricSums, num_micro_batches: 
 
 
 def start_trackers(config: Config, accelerator: Accelerator, output_dir: Path, first_step: int | None) -> list:
-    """Starts the trackers of train.report_to. A resumed run goes on where it was interrupted.
+    """Starts the trackers of train.report_to. In tensorboard, wandb and trackio a resumed run goes on in place.
 
     first_step: as in MetricLogger. Returns accelerate's trackers; every process calls this.
     """
@@ -87,7 +88,14 @@ def start_trackers(config: Config, accelerator: Accelerator, output_dir: Path, f
         "wandb": {"name": name, "dir": str(output_dir), "id": run_id, "resume": "allow" if number else None},
         "trackio": {"name": name, "resume": "allow" if number else "never"},
     }
-    accelerator.init_trackers("ebft", init_kwargs=how)
+
+    def start() -> None:
+        try:
+            accelerator.init_trackers("ebft", init_kwargs=how)
+        except Exception as error:  # of somebody else's package: no login, no server
+            raise UserError(f"train.report_to: a tracker does not start: {type(error).__name__}: {error}") from error
+
+    together(accelerator, start)
     for tracker in accelerator.trackers if accelerator.is_main_process else ():
         if tracker.name != "tensorboard":
             tracker.store_init_configuration(flat(config.to_dict()))
@@ -159,8 +167,10 @@ class MetricLogger:
                 tracker.log_table("rollouts", ["reward", "prefix", "rollout", "truth"], rows, step=step)
 
     def close(self) -> None:
-        """Closes the file. (accelerate closes the trackers.)"""
+        """Closes the file and the trackers."""
         self.file.close()
+        while self.trackers:  # accelerate's own list: it closes none twice
+            self.trackers.pop().finish()
 
 
 def logged_entries(output_dir: Path, last_step: int, keep_damaged: bool = False) -> list[dict]:
@@ -204,7 +214,7 @@ def logged_evaluations(output_dir: Path, last_step: int) -> dict[int, dict[str, 
     """The evaluations among the logged entries, by step."""
     found = {}
     for entry in logged_entries(output_dir, last_step):
-        metrics = {renamed(name): value for name, value in entry.items() if name.startswith("eval/")}
+        metrics = {name: value for name, value in entry.items() if name.startswith("eval/")}
         if metrics:
             found[entry["step"]] = {name: math.nan if value is None else value for name, value in metrics.items()}
     return found
