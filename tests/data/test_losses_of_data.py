@@ -179,6 +179,16 @@ def test_a_stream_of_long_texts(thirty, by_word, packing):
         assert [before[at] for at in range(position)] == unbroken[:position]
         after.go_on_from(json.loads(json.dumps(before.places)), position)
         assert [after[at] for at in range(position, 150)] == unbroken[position:]
+        assert position < 90 or "the first" not in "".join(after.notes)  # a resumed run counts from its place
+
+
+def test_texts_of_evaluation_are_not_split(texts, thirty, by_word):
+    """Guards against a note, and so a model card, of pieces that nobody evaluates."""
+    evaluation = {"dataset": str(thirty), "num_documents": 5}
+    rows, held_out = load_rows(short(texts, evaluation=evaluation), by_word)
+    (note,) = [note for note in rows.notes if str(thirty) in note]
+    assert note.endswith("are longer than data.sequence_length 8: the beginning of each is evaluated")
+    assert len(held_out) == 5 and max(map(len, tokens_of(held_out))) == LIMIT
 
 
 def test_max_documents_counts_texts(texts, by_word):

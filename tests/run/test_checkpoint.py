@@ -410,10 +410,12 @@ def signal_at(monkeypatch, call: int, *numbers: int) -> None:
 @pytest.mark.parametrize("number", distributed.STOP_SIGNALS)
 def test_signal_to_a_single_process(command, train, unbroken, monkeypatch, write_config, tmp_path, number):
     """Guards against a signal that loses the step it comes in, and an exit code that a scheduler takes for success."""
-    changes = {**BASE, "train__save_steps": 0}
+    changes, said, write = {**BASE, "train__save_steps": 0}, [], os.write
     with monkeypatch.context() as patch:
+        patch.setattr(os, "write", lambda file, data: said.append(data) if file == 2 else write(file, data))
         signal_at(patch, 2, number, *([number] if number != signal.SIGINT else []))  # clusters send theirs twice
         code, stderr = command("--cfg", write_config(**changes))
+    assert f"{signal.Signals(number).name}: finishing this step, then saving".encode() in said[0]
     assert code == 128 + number and f"stopped by {signal.Signals(number).name}; train.resume=latest" in stderr
     assert [path.name for path in (tmp_path / "run").glob("*checkpoint*")] == ["checkpoint-2"]
     train("run", "train.resume=latest", **changes)
