@@ -326,6 +326,12 @@ def mathematics() -> list[dict]:
     return rows
 
 
+def my_rows() -> list[dict]:
+    """Those that fit when a character is a token."""
+    lines = (ROOT / "examples" / "my_rows.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines if len(line) < 180][:8]
+
+
 def human_eval() -> list[dict]:
     return [
         {
@@ -343,6 +349,7 @@ MADE_BY = {
     "python_stdlib": python_files,
     "python_stdlib_functions": functions,
     "human_eval": human_eval,
+    "examples/my_rows.jsonl": my_rows,
     "tokyotech-llm/swallow-code": python_files,
     "nvidia/OpenCodeInstruct": open_code_instruct,
     "HuggingFaceH4/ultrachat_200k": conversations,

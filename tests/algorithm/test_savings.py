@@ -154,7 +154,8 @@ def test_logged_savings_are_those_of_the_rollouts(train, monkeypatch, changes, l
         return seen[-1][-1]
 
     monkeypatch.setattr(train_strided, "sample_and_score", keep)
-    entries = training(train("run", train__max_steps=2, ebft__ce_coef=0.1, **changes))
+    settings = dict(train__max_steps=2, ebft__ce_coef=0.1, data__long_documents="cut")
+    entries = training(train("run", **settings, **changes))
     logged = [entry["ebft/tokens_saved"] for entry in entries]
     assert any(not batch.valid.all() for _, batch, _ in seen)
     assert logged == pytest.approx(counted_savings(seen), abs=1e-6) and len(logged) == 2
