@@ -9,7 +9,8 @@ runs in the server. What it adds to a plain `vllm serve`:
     with a lora section, adapters               --enable-lora --max-lora-rank, VLLM_ALLOW_RUNTIME_LORA_UPDATING=1
     weights that can be replaced                VLLM_SERVER_DEV_MODE=1; --weight-transfer-config with
                                                 vllm.weight_sync: nccl
-Of a GGUF file it serves the ordinary copy that the trainer reads too (models.plain_source): both have the same weights.
+Of a GGUF file it serves the ordinary copy that the trainer reads too (model_files.plain_source), so both have the same
+weights.
 
 Whoever reaches the server's address can load other weights into it, without a key. So it listens on 127.0.0.1 unless
 vllm.host says otherwise.
@@ -28,7 +29,7 @@ if __name__ == "__main__":
     check_command_line(StructuredConfig, __doc__)  # before the imports that take seconds
 
 from ebft_utils.config.settings import UserError
-from ebft_utils.models import plain_source
+from ebft_utils.model_files import plain_source
 
 ADAPTER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values that --max-lora-rank allows
 LOOPBACK = ("127.0.0.1", "localhost", "::1")

@@ -7,12 +7,13 @@ import torch
 from transformers import CONFIG_MAPPING, AttentionInterface, AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from ebft_utils import models
+from ebft_utils import model_files
 from ebft_utils.algorithm.attention import STRIDED_SDPA
 from ebft_utils.algorithm.strided import strided_logprobs
 from ebft_utils.config.modes import load_config
 from ebft_utils.config.sections import ModelConfig
 from ebft_utils.config.settings import UserError
+from ebft_utils.model_files import resolve_source
 from ebft_utils.models import (
     StridedPolicy,
     base_causal_lm,
@@ -23,7 +24,6 @@ from ebft_utils.models import (
     prove_strided_mask,
     refuse_short_context,
     refuse_unsupported,
-    resolve_source,
 )
 from helpers import TINY, tiny_model, tiny_tokenizer
 
@@ -141,7 +141,7 @@ def test_unreadable_models_are_one_line(tmp_path):
 def test_a_folder_missing_in_one_that_is_here(tmp_path, monkeypatch):
     """Guards against asking the hub for out/fnal, and against a hub's model that a folder of its maker's name hides."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(models, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(model_files, "HF_HUB_CACHE", str(tmp_path / "cache"))
     assert resolve_source("maker/model") == ("maker/model", None)
     (tmp_path / "maker").mkdir()
     words = "the folder maker is here, and holds no model; .*: hf download maker/model$"

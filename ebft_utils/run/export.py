@@ -18,7 +18,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from ..config.modes import Config
 from ..config.settings import UserError
 from ..data.sources import is_local
-from ..models import DTYPES, load_causal_lm, resolve_source
+from ..model_files import resolve_source
+from ..models import DTYPES, load_causal_lm
 from .checkpoint import free_space
 from .folders import writing
 

@@ -22,14 +22,12 @@ from ..algorithm.strided import QUERIES_PER_BLOCK, number_of_parts
 from ..config.modes import Config
 from ..config.sections import LoraConfig
 from ..config.settings import UserError
+from ..model_files import LOADING_ERRORS, first_line, plain_source
 from ..models import (
     DTYPES,
-    LOADING_ERRORS,
     attention_heads,
     base_causal_lm,
     feature_device,
-    first_line,
-    plain_source,
     refuse_short_context,
     refuse_unsupported,
     with_adapter,

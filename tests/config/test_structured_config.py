@@ -12,7 +12,7 @@ import serve_vllm
 from ebft_utils.config.modes import StridedConfig, StructuredConfig, load_config
 from ebft_utils.config.sections import StructuredEBFTConfig, VLLMConfig
 from ebft_utils.config.settings import UserError
-from ebft_utils.models import plain_source
+from ebft_utils.model_files import plain_source
 from helpers import ROOT, assert_holds, refusal
 
 GROUP_NORM = "ebft.advantage_estimator=group_norm"

@@ -10,10 +10,9 @@ from huggingface_hub import ModelCard
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ebft_utils import models
+from ebft_utils import model_files, models
 from ebft_utils.config.modes import load_config
 from ebft_utils.config.settings import UserError
-from ebft_utils.run import export
 from ebft_utils.run.export import merges, model_card
 from helpers import tiny_model, weights
 
@@ -26,13 +25,10 @@ def gguf(tmp_path, monkeypatch, model_folder):
     file = tmp_path / "elsewhere" / "tiny.gguf"
     file.parent.mkdir()
     file.write_text("packed")
-    plain, resolve = models.plain_source, models.resolve_source
 
     def plain_source(name, *key):
-        return str(model_folder) if name == str(file) else plain(name, *key)
+        return str(model_folder) if name == str(file) else model_files.plain_source(name, *key)
 
-    for module in (models, export):
-        monkeypatch.setattr(module, "resolve_source", resolve)
     monkeypatch.setattr(models, "plain_source", plain_source)
     return str(file)
 
@@ -84,18 +80,18 @@ def test_a_gguf_model_is_unpacked_once(tmp_path, monkeypatch):
         reads.append(how["gguf_file"])
         return model
 
-    monkeypatch.setattr(models, "HF_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(models, "_read_weights", read)
-    folder = models.plain_source(str(file))
-    assert models.plain_source(str(file)) == folder and reads == ["tiny.gguf"]
+    monkeypatch.setattr(model_files, "HF_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(model_files, "read_weights", read)
+    folder = model_files.plain_source(str(file))
+    assert model_files.plain_source(str(file)) == folder and reads == ["tiny.gguf"]
     assert torch.equal(logits(folder), model(IDS).logits)
     file.write_text("another file")
-    assert models.plain_source(str(file)) != folder and len(reads) == 2
+    assert model_files.plain_source(str(file)) != folder and len(reads) == 2
     monkeypatch.setattr(model, "save_pretrained", lambda folder: (_ for _ in ()).throw(OSError(28, "No space left")))
     file.write_text("a third file")
     for _ in range(2):  # nothing is left that looks whole
         with pytest.raises(UserError, match="model.name_or_path: .* could not be unpacked into .*: .*No space left"):
-            models.plain_source(str(file))
+            model_files.plain_source(str(file))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
