@@ -17,6 +17,7 @@ from helpers import ROOT
 def quickstart():
     """Configuration, tokenizer, policy and one batch of the quickstart."""
     overrides = ["data.split=train[:40]", "data.sequence_length=64", "eval.num_documents=0"]
+    overrides.append("ebft.embed_method=last_token")  # whose features have length 1
     config = load_config(str(ROOT / "examples" / "raw_text.yaml"), overrides)
     tokenizer = load_tokenizer(config.model)
     rows, _ = load_rows(config, tokenizer)

@@ -207,7 +207,7 @@ SEVERAL_WORDS = ["num_processes", "silently starts one process", "accelerate_con
 BF16_WORDS = ["mixed_precision: bf16", "contradicts model.dtype: float32", "mixed_precision: 'no'"]
 WRONG_LAUNCHES = {  # accelerate config, options, changes of the config, words of the message
     "several processes on the CPU": ("cpu", TWO_PROCESSES, {}, SEVERAL_WORDS),
-    "no GPU": ("single_gpu", (), {}, ["use_cpu: false", "no GPU is visible", "accelerate_configs/cpu.yaml"]),
+    "no GPU": ("single_gpu", (), {}, ["use_cpu: false", "no GPU is visible", "python train_strided.py"]),
     "precision": ("cpu", (), BF16, BF16_WORDS),
     "dynamo": ("cpu", (), INDUCTOR, ["dynamo_backend: INDUCTOR", "leave it out"]),
 }
@@ -234,10 +234,10 @@ def test_launch_that_is_not_refused(launched, command, write_config):
 
 BATCH_WORDS = ["train.batch_size", "3 rows", "2 processes x train.per_device_batch_size 1"]
 BATCH_WORDS += ["the nearest that can: 2 or 4"]
-UNSHARDED_WORDS = ["distributed_type: FSDP", "silently run unsharded", "ddp.yaml"]
+NO_GPU_WORDS = ["no GPU is visible", "ACCELERATE_USE_CPU=true", "ddp.yaml"]
 WRONG_REAL_LAUNCHES = {  # accelerate config, on the CPU or not, override, words of the message
-    "FSDP2 without a GPU": ("fsdp2", False, "train.seed=0", UNSHARDED_WORDS),
-    "DDP without a GPU": ("ddp", False, "train.seed=0", ["no GPU is visible", "ACCELERATE_USE_CPU=true"]),
+    "FSDP2 without a GPU": ("fsdp2", False, "train.seed=0", NO_GPU_WORDS),
+    "DDP without a GPU": ("ddp", False, "train.seed=0", NO_GPU_WORDS),
     "batch of 3 on 2": ("ddp", True, "train.batch_size=3", BATCH_WORDS),
 }
 
