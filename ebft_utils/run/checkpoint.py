@@ -210,7 +210,7 @@ def check_same_run(config: Config, checkpoint: Path) -> list[str]:
 
     Raises UserError for settings that would make its continuation another run (with eval.only: another model).
     """
-    here, there = _flatten(config.to_dict()), _flatten(read_settings_of(checkpoint))
+    here, there = flatten(config.to_dict()), flatten(read_settings_of(checkpoint))
     changed = [key for key in here | there if here.get(key) != there.get(key)]
     words = {key: f"{key} is {here.get(key)!r} and was {there.get(key)!r}" for key in changed}
     length = next((key for key in ("train.max_steps", "train.num_epochs") if key in words), None)
@@ -226,10 +226,11 @@ def check_same_run(config: Config, checkpoint: Path) -> list[str]:
     return [words[key] for key in changed if key not in ("train.resume", "train.output_dir")]
 
 
-def _flatten(tree: dict, prefix: str = "") -> dict:
+def flatten(tree: dict, prefix: str = "") -> dict:
+    """Nested settings by dotted key."""
     flat = {}
     for key, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
 
 

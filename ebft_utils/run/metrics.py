@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..config.modes import Config
 from ..config.settings import UserError
+from .checkpoint import flatten
 from .distributed import together
 
 
@@ -98,24 +99,15 @@ def start_trackers(config: Config, accelerator: Accelerator, output_dir: Path, f
     together(accelerator, start)
     for tracker in accelerator.trackers if accelerator.is_main_process else ():
         if tracker.name != "tensorboard":
-            tracker.store_init_configuration(flat(config.to_dict()))
+            settings = flatten(config.to_dict())
+            as_text = {key: str(value) if isinstance(value, list) else value for key, value in settings.items()}
+            tracker.store_init_configuration(as_text)
         elif first_step is None:
             tracker.log({"configuration": f"~~~yaml\n{config.to_yaml()}~~~"}, step=0)
         else:  # once more: TensorBoard takes the first mark of a folder for that of a new run, and drops nothing
-            start = Event(step=first_step + 1, session_log=SessionLog(status=SessionLog.START))
-            tracker.tracker.file_writer.add_event(start)
+            event = Event(step=first_step + 1, session_log=SessionLog(status=SessionLog.START))
+            tracker.tracker.file_writer.add_event(event)
     return accelerator.trackers
-
-
-def flat(tree: dict, prefix: str = "") -> dict:
-    """Nested settings by dotted key. Lists are text, as trackers want them."""
-    found = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            found |= flat(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = str(value) if isinstance(value, list) else value
-    return found
 
 
 class MetricLogger:

@@ -1,6 +1,6 @@
 """The dry run (--dry-run): data, anchors, steps, estimated memory, and three examples with their anchors marked.
 
-No weights are read, because the memory estimate needs the model's config alone.
+No weights are read, because the memory estimate needs the model's config alone. (A GGUF file is unpacked first, once.)
 """
 
 from dataclasses import dataclass
