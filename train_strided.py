@@ -54,6 +54,7 @@ from ebft_utils.algorithm.strided import in_parts, number_of_parts, rollouts_to_
 from ebft_utils.data.batches import Batch, make_batch, rollout_uniforms
 from ebft_utils.data.rows import Rows, load_rows
 from ebft_utils.data.sources import check_sources
+from ebft_utils.layouts import choose_layout
 from ebft_utils.run import checkpoint, distributed
 from ebft_utils.run.export import export_final, merges, model_card
 from ebft_utils.run.loop import TrainingLoop, Update, evaluate_only, evaluate_rows, make_optimizer, micro_batches
@@ -97,7 +98,7 @@ class Groups:
 def sample_and_score(
     config: StridedConfig,
     accelerator: Accelerator,
-    policy: models.StridedPolicy,
+    policy: models.Policy,
     network: FeatureNetwork,
     batch: Batch,
     seed: int,
@@ -357,12 +358,13 @@ def train_or_evaluate(config: StridedConfig, accelerator: Accelerator, output_di
     rows, held_out = distributed.main_process_first(accelerator, load)  # the other processes then read its cache
     causal_lm = models.load_policy(config)
     models.check_vocabulary(tokenizer, causal_lm, config.model.name_or_path)
-    models.set_attention(config, causal_lm, accelerator.device)
+    layout = choose_layout(config, accelerator, causal_lm)
 
     # --- optimizer ---------------------------------------------------------------------------------------------------
-    policy = models.StridedPolicy(causal_lm, config.model.compile_decoding)
+    policy = models.Policy(causal_lm, layout.name, config.model.compile_decoding)
     policy, optimizer = distributed.prepare_policy(accelerator, policy, make_optimizer(config, policy))
-    network = models.load_feature_network(accelerator.unwrap_model(policy).causal_lm, config, accelerator.device)
+    unwrapped = accelerator.unwrap_model(policy).causal_lm
+    network = models.load_feature_network(unwrapped, config, accelerator.device, layout)
     accelerator.print(distributed.describe_run(config, accelerator, policy, network))
     run = checkpoint.RunState(0, checkpoint.launch_of(accelerator), rows.fingerprint(), None, rows.places)
     if saved is not None:

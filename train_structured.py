@@ -59,6 +59,7 @@ from ebft_utils.data.prompts import Completion, PromptBatch, conversation_of, fe
 from ebft_utils.data.rows import MixedRows, Rows, load_rows
 from ebft_utils.data.sources import check_sources
 from ebft_utils.data.streams import StreamedRows
+from ebft_utils.layouts import choose_layout
 from ebft_utils.run import checkpoint, distributed
 from ebft_utils.run.export import export_final, merges, model_card
 from ebft_utils.run.loop import TrainingLoop, Update, evaluate_only, evaluate_rows, make_optimizer, micro_batches
@@ -402,13 +403,14 @@ def train_or_evaluate(config: StructuredConfig, accelerator: Accelerator, output
     rows, held_out = distributed.main_process_first(accelerator, load)  # the other processes then read its cache
     causal_lm = models.load_policy(config)
     models.check_vocabulary(tokenizer, causal_lm, config.model.name_or_path)
-    models.set_attention(config, causal_lm, accelerator.device)
+    layout = choose_layout(config, accelerator, causal_lm)
 
     # --- optimizer ---------------------------------------------------------------------------------------------------
-    policy = models.StridedPolicy(causal_lm, config.model.compile_decoding)
+    policy = models.Policy(causal_lm, layout.name, config.model.compile_decoding)
     stop_ids = models.stop_token_ids(causal_lm, tokenizer)
     policy, optimizer = distributed.prepare_policy(accelerator, policy, make_optimizer(config, policy))
-    network = models.load_feature_network(accelerator.unwrap_model(policy).causal_lm, config, accelerator.device)
+    unwrapped = accelerator.unwrap_model(policy).causal_lm
+    network = models.load_feature_network(unwrapped, config, accelerator.device, layout)
     accelerator.print(distributed.describe_run(config, accelerator, policy, network))
     state = checkpoint.RunState(0, checkpoint.launch_of(accelerator), rows.fingerprint(), None, rows.places)
     if saved is not None:

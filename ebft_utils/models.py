@@ -1,6 +1,7 @@
 """Loads the policy, its tokenizer, adapter and frozen feature network, and refuses models that cannot be trained."""
 
 import re
+from dataclasses import dataclass
 
 import torch
 from accelerate import PartialState
@@ -14,11 +15,13 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as hf_logging
 
-from .algorithm.attention import STRIDED_SDPA
+from .algorithm.architecture import decoder_layers, decoder_of
+from .algorithm.attention import STRIDED_BLOCKS
 from .algorithm.decoding import decode_step, generate_rollouts, in_few_shapes
-from .algorithm.features import FeatureNetwork, cut_decoder, layer_indices
-from .algorithm.flex import STRIDED_FLEX, prove_flex_attention, why_not_flex
-from .algorithm.strided import naive_rollout_logprobs, rollout_logprobs, strided_logprobs
+from .algorithm.features import FeatureNetwork, layer_indices
+from .algorithm.flex import STRIDED_FLEX
+from .algorithm.rows import generate_rows, rows_logprobs
+from .algorithm.strided import strided_logprobs
 from .config.modes import Config
 from .config.sections import ModelConfig
 from .config.settings import UserError
@@ -27,16 +30,30 @@ from .model_files import LOADING_ERRORS, first_line, named, plain_source, read_w
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-class StridedPolicy(torch.nn.Module):
+@dataclass(frozen=True)
+class RunLayout:
+    """How rollouts stand in a forward: packed (algorithm/strided.py) or rows (algorithm/rows.py).
+
+    whole_network: the feature network runs all layers, because it cannot be cut after the deepest that is read.
+    """
+
+    name: str = "packed"
+    whole_network: bool = False
+
+
+PACKED = RunLayout()
+
+
+class Policy(torch.nn.Module):
     """The policy as the module that accelerate prepares: one forward gives all that is trained in a step.
 
     DDP and FSDP hook the forward of the module that they wrap; calling an inner module instead would skip the gradient
     reduction. For FSDP2, `generate` is registered as a second forward (distributed.prepare_policy).
     """
 
-    def __init__(self, causal_lm: PreTrainedModel | PeftModel, compile_decoding: bool = False):
+    def __init__(self, causal_lm: PreTrainedModel | PeftModel, layout: str = "packed", compile_decoding: bool = False):
         super().__init__()
-        self.causal_lm = causal_lm
+        self.causal_lm, self.layout = causal_lm, layout
         self.compiled_step = None
         if compile_decoding:
             self.compiled_step = torch.compile(decode_step, mode="reduce-overhead", dynamic=False)
@@ -47,15 +64,18 @@ class StridedPolicy(torch.nn.Module):
     @property
     def decoder(self) -> PreTrainedModel:
         """The transformer without its LM head."""
-        return base_causal_lm(self.causal_lm).get_decoder()
+        return decoder_of(base_causal_lm(self.causal_lm))
 
     def forward(self, **inputs) -> tuple[Tensor | None, Tensor]:
-        """Arguments and results of `strided.strided_logprobs`."""
-        return strided_logprobs(base_causal_lm(self.causal_lm), **inputs)
+        """Arguments and results of `strided.strided_logprobs`, in the layout of this policy."""
+        logprobs = rows_logprobs if self.layout == "rows" else strided_logprobs
+        return logprobs(base_causal_lm(self.causal_lm), **inputs)
 
     def generate(self, **inputs) -> Tensor:
-        """Arguments and result of `decoding.generate_rollouts`."""
+        """Arguments and result of `decoding.generate_rollouts`, in the layout of this policy."""
         model = base_causal_lm(self.causal_lm)
+        if self.layout == "rows":
+            return generate_rows(model, **inputs)
         if self.compiled_step is None:
             return generate_rollouts(model, **inputs)
         return in_few_shapes(generate_rollouts, model, **inputs, decode=self.compiled_step, kept=self.kept)
@@ -99,7 +119,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 
 
 def load_causal_lm(config: ModelConfig, dtype: torch.dtype, device: torch.device | None = None) -> PreTrainedModel:
-    """The pretrained causal LM in the given dtype, attending with `strided_sdpa`, without dropout.
+    """The pretrained causal LM in the given dtype, without dropout, with the attention that transformers gives it.
 
     device: weights are read straight to it; None: to main memory.
     """
@@ -113,13 +133,6 @@ def load_causal_lm(config: ModelConfig, dtype: torch.dtype, device: torch.device
     refuse_unsupported(model_config, name)
     model = read_weights(name, source, revision=revision, dtype=dtype, device_map=device)
     cast_weights(model, dtype)
-    try:
-        model.set_attn_implementation(STRIDED_SDPA)
-        cut_decoder(model.get_decoder(), 0)
-    except ValueError as error:
-        kind = f"{name!r} ({model.config.model_type})"
-        reason = f"cannot take the strided attention mask: {first_line(error)}"
-        raise UserError(f"model.name_or_path: {kind} {reason}") from None
     _disable_dropout(model)
     return model
 
@@ -143,69 +156,27 @@ def _disable_dropout(model: torch.nn.Module) -> None:
 # Which models can be trained
 
 
-def refuse_unsupported(model_config, name: str) -> None:
-    """Raises UserError for models whose config says that strided training would compute other attention or logits."""
-    settings = model_config.get_text_config().to_dict()
-    unknown = sorted(set(settings.get("layer_types") or ()) - {"full_attention", "sliding_attention"})
-    reason = None
-    if unknown:
-        reason = f"its layers {', '.join(unknown)} do not take an attention mask of our own"
-    elif model_config.is_encoder_decoder:
-        reason = "it is an encoder-decoder, and strided training needs a decoder alone"
-    else:
-        for key in ("attn_logit_softcapping", "final_logit_softcapping"):
-            if settings.get(key):
-                reason = f"its {key} ({settings[key]}) is not part of the fused attention and log-prob computation"
-        for key in ("logit_scale", "logits_scaling"):
-            if settings.get(key) not in (None, 1, 1.0):
-                reason = f"its {key} ({settings[key]}) is not part of the log-prob computation"
-    if reason:
+def refuse_unsupported(model_config: PretrainedConfig, name: str) -> None:
+    """Raises UserError for models that are no decoder alone."""
+    if model_config.is_encoder_decoder:
         kind = f"{name!r} ({model_config.model_type})"
-        raise UserError(f"model.name_or_path: {kind} cannot be trained in strided mode: {reason}")
+        raise UserError(f"model.name_or_path: {kind} is an encoder-decoder, and training needs a decoder alone")
 
 
-def refuse_short_context(model_config, sequence_length: int, keys: str, name: str) -> None:
-    """Raises UserError when a sequence, as long as the settings `keys` say, exceeds positions or sliding window."""
-    settings = model_config.get_text_config().to_dict()
-    window = settings.get("sliding_window")
-    layer_types = settings.get("layer_types") or ["sliding_attention"]
-    windowed = settings.get("use_sliding_window", True) and "sliding_attention" in layer_types
-    if window and windowed and window < sequence_length:
-        raise UserError(
-            f"{keys}: {sequence_length} is longer than the sliding attention window of {name!r} ({window}), "
-            "which the strided mask replaces; lower it"
-        )
-    limit = settings.get("max_position_embeddings")
-    if limit and sequence_length > limit:
-        raise UserError(f"{keys}: {sequence_length} is more than the {limit} positions of {name!r}; lower it")
-
-
-@torch.no_grad()
-def prove_strided_mask(model: PreTrainedModel, name: str) -> None:
-    """Raises UserError when packed and separate rollouts score differently: the model ignores mask or positions."""
-    generator = torch.Generator().manual_seed(0)
-    vocabulary, shapes = model.get_input_embeddings().weight.shape[0], ((1, 12), (1, 2, 2, 3))
-    document, rollouts = (torch.randint(vocabulary, shape, generator=generator).to(model.device) for shape in shapes)
-    anchors = torch.tensor([[4, 8]], device=model.device)
-    was_training = model.training
-    model.eval()
-    try:
-        packed = rollout_logprobs(model, document, rollouts, anchors, 1.0)
-    except (RuntimeError, TypeError, AttributeError, ValueError, IndexError) as error:
-        raise UserError(
-            f"model.name_or_path: {name!r} cannot be run with the strided attention mask: {first_line(error)}"
-        ) from None
-    separate = naive_rollout_logprobs(model, document, rollouts, anchors)
-    model.train(was_training)
-    difference = (packed - separate).abs().max().item()
-    if not packed.isfinite().all():
-        raise UserError(f"model.name_or_path: the log-probs of {name!r} are not finite: its weights are damaged")
-    tolerance = 1e-3 if model.dtype == torch.float32 else 0.25
-    if not difference <= tolerance:
-        raise UserError(
-            f"model.name_or_path: {name!r} does not follow the strided attention mask: log-probs of packed and of "
-            f"separate rollouts differ by {difference:.3g} (allowed {tolerance})"
-        )
+def refuse_short_context(config: Config, model_config: PretrainedConfig) -> None:
+    """Raises UserError for sequences longer than the model's positions, and for windows that rollouts would fill."""
+    settings, name = model_config.get_text_config().to_dict(), config.model.name_or_path
+    (longest, keys), limit = config.longest_sequence, settings.get("max_position_embeddings")
+    if limit and longest > limit:
+        raise UserError(f"{keys}: {longest} is more than the {limit} positions of {name!r}; lower it")
+    if config.mode == "strided":
+        needed, window = config.ebft.stride + config.ebft.generate_max_len, settings.get("sliding_window")
+        if window and settings.get("use_sliding_window", True) and window < needed:
+            raise UserError(
+                f"ebft.generate_max_len: ebft.stride + ebft.generate_max_len = {needed} is more than the {window} "
+                f"tokens that sliding attention of {name!r} reaches back, so rollouts would lose the text before them; "
+                "lower them"
+            )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -229,51 +200,16 @@ def stop_token_ids(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -
     return sorted({tokenizer.eos_token_id, *of_model})
 
 
-def attention_heads(settings: PretrainedConfig) -> tuple[int, int, int]:
-    """Number of query heads, number of key and value heads, and width of a head, from a model's (text) config."""
-    known, heads = settings.to_dict(), settings.num_attention_heads
-    return heads, known.get("num_key_value_heads") or heads, known.get("head_dim") or settings.hidden_size // heads
-
-
-def set_attention(config: Config, model: PreTrainedModel | PeftModel, device: torch.device) -> None:
-    """Makes a model from `load_causal_lm` attend as the configuration says. Raises UserError where it cannot."""
-    asked, dtype, compiled = config.model.attn_implementation, config.model.dtype, config.model.compile_decoding
-    model = base_causal_lm(model)
-    if asked == "eager":
-        model.set_attn_implementation("eager")
-    # auto takes no flex_attention in float32: its kernels then work on 16 x 16 cells
-    if asked in ("sdpa", "eager") or (asked == "auto" and (device.type != "cuda" or dtype == "float32")):
-        if compiled:
-            raise UserError(
-                f"model.compile_decoding: true needs flex_attention, and auto takes sdpa on {device} in {dtype}; "
-                "leave it out, or ask for flex_attention"
-            )
-        return
-    backward, (*heads, width) = not config.eval.only, attention_heads(model.config.get_text_config())
-    reason = why_not_flex(width, device, backward)
-    reason = reason or prove_flex_attention(*heads, width, DTYPES[dtype], device, backward)
-    if reason is None:
-        model.set_attn_implementation(STRIDED_FLEX)
-    elif asked == "flex_attention":
-        fix = "set it to sdpa" + " and leave model.compile_decoding out" * compiled
-        raise UserError(f"model.attn_implementation: flex_attention cannot run on {device}: {reason}; {fix}")
-    elif compiled:
-        raise UserError(
-            f"model.compile_decoding: true needs flex_attention, which cannot run on {device}: {reason}; leave it out"
-        )
-    else:
-        PartialState().print(f"model.attn_implementation: auto takes sdpa here: flex_attention cannot run: {reason}")
-
-
 def load_policy(config: Config) -> PreTrainedModel | PeftModel:
     """The policy. Trained weights are always float32: in bfloat16 an update of 1e-6 rounds away."""
-    name = config.model.name_or_path
     model = load_causal_lm(config.model, torch.float32 if config.lora is None else DTYPES[config.model.dtype])
     hf_logging.disable_progress_bar()  # one bar for reading the weights: reading or writing them again needs no other
-    refuse_short_context(model.config, *config.longest_sequence, name)
-    prove_strided_mask(model, name)
+    refuse_short_context(config, model.config)
     if config.model.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        try:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        except ValueError as error:
+            raise UserError(f"model.gradient_checkpointing: true: {first_line(error)}; leave it out") from None
     return model if config.lora is None else with_adapter(config, model)
 
 
@@ -321,27 +257,30 @@ def _check_targets(targets: str | list[str], model: PreTrainedModel) -> None:
         raise UserError(f"lora.target_modules: {wrong}; its linear layers: {', '.join(ends)}")
 
 
-def load_feature_network(policy: PreTrainedModel | PeftModel, config: Config, device: torch.device) -> FeatureNetwork:
+def load_feature_network(
+    policy: PreTrainedModel | PeftModel, config: Config, device: torch.device, layout: RunLayout = PACKED
+) -> FeatureNetwork:
     """The frozen network, cut after the deepest feature layer.
 
     With LoRA it is the policy with its adapter off (no second model). Otherwise it is a copy, read from the original
     checkpoint: a sharded policy has only a part of the weights on each process, and a resumed one has others.
     device: where this process's policy lies.
     """
-    decoder = base_causal_lm(policy).get_decoder()
-    layers = layer_indices(config.ebft.feature_layers, len(decoder.layers))
+    decoder = decoder_of(base_causal_lm(policy))
+    layers = layer_indices(config.ebft.feature_layers, decoder.config.num_hidden_layers)
+    how = {"layout": layout.name, "whole": layout.whole_network}
     if isinstance(policy, PeftModel):
-        return FeatureNetwork(decoder, layers, frozen=policy.disable_adapter)
+        return FeatureNetwork(decoder, layers, frozen=policy.disable_adapter, **how)
     place = device if config.feature_network.shard else feature_device(config.feature_network.device, device)
     # efficient loading gives all processes but one zeros instead of weights
     with patch_environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false"):
         copy = load_causal_lm(config.model, DTYPES[config.model.dtype], place)
-    if place.type == device.type:
-        copy.set_attn_implementation(decoder.config._attn_implementation)
-    decoder = copy.get_decoder()
-    network = FeatureNetwork(decoder.requires_grad_(False).eval(), layers)
+    attention = decoder.config._attn_implementation
+    on_gpu = attention == STRIDED_FLEX and place.type != device.type
+    copy.set_attn_implementation(STRIDED_BLOCKS if on_gpu else attention)
+    network = FeatureNetwork(decoder_of(copy).requires_grad_(False).eval(), layers, **how)
     if config.feature_network.shard:
-        for layer in network.decoder.layers:
+        for layer in decoder_layers(decoder_of(copy))[: max(layers)]:
             fully_shard(layer)
         # reshard: by default the root keeps its weights until its backward pass, which never comes
         fully_shard(network.decoder, reshard_after_forward=True)

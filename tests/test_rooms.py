@@ -12,8 +12,10 @@ ROOMS = {
     "algorithm": set(),
     "model_files": {"config"},
     "models": {"config", "algorithm", "model_files"},
+    "proof": {"algorithm", "model_files"},
+    "layouts": {"config", "algorithm", "model_files", "models", "proof"},
     "data": {"config", "algorithm"},
-    "run": {"config", "algorithm", "model_files", "models", "data"},
+    "run": {"config", "algorithm", "model_files", "models", "layouts", "data"},
     "server": {"config", "algorithm", "model_files", "models", "data", "run"},
 }
 FILES = sorted((ROOT / "ebft_utils").glob("**/*.py"))
@@ -44,7 +46,7 @@ def test_every_arrow_points_down(file):
 
 def test_every_room_is_known_and_says_what_it_is_for():
     folders = {path.parent for path in FILES} - {ROOT / "ebft_utils"}
-    assert {path.name for path in folders} | {"models", "model_files"} == set(ROOMS)
+    assert {path.name for path in folders} | {"models", "model_files", "proof", "layouts"} == set(ROOMS)
     for folder in folders:
         text = ast.get_docstring(ast.parse((folder / "__init__.py").read_text()))
         assert "import" in text

@@ -12,38 +12,42 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, pad
+from torch.nn.functional import pad
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from .attention import STRIDED_SDPA
+from .architecture import Head, decoder_of, head_of
 from .flex import STRIDED_FLEX, padded_length, static_cache
-from .losses import rows_per_chunk
-from .strided import Layout, attention_arguments, block_mask, pack_layout, strided_blocks
+from .losses import head_logits, rows_per_chunk
+from .strided import Layout, attention_arguments, pack_layout
 
 # ----------------------------------------------------------------------------------------------------------------------
 # One step
 
 
-def sample_tokens(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, uniforms: Tensor) -> Tensor:
-    """Draws tokens from softmax((hidden W^T + b) / temperature) by inverting its distribution function.
+def sample_tokens(hidden: Tensor, head: Head, temperature: float, uniforms: Tensor) -> Tensor:
+    """Draws tokens from softmax(logits / temperature) by inverting its distribution function.
 
     The uniform numbers are given, not drawn here: a rollout depends on the seed, the step and the example, not on the
     process that happens to run it.
 
-    Args: hidden (M, H); weight (V, H); bias (V) or None; uniforms (M, N) in [0, 1). Returns (M, N) token ids.
+    Args: hidden (M, H); uniforms (M, N) in [0, 1). Returns (M, N) token ids.
     """
-    tokens, num_rows = [], rows_per_chunk(weight.shape[0])
+    tokens, num_rows = [], rows_per_chunk(head.weight.shape[0])
     for rows, numbers in zip(hidden.split(num_rows), uniforms.split(num_rows), strict=True):
-        logits = linear(rows, weight.to(rows.dtype), None if bias is None else bias.to(rows.dtype))
-        cumulative = (logits.float() / temperature).softmax(-1).double().cumsum(-1)
-        drawn = torch.searchsorted(cumulative, numbers.double() * cumulative[:, -1:], right=True)
-        tokens.append(drawn.clamp_max(weight.shape[0] - 1))
+        tokens.append(draw(head_logits(rows, head), temperature, numbers))
     return torch.cat(tokens)
+
+
+def draw(logits: Tensor, temperature: float, uniforms: Tensor) -> Tensor:
+    """The tokens at the given places of the distribution function. Logits (M, V), uniforms (M, N) -> (M, N)."""
+    cumulative = (logits / temperature).softmax(-1).double().cumsum(-1)
+    drawn = torch.searchsorted(cumulative, uniforms.double() * cumulative[:, -1:], right=True)
+    return drawn.clamp_max(logits.shape[-1] - 1)
 
 
 def decode_step(
     decoder: PreTrainedModel,
-    head: torch.nn.Module,
+    head: Head,
     tokens: Tensor,
     position_ids: Tensor,
     cache: Cache,
@@ -60,19 +64,8 @@ def decode_step(
     """
     output = decoder(input_ids=tokens, position_ids=position_ids, past_key_values=cache, use_cache=True, **attention)
     hidden = output.last_hidden_state.flatten(0, 1)
-    drawn = sample_tokens(hidden, head.weight, head.bias, temperature, uniforms.reshape(-1, 1))
+    drawn = sample_tokens(hidden, head, temperature, uniforms.reshape(-1, 1))
     return drawn.view_as(tokens)
-
-
-def decode_attention_arguments(decoder: PreTrainedModel, layout: Layout, num_steps: int) -> dict:
-    """Like `attention_arguments`, for the newest tokens of a step-major layout against the cache."""
-    if decoder.config._attn_implementation == STRIDED_SDPA:
-        unused_mask = torch.empty(1, 1, 1, 1, dtype=torch.bool, device=layout.segment_ids.device)
-        blocks = strided_blocks(layout, document_queries=False, num_steps=num_steps)
-        return {"attention_mask": unused_mask, "strided_blocks": blocks}
-    num_newest = (layout.segment_ids.shape[1] - layout.num_document) // num_steps
-    arguments = attention_arguments(decoder, layout)
-    return {"attention_mask": arguments["attention_mask"][:, :, -num_newest:]}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -118,7 +111,7 @@ def generate_rollouts(
         kept: holds FlexAttention's keys and values for the next call, at the same addresses.
     Returns: (B, A, N, G) token ids; fewer than G when all rollouts have ended before.
     """
-    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    decoder, head = decoder_of(model), head_of(model)
     batch, length = document_ids.shape
     _, num_anchors, num_samples, num_generated = uniforms.shape
     num_newest = num_anchors * num_samples
@@ -135,7 +128,7 @@ def generate_rollouts(
         hidden = _prefill(decoder, document_ids, pack_layout(segment_ids, anchors, valid, num_samples, 0), cache)
         before_anchors = (anchors - 1).unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
         hidden = hidden.gather(1, before_anchors).flatten(0, 1)  # (B*A, H)
-        drawn = sample_tokens(hidden, head.weight, head.bias, temperature, uniforms[..., 0].flatten(0, 1))
+        drawn = sample_tokens(hidden, head, temperature, uniforms[..., 0].flatten(0, 1))
         tokens = [drawn.view(batch, -1)]  # of (B, A*N)
         running = torch.ones_like(tokens[0], dtype=torch.bool)
         for step in range(1, num_generated):
@@ -147,11 +140,11 @@ def generate_rollouts(
                 start = length + (step - 1) * num_newest
                 first.fill_(start)
                 newest = slice(start, start + num_newest)
-                attention = {"attention_mask": block_mask(layout, num_newest, num_keys, first)}
+                where = {"num_steps": num_generated - 1, "num_keys": num_keys, "first_query": first}
             else:
                 layout = pack_layout(segment_ids, anchors, valid, num_samples, step, step_major=True)
-                newest = slice(-num_newest, None)
-                attention = decode_attention_arguments(decoder, layout, step)
+                newest, where = slice(-num_newest, None), {"num_steps": step}
+            attention = attention_arguments(decoder, layout, **where)
             position_ids, numbers = layout.position_ids[:, newest], uniforms[..., step].flatten(1)
             drawn = decode(decoder, head, tokens[-1], position_ids, cache, attention, temperature, numbers)
             tokens.append(drawn.clone())  # a copy: the next run of a CUDA graph overwrites its result

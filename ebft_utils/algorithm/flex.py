@@ -15,10 +15,11 @@ Axis legend: B rows, H heads, Q queries, K keys, d head width, T tokens, S docum
 
 import math
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -100,13 +101,20 @@ def strided_flex_forward(
     attention_mask: BlockMask | Tensor | None,
     *,
     scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface. Without a BlockMask it is plain sdpa, for everything else the model does.
 
-    Args: query (B, H, Q, d); key, value (B, H_kv, K, d). Returns ((B, Q, H, d), None).
+    Args:
+        query (B, H, Q, d); key, value (B, H_kv, K, d).
+        softcap, s_aux: scores are capped, and one more key of value zero has a score for each head (attention.attend).
+    Returns ((B, Q, H, d), None).
     """
     if not isinstance(attention_mask, BlockMask):
+        if softcap is not None or s_aux is not None:
+            raise ValueError("softcapping and attention sinks need a BlockMask")
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     num_queries, (padded_queries, padded_keys) = query.shape[2], attention_mask.seq_lengths
     dtype = _attended_dtype(value)
@@ -115,9 +123,21 @@ def strided_flex_forward(
         for tensor, length in ((query, padded_queries), (key, padded_keys), (value, padded_keys))
     )
     attend = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention
-    grouped = query.shape[1] != key.shape[1]
-    output = attend(query, key, value, block_mask=attention_mask, scale=scaling, enable_gqa=grouped)
+    how = {"block_mask": attention_mask, "scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
+    if softcap is not None:
+        how["score_mod"] = _softcapped(softcap)
+    if s_aux is None:
+        output = attend(query, key, value, **how)
+    else:  # exp(lse) / (exp(lse) + exp(sink)) of the weight is left to the other keys
+        output, found = attend(query, key, value, **how, return_aux=AuxRequest(lse=True))
+        output = output * torch.sigmoid(found.lse - s_aux.float().view(1, -1, 1)).unsqueeze(-1).to(output.dtype)
     return output[:, :, :num_queries].transpose(1, 2).contiguous(), None
+
+
+@cache
+def _softcapped(softcap: float) -> Callable:
+    """One function for each value: another would be compiled again."""
+    return lambda score, batch, head, query, key: softcap * torch.tanh(score / softcap)
 
 
 def _attended_dtype(value: Tensor) -> torch.dtype:

@@ -11,27 +11,40 @@ batch (all processes, all gradient accumulation steps). So an update does not de
 import torch
 from torch import Tensor
 
+from .architecture import Head
+
 LOGITS_PER_CHUNK = 2**25  # 128 MB of float32 logits at a time, whatever the vocabulary
 
 
-def token_logprobs(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor, temperature: float
-) -> Tensor:
-    """log softmax((hidden W^T + b) / temperature)[token], one token at each position; differentiable in hidden, W, b.
+def token_logprobs(hidden: Tensor, head: Head, token_ids: Tensor, temperature: float) -> Tensor:
+    """log softmax(head(hidden) / temperature)[token], one token at each position; differentiable in hidden, W, b.
 
-    Naive: torch.log_softmax((hidden @ weight.T + bias).float() / temperature, -1).gather(-1, token_ids[:, None])[:, 0].
+    Naive: torch.log_softmax(head_logits(hidden, head) / temperature, -1).gather(-1, token_ids[:, None])[:, 0].
 
     Here the logits exist for a chunk of positions at a time, in forward and (recomputed) in backward. The log-softmax
     is float32. torch's linear_cross_entropy is not used: it makes gradients in its forward pass, where it must know how
     the tokens are weighted. Here the weights come afterwards.
 
-    Args: hidden (.., H); weight (V, H); bias (V) or None; token_ids (..). Returns (..), float32.
+    Args: hidden (.., H); token_ids (..). Returns (..), float32.
     """
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-    weight = weight.to(hidden.dtype)
-    bias = None if bias is None else bias.to(hidden.dtype)
-    return _ChunkedTokenLogprobs.apply(hidden, weight, bias, token_ids, 1.0 / temperature)
+    weight = head.weight.to(hidden.dtype)
+    bias = None if head.bias is None else head.bias.to(hidden.dtype)
+    return _ChunkedTokenLogprobs.apply(hidden, weight, bias, token_ids, head.scale, head.softcap, 1.0 / temperature)
+
+
+def head_logits(hidden: Tensor, head: Head) -> Tensor:
+    """The logits of a few positions. (M, H) -> (M, V), float32."""
+    bias = None if head.bias is None else head.bias.to(hidden.dtype)
+    return _logits(hidden, head.weight.to(hidden.dtype), bias, head.scale, head.softcap)
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:
+    logits = torch.nn.functional.linear(hidden, weight, bias).float()
+    if scale != 1.0:
+        logits = logits.mul_(scale)
+    return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
 
 
 def policy_gradient_loss(logprobs: Tensor, advantages: Tensor, mask: Tensor, num_tokens: Tensor | float) -> Tensor:
@@ -124,28 +137,25 @@ class _ChunkedTokenLogprobs(torch.autograd.Function):
     """
 
     @staticmethod
-    def _logits(hidden, weight, bias, scale):
-        with torch.autocast(hidden.device.type, enabled=False):
-            return torch.nn.functional.linear(hidden, weight, bias).float().mul_(scale)
-
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, token_ids, scale):
+    def forward(ctx, hidden, weight, bias, token_ids, scale, softcap, inverse_temperature):
         result = hidden.new_empty(token_ids.shape, dtype=torch.float32)
         hidden, token_ids, logprobs = hidden.flatten(0, -2), token_ids.flatten(), result.view(-1)
         rows = rows_per_chunk(weight.shape[0])
         log_normaliser = torch.empty_like(logprobs)
         for start in range(0, hidden.shape[0], rows):
             chunk = slice(start, start + rows)
-            logits = _ChunkedTokenLogprobs._logits(hidden[chunk], weight, bias, scale)
+            with torch.autocast(hidden.device.type, enabled=False):
+                logits = _logits(hidden[chunk], weight, bias, scale, softcap).mul_(inverse_temperature)
             log_normaliser[chunk] = logits.logsumexp(-1)
             logprobs[chunk] = logits.gather(-1, token_ids[chunk, None])[:, 0] - log_normaliser[chunk]
         ctx.save_for_backward(hidden, weight, bias, token_ids, log_normaliser)
-        ctx.scale = scale
+        ctx.head = scale, softcap, inverse_temperature
         return result
 
     @staticmethod
     def backward(ctx, grad_logprobs):
         hidden, weight, bias, token_ids, log_normaliser = ctx.saved_tensors
+        scale, softcap, inverse_temperature = ctx.head
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         leading, grad_logprobs = grad_logprobs.shape, grad_logprobs.flatten()
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
@@ -154,11 +164,16 @@ class _ChunkedTokenLogprobs(torch.autograd.Function):
         rows = rows_per_chunk(weight.shape[0])
         for start in range(0, hidden.shape[0], rows):
             chunk = slice(start, start + rows)
-            logits = _ChunkedTokenLogprobs._logits(hidden[chunk], weight, bias, ctx.scale)
-            # d logprob / d logits = scale * (onehot(token) - softmax)
-            grad = logits.sub_(log_normaliser[chunk, None]).exp_().neg_()
+            with torch.autocast(hidden.device.type, enabled=False):
+                logits = _logits(hidden[chunk], weight, bias, scale, softcap)
+            # d logits / d z = 1 - tanh^2
+            slope = None if softcap is None else 1 - (logits / softcap).square_()
+            # d logprob / d logits = (onehot(token) - softmax(logits / temperature)) / temperature
+            grad = logits.mul_(inverse_temperature).sub_(log_normaliser[chunk, None]).exp_().neg_()
             grad.scatter_add_(-1, token_ids[chunk, None], torch.ones_like(grad[:, :1]))
-            grad.mul_(grad_logprobs[chunk, None] * ctx.scale)
+            grad.mul_(grad_logprobs[chunk, None] * (inverse_temperature * scale))
+            if slope is not None:
+                grad.mul_(slope)
             if grad_bias is not None:
                 grad_bias += grad.sum(0)
             grad = grad.to(weight.dtype)
@@ -168,4 +183,5 @@ class _ChunkedTokenLogprobs(torch.autograd.Function):
                 grad_weight += grad.mT @ hidden[chunk]
         grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
         grad_bias = None if grad_bias is None else grad_bias.to(bias.dtype)
-        return None if grad_hidden is None else grad_hidden.view(*leading, -1), grad_weight, grad_bias, None, None
+        grad_hidden = None if grad_hidden is None else grad_hidden.view(*leading, -1)
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None

@@ -25,11 +25,13 @@ from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
-from .attention import STRIDED_SDPA, Block, StridedBlocks
+from .architecture import Reach, decoder_of, head_of, reaches
+from .attention import STRIDED_BLOCKS, Block, StridedBlocks, mask_of_width
 from .flex import STRIDED_FLEX, make_block_mask, padded_length
 from .losses import token_logprobs
 from .rewards import first_equal_rollout
 
+EVERYTHING = Reach()
 QUERIES_PER_BLOCK = 256  # rollout tokens of one attention block: fewer means more calls, more means more empty cells
 
 
@@ -157,7 +159,7 @@ def pack_layout(
     )
 
 
-def may_attend(layout: Layout, row: Tensor, query: Tensor, key: Tensor) -> Tensor:
+def may_attend(layout: Layout, row: Tensor, query: Tensor, key: Tensor, reach: Reach = EVERYTHING) -> Tensor:
     """THE predicate: whether packed token `query` of batch row `row` sees packed token `key`.
 
     Every mask of the project is this function, evaluated on a grid of indices or compiled into a kernel (so it reads
@@ -168,23 +170,32 @@ def may_attend(layout: Layout, row: Tensor, query: Tensor, key: Tensor) -> Tenso
     document = ~of_rollout & same_document & (key < layout.visible[row, query])
     same_rollout = layout.rollout_ids[query] == layout.rollout_ids[key]
     own_rollout = of_rollout & same_rollout & (layout.steps[key] <= layout.steps[query])
-    return document | own_rollout | (query == key)  # query == key: a row without a single True would be NaN
+    seen = document | own_rollout
+    if reach != EVERYTHING:  # positions count from the start of the own document, in rollouts too
+        of_query, of_key = layout.position_ids[row, query], layout.position_ids[row, key]
+        if reach.window is not None:
+            seen = seen & (of_query - of_key < reach.window)
+        if reach.chunk is not None:
+            seen = seen & (of_query // reach.chunk == of_key // reach.chunk)
+    return seen | (query == key)  # query == key: a row without a single True would be NaN
 
 
-def mask_on_grid(layout: Layout, query: Tensor, key: Tensor) -> Tensor:
+def mask_on_grid(layout: Layout, query: Tensor, key: Tensor, reach: Reach = EVERYTHING) -> Tensor:
     """`may_attend` for the index vectors query (Q) and key (K). Returns (B, 1, Q, K) bool."""
     row = torch.arange(layout.segment_ids.shape[0], device=query.device)
-    return may_attend(layout, row[:, None, None, None], query[None, None, :, None], key[None, None, None, :])
+    return may_attend(layout, row[:, None, None, None], query[None, None, :, None], key[None, None, None, :], reach)
 
 
-def dense_mask(layout: Layout) -> Tensor:
+def dense_mask(layout: Layout, reach: Reach = EVERYTHING) -> Tensor:
     """The whole (B, 1, L, L) mask: the slow and obvious form."""
     index = torch.arange(layout.segment_ids.shape[1], device=layout.segment_ids.device)
-    return mask_on_grid(layout, index, index)
+    return mask_on_grid(layout, index, index, reach)
 
 
-def strided_blocks(layout: Layout, *, document_queries: bool, num_steps: int = 1) -> StridedBlocks:
-    """The same mask as blocks for `attention.strided_sdpa_forward`.
+def strided_blocks(
+    layout: Layout, *, document_queries: bool, num_steps: int = 1, reach: Reach = EVERYTHING
+) -> StridedBlocks:
+    """The same mask as blocks for `attention.strided_blocks_forward`.
 
     num_steps: 1 for an anchor-major layout (or a document alone). With a step-major layout (decoding): the number of
     steps so far; the queries are the last one.
@@ -192,8 +203,9 @@ def strided_blocks(layout: Layout, *, document_queries: bool, num_steps: int = 1
     device, length = layout.segment_ids.device, layout.num_document
     index = torch.arange(length, device=device)
     document_mask = None
-    if document_queries and bool((layout.segment_ids[:, :length] != 0).any()):
-        document_mask = mask_on_grid(layout, index, index)
+    limited = reach != EVERYTHING
+    if document_queries and (limited or bool((layout.segment_ids[:, :length] != 0).any())):
+        document_mask = mask_on_grid(layout, index, index, reach)
     num_rollout_tokens = (layout.segment_ids.shape[1] - length) // num_steps
     rollout_width = max(1, layout.rollout_width)
     width = max(1, QUERIES_PER_BLOCK // rollout_width) * rollout_width
@@ -203,13 +215,20 @@ def strided_blocks(layout: Layout, *, document_queries: bool, num_steps: int = 1
         newest = length + (num_steps - 1) * num_rollout_tokens
         queries = torch.arange(newest + start, newest + end, device=device)
         prefix = int(layout.visible[:, queries].max())  # what the block's last anchor sees, in the row with the most
+        first = 0
+        if limited and prefix:  # document tokens that no query of the block reaches are not even multiplied
+            seen = mask_on_grid(layout, queries, index[:prefix], reach).any(dim=(0, 1, 2))
+            first = int(torch.where(seen, index[:prefix], prefix).min())
         step_start = length + torch.arange(num_steps, device=device)[:, None] * num_rollout_tokens
         own = (step_start + torch.arange(start, end, device=device)).flatten()
-        blocks.append(Block(start, end, prefix, mask_on_grid(layout, queries, torch.cat([index[:prefix], own]))))
+        mask = mask_on_grid(layout, queries, torch.cat([index[first:prefix], own]), reach)
+        blocks.append(Block(start, end, first, prefix, mask))
     return StridedBlocks(length, document_queries, document_mask, num_steps, tuple(blocks))
 
 
-def block_mask(layout: Layout, num_queries: int, num_keys: int, first_query: Tensor | None = None) -> BlockMask:
+def block_mask(
+    layout: Layout, num_queries: int, num_keys: int, first_query: Tensor | None = None, reach: Reach = EVERYTHING
+) -> BlockMask:
     """The same mask for FlexAttention: queries first_query, first_query + 1, .. (None: from 0) against all keys.
 
     Queries and keys are padded to `flex.padded_length`. Padding sees only itself, and no other token sees it.
@@ -225,40 +244,61 @@ def block_mask(layout: Layout, num_queries: int, num_keys: int, first_query: Ten
         visible=pad(layout.visible, behind),
         rollout_ids=pad(layout.rollout_ids, behind, value=-1),
         steps=pad(layout.steps, behind),
+        position_ids=pad(layout.position_ids, behind),
     )
     # a copy: the kernel reads it whenever it runs, also in the backward pass, when the caller's may have moved on
     first = torch.zeros((), dtype=torch.long, device=device) if first_query is None else first_query.clone()
     last = torch.full((), num_keys - 1, device=device)
 
     def predicate(row: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return may_attend(padded, row, torch.minimum(first + query, last), key)
+        return may_attend(padded, row, torch.minimum(first + query, last), key, reach)
 
     return make_block_mask(predicate, batch, num_queries, num_keys, device)
 
 
-def attention_arguments(decoder: PreTrainedModel, layout: Layout) -> dict:
+def attention_arguments(
+    decoder: PreTrainedModel,
+    layout: Layout,
+    *,
+    num_steps: int = 0,
+    num_keys: int | None = None,
+    first_query: Tensor | None = None,
+) -> dict:
     """Keyword arguments that make `decoder` attend by `layout`, for the attention implementation it is set to.
 
     The mask is always given: without one, transformers reads jumping position ids as packed sequences and masks between
-    them.
+    them. Where layers differ in their reach it is a mapping by layer type, as transformers takes it.
+
+    Args:
+        num_steps: while decoding, the steps so far of a step-major layout; the queries are the last one. 0: the queries
+            are all packed tokens.
+        num_keys, first_query: of `block_mask`, while FlexAttention decodes.
     """
-    implementation = decoder.config._attn_implementation
-    if implementation == STRIDED_SDPA:
-        unused_mask = torch.empty(1, 1, 1, 1, dtype=torch.bool, device=layout.segment_ids.device)
-        return {"attention_mask": unused_mask, "strided_blocks": strided_blocks(layout, document_queries=True)}
-    if implementation == STRIDED_FLEX:
-        length = layout.segment_ids.shape[1]
-        return {"attention_mask": block_mask(layout, length, length)}
-    if implementation == "sdpa":
-        return {"attention_mask": dense_mask(layout)}
-    if implementation == "eager":  # it adds the mask to the scores: a boolean one would be silently wrong
-        mask = dense_mask(layout)
-        added = torch.zeros(mask.shape, dtype=decoder.dtype, device=mask.device)
-        return {"attention_mask": added.masked_fill_(~mask, torch.finfo(decoder.dtype).min)}
-    raise ValueError(
-        f"attn_implementation {implementation!r} cannot take the strided mask; "
-        f"allowed: {STRIDED_SDPA}, {STRIDED_FLEX}, sdpa, eager"
-    )
+    implementation, length = decoder.config._attn_implementation, layout.segment_ids.shape[1]
+    newest = (length - layout.num_document) // num_steps if num_steps else length
+    # no position is larger than that
+    limit = layout.num_document + (num_steps or layout.rollout_width)
+    by_type = {layer_type: reach.within(limit) for layer_type, reach in reaches(decoder.config).items()}
+    different, device = list(dict.fromkeys(by_type.values())), layout.segment_ids.device
+    arguments = {}
+    if implementation == STRIDED_BLOCKS:
+        how = {"document_queries": not num_steps, "num_steps": num_steps or 1}
+        arguments["strided_blocks"] = tuple(strided_blocks(layout, **how, reach=reach) for reach in different)
+        masks = [mask_of_width(1 + index, device) for index in range(len(different))]
+    elif implementation == STRIDED_FLEX:
+        masks = [block_mask(layout, newest, num_keys or length, first_query, reach) for reach in different]
+    elif implementation in ("sdpa", "eager"):
+        masks = [dense_mask(layout, reach)[:, :, -newest:] for reach in different]
+        if implementation == "eager":  # it adds the mask to the scores: a boolean one would be silently wrong
+            least = torch.finfo(decoder.dtype).min
+            masks = [torch.zeros_like(mask, dtype=decoder.dtype).masked_fill_(~mask, least) for mask in masks]
+    else:
+        raise ValueError(
+            f"attn_implementation {implementation!r} cannot take the strided mask; "
+            f"allowed: {STRIDED_BLOCKS}, {STRIDED_FLEX}, sdpa, eager"
+        )
+    of_type = {layer_type: masks[different.index(reach)] for layer_type, reach in by_type.items()}
+    return {**arguments, "attention_mask": of_type.get(None, of_type)}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -286,7 +326,7 @@ def strided_logprobs(
             None: no document log-probs.
     Returns: rollout log-probs (B, A, N, G) or None; document log-probs (B, S-1), entry s for token s+1, or None.
     """
-    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    decoder, head = decoder_of(model), head_of(model)
     batch, length = document_ids.shape
     packed_ids = document_ids
     num_samples, num_fed = 1, 0
@@ -304,11 +344,11 @@ def strided_logprobs(
         first = first[:, :, None, None].expand(-1, -1, num_samples, 1, -1)
         later = hidden[:, length:].view(batch, num_anchors, num_samples, num_fed, hidden.shape[-1])
         predictors = torch.cat([first, later], dim=3)
-        rollout_logps = token_logprobs(predictors, head.weight, head.bias, rollouts, temperature)
+        rollout_logps = token_logprobs(predictors, head, rollouts, temperature)
     if document_grad is None:
         return rollout_logps, None
     with torch.set_grad_enabled(document_grad and torch.is_grad_enabled()):
-        document_logps = token_logprobs(hidden[:, : length - 1], head.weight, head.bias, document_ids[:, 1:], 1.0)
+        document_logps = token_logprobs(hidden[:, : length - 1], head, document_ids[:, 1:], 1.0)
     return rollout_logps, document_logps
 
 

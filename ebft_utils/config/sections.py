@@ -154,6 +154,11 @@ class StructuredEBFTConfig(EBFTConfig):
         "all",
         "features of the whole completion (all), or of what follows its </think>, as if there had been no thinking",
     )
+    layout: Literal["auto", "packed", "rows"] = option(
+        "auto",
+        "packed: the completions of a prompt share one copy of it, in one forward; rows: each has its own row, for "
+        "recurrent layers and models whose attention takes no mask; auto: packed where the model is proved to bear it",
+    )
     use_vllm: bool = option(True, "completions come from the vLLM server (section vllm); false: from the model itself")
     scale_rewards: bool | None = option(
         None,

@@ -20,7 +20,8 @@ from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from ..algorithm.attention import STRIDED_SDPA
+from ..algorithm.architecture import decoder_layers
+from ..algorithm.attention import STRIDED_BLOCKS
 from ..algorithm.features import FeatureNetwork
 from ..algorithm.flex import STRIDED_FLEX
 from ..config.modes import Config
@@ -243,7 +244,7 @@ def prepare_policy(accelerator: Accelerator, policy: torch.nn.Module, optimizer:
     policy, optimizer = accelerator.prepare(policy, optimizer)
     register_fsdp_forward_method(policy, "generate")
     if accelerator.distributed_type == DistributedType.FSDP:
-        layers = accelerator.unwrap_model(policy).decoder.layers
+        layers = decoder_layers(accelerator.unwrap_model(policy).decoder)
         whole = sum(not isinstance(layer, FSDPModule) for layer in layers)
         if whole:
             wrong = f"{whole} of {len(layers)} decoder layers would not be sharded"
@@ -312,7 +313,9 @@ def describe_run(config: Config, accelerator: Accelerator, policy: torch.nn.Modu
         spread = "split over the processes" if config.feature_network.shard else spread
         features = f"{spread}, {dtype}, {network.device}"
     attention = accelerator.unwrap_model(policy).decoder.config._attn_implementation
-    attention = {STRIDED_SDPA: "sdpa in blocks", STRIDED_FLEX: "flex_attention"}.get(attention, attention)
+    attention = {STRIDED_BLOCKS: "sdpa in blocks", STRIDED_FLEX: "flex_attention"}.get(attention, attention)
+    if config.mode == "structured":
+        attention += ", completions packed" if network.layout == "packed" else ", a row for each completion"
     compiled = ", decoding compiled" if config.model.compile_decoding else ""
     method = "LoRA" if config.lora else "full fine-tuning"
     num_weights = sum(parameter.numel() for parameter in trained)

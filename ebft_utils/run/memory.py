@@ -14,24 +14,18 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedType
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from ..algorithm.features import cut_decoder, layer_indices
+from ..algorithm.architecture import decoder_layers, decoder_of, reaches
+from ..algorithm.features import layer_indices
 from ..algorithm.losses import LOGITS_PER_CHUNK
 from ..algorithm.strided import QUERIES_PER_BLOCK, number_of_parts
 from ..config.modes import Config
 from ..config.sections import LoraConfig
 from ..config.settings import UserError
+from ..layouts import attention_heads
 from ..model_files import LOADING_ERRORS, first_line, plain_source
-from ..models import (
-    DTYPES,
-    attention_heads,
-    base_causal_lm,
-    feature_device,
-    refuse_short_context,
-    refuse_unsupported,
-    with_adapter,
-)
+from ..models import DTYPES, base_causal_lm, feature_device, refuse_short_context, refuse_unsupported, with_adapter
 from .checkpoint import MAY_CHANGE
 
 GB = 2**30
@@ -47,7 +41,10 @@ NO_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "CUDA error: out of m
 
 @dataclass
 class Shape:
-    """The sizes of a model that the estimate needs. kept: parameters of the layers that the feature network keeps."""
+    """The sizes of a model that the estimate needs.
+
+    kept: parameters of the layers that the feature network keeps. packed: its config speaks against no packed layout.
+    """
 
     parameters: int
     trained: int
@@ -58,6 +55,7 @@ class Shape:
     heads: int
     key_value: int
     vocabulary: int
+    packed: bool = True
 
 
 def shape_of(config: Config) -> Shape:
@@ -66,31 +64,44 @@ def shape_of(config: Config) -> Shape:
     try:
         settings = AutoConfig.from_pretrained(source, revision=config.model.revision).get_text_config()
         refuse_unsupported(settings, config.model.name_or_path)
-        refuse_short_context(settings, *config.longest_sequence, config.model.name_or_path)
+        refuse_short_context(config, settings)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(settings)
-            cut_decoder(model.get_decoder(), 0)  # raises for an architecture that it cannot cut
             policy = model if config.lora is None else with_adapter(config, model)
     except LOADING_ERRORS as error:
         name = config.model.name_or_path
         raise UserError(f"model.name_or_path: {name!r} cannot be loaded: {first_line(error)}") from None
-    decoder = base_causal_lm(policy).get_decoder()
+    decoder = decoder_of(base_causal_lm(policy))
     base = {name: parameter for name, parameter in policy.named_parameters() if "lora_" not in name}
-    layer = sum(parameter.numel() for name, parameter in decoder.layers[0].named_parameters() if "lora_" not in name)
-    deepest = max(layer_indices(config.ebft.feature_layers, len(decoder.layers)))
+    parameters, count = sum(parameter.numel() for parameter in base.values()), settings.num_hidden_layers
+    try:
+        layers = decoder_layers(decoder)[: max(layer_indices(config.ebft.feature_layers, count))]
+        named = [pair for layer in layers for pair in layer.named_parameters()]
+        of_layers = sum(parameter.numel() for name, parameter in named if "lora_" not in name)
+    except ValueError:  # it is not one list of layers, and runs whole
+        of_layers = parameters
     embedding = base_causal_lm(policy).get_input_embeddings().weight
     heads, key_heads, width = attention_heads(settings)
     return Shape(
-        parameters=sum(parameter.numel() for parameter in base.values()),
+        parameters=parameters,
         trained=sum(parameter.numel() for parameter in policy.parameters() if parameter.requires_grad),
-        kept=embedding.numel() + deepest * layer,
-        layers=len(decoder.layers),
+        kept=min(parameters, embedding.numel() + of_layers),
+        layers=count,
         hidden=settings.hidden_size,
-        inner=settings.intermediate_size,
+        inner=settings.to_dict().get("intermediate_size") or 4 * settings.hidden_size,
         heads=heads,
         key_value=key_heads * width,
         vocabulary=embedding.shape[0],
+        packed=_may_be_packed(settings),
     )
+
+
+def _may_be_packed(settings: PretrainedConfig) -> bool:
+    try:
+        reaches(settings)
+    except ValueError:
+        return False
+    return True
 
 
 def largest_row(config: Config) -> tuple[int, int]:
@@ -109,9 +120,11 @@ def rollouts_of(config: Config, document_tokens: int) -> tuple[int, int]:
     return ebft.num_generations, document_tokens - config.data.max_prompt_length
 
 
-def rollout_tokens_at_once(config: Config, document_tokens: int, anchors: int) -> int:
-    """The rollout tokens of a row in one forward."""
+def rollout_tokens_at_once(config: Config, document_tokens: int, anchors: int, packed: bool = True) -> int:
+    """The rollout tokens of a row in one forward. Not packed, each has the prompt before it."""
     samples, length = rollouts_of(config, document_tokens)
+    if config.mode == "structured" and (config.ebft.layout == "rows" or not packed):
+        return samples * document_tokens
     limit = config.ebft.max_packed_tokens if config.mode == "strided" else None
     num_parts = number_of_parts(anchors, samples * length, document_tokens, limit)
     return -(-anchors // num_parts) * samples * length
@@ -144,7 +157,7 @@ def memory_estimate(
     flex = attention == "flex_attention" or (attention == "auto" and device.type == "cuda" and width == 2)
     parts = num_processes if sharded else 1
     rows = config.train.per_device_batch_size
-    rollout_tokens = rollout_tokens_at_once(config, document_tokens, anchors)
+    rollout_tokens = rollout_tokens_at_once(config, document_tokens, anchors, shape.packed)
     trained_rollout_tokens = rollout_tokens if ebft.rl_coef > 0 else 0
     row_tokens = document_tokens + trained_rollout_tokens
     tokens = rows * row_tokens

@@ -26,14 +26,8 @@ from ebft_utils.data.batches import rollout_uniforms
 from ebft_utils.data.prompts import conversation_of
 from ebft_utils.data.rows import Rows, load_rows
 from ebft_utils.data.tables import documents_from
-from ebft_utils.models import (
-    StridedPolicy,
-    load_feature_network,
-    load_policy,
-    load_tokenizer,
-    set_attention,
-    stop_token_ids,
-)
+from ebft_utils.layouts import choose_layout
+from ebft_utils.models import Policy, load_feature_network, load_policy, load_tokenizer, stop_token_ids
 from ebft_utils.run.distributed import (
     Stopped,
     StopSignals,
@@ -60,14 +54,14 @@ class Trained:
         halves = held_out.members[0::2], held_out.members[1::2]
         self.validation, self.test = (Rows(held_out.documents, members, form=held_out.form) for members in halves)
         causal_lm = load_policy(config)
-        set_attention(config, causal_lm, self.accelerator.device)
-        train, policy = config.train, StridedPolicy(causal_lm)
+        layout = choose_layout(config, self.accelerator, causal_lm)
+        train, policy = config.train, Policy(causal_lm, layout.name)
         trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
         settings = dict(betas=(train.adam_beta1, train.adam_beta2), weight_decay=train.weight_decay)
         optimizer = torch.optim.AdamW(trained, lr=train.learning_rate, **settings)
         self.policy, self.optimizer = prepare_policy(self.accelerator, policy, optimizer)
         causal_lm_of_policy = self.accelerator.unwrap_model(self.policy).causal_lm
-        self.network = load_feature_network(causal_lm_of_policy, config, self.accelerator.device)
+        self.network = load_feature_network(causal_lm_of_policy, config, self.accelerator.device, layout)
         self.policy.train()
         self.num_steps = config.train.total_steps(self.rows)
         if structured:
