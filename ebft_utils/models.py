@@ -22,7 +22,8 @@ from .algorithm.strided import naive_rollout_logprobs, rollout_logprobs, strided
 from .config.modes import Config
 from .config.sections import ModelConfig
 from .config.settings import UserError
-from .model_files import LOADING_ERRORS, first_line, named, plain_source, read_weights
+from .model_files import LOADING_ERRORS, first_line, named, plain_source
+from .text_decoders import read_decoder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -101,6 +102,8 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 def load_causal_lm(config: ModelConfig, dtype: torch.dtype, device: torch.device | None = None) -> PreTrainedModel:
     """The pretrained causal LM in the given dtype, attending with `strided_sdpa`, without dropout.
 
+    Of a multimodal model it is the text decoder (text_decoders.py).
+
     device: weights are read straight to it; None: to main memory.
     """
     name = config.name_or_path
@@ -111,7 +114,7 @@ def load_causal_lm(config: ModelConfig, dtype: torch.dtype, device: torch.device
         asked = named(source) if source == name else repr(name)
         raise UserError(f"model.name_or_path: {asked} cannot be loaded: {first_line(error)}") from None
     refuse_unsupported(model_config, name)
-    model = read_weights(name, source, revision=revision, dtype=dtype, device_map=device)
+    model = read_decoder(model_config, name, source, revision=revision, dtype=dtype, device_map=device)
     cast_weights(model, dtype)
     try:
         model.set_attn_implementation(STRIDED_SDPA)

@@ -32,6 +32,7 @@ from ..models import (
     refuse_unsupported,
     with_adapter,
 )
+from ..text_decoders import decoder_config
 from .checkpoint import MAY_CHANGE
 
 GB = 2**30
@@ -64,7 +65,8 @@ def shape_of(config: Config) -> Shape:
     """The shape of the model that a configuration names. Raises UserError when the model's config cannot be read."""
     source = plain_source(config.model.name_or_path)
     try:
-        settings = AutoConfig.from_pretrained(source, revision=config.model.revision).get_text_config()
+        whole = AutoConfig.from_pretrained(source, revision=config.model.revision)
+        settings = decoder_config(whole, config.model.name_or_path)
         refuse_unsupported(settings, config.model.name_or_path)
         refuse_short_context(settings, *config.longest_sequence, config.model.name_or_path)
         with torch.device("meta"):
