@@ -58,8 +58,9 @@ def decoder_config(config: PretrainedConfig, name: str) -> PretrainedConfig:
         )
     if vars(config).get("quantization_config") is not None:
         text.quantization_config = config.quantization_config
-    # either of them may be wrong: a head that is in the files, and is another matrix, transformers does not tie
-    text.tie_word_embeddings = bool(text.tie_word_embeddings or config.to_dict().get("tie_word_embeddings"))
+    inside, _ = PREFIXES.get(config.model_type, USUAL)
+    if inside and config.to_dict().get("tie_word_embeddings") is not None:  # the head is the wrapper's
+        text.tie_word_embeddings = config.tie_word_embeddings
     return text
 
 
@@ -77,6 +78,7 @@ def read_decoder(config: PretrainedConfig, name: str, source: str, **how) -> Pre
         model = read_weights(name, source, config=text, key_mapping=OF_FILES, **how)
     finally:
         hf_logging.set_verbosity(verbosity)
+    # transformers ties no head that the files have, and that differs, whatever the config says
     model.config.tie_word_embeddings = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     model._weight_conversions = None  # save_pretrained writes the causal LM's own names, not those that were read
     loads = None
