@@ -9,12 +9,16 @@ which is what vLLM serves, and what most users load an adapter onto.
 import json
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import torch
 from peft import PeftConfig, PeftModel
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils import logging as hf_logging
 
 from .config.settings import UserError
@@ -72,20 +76,42 @@ def read_decoder(config: PretrainedConfig, name: str, source: str, **how) -> Pre
     text, classes = decoder_config(config, name), AutoModelForCausalLM._model_mapping
     if text is config:
         return read_weights(name, source, **how)
+    if text.tie_word_embeddings and _has_own_head(source, how.get("revision")):
+        text.tie_word_embeddings = False
     verbosity = hf_logging.get_verbosity()
     hf_logging.set_verbosity_error()  # it would list the weights of the towers, which are left where they are
     try:
         model = read_weights(name, source, config=text, key_mapping=OF_FILES, **how)
     finally:
         hf_logging.set_verbosity(verbosity)
-    # transformers ties no head that the files have, and that differs, whatever the config says
-    model.config.tie_word_embeddings = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     model._weight_conversions = None  # save_pretrained writes the causal LM's own names, not those that were read
     loads = None
     if type(config) in classes:
         loads = "wrapper" if classes[type(config)].config_class is type(config) else "decoder"
     model.wrapper = Wrapper(*PREFIXES.get(config.model_type, USUAL), loads)
     return model
+
+
+def _has_own_head(source: str, revision: str | None) -> bool:
+    """Whether the files have a head beside the embedding, and another one, whatever the config says.
+
+    transformers compares the two when it has read them; of an FSDP2 run's processes only one reads.
+    """
+    found = partial(cached_file, source, revision=revision, _raise_exceptions_for_missing_entries=False)
+    index, whole, rows = found(SAFE_WEIGHTS_INDEX_NAME), found(SAFE_WEIGHTS_NAME), []
+    files = {}
+    if index is not None:
+        files = json.loads(Path(index).read_text())["weight_map"]
+    elif whole is not None:
+        with safe_open(whole, "pt") as file:
+            files = dict.fromkeys(file.keys(), SAFE_WEIGHTS_NAME)
+    for end in ("lm_head.weight", "embed_tokens.weight"):
+        name = next((name for name in files if name.endswith(end)), None)
+        if name is None:
+            return False
+        with safe_open(found(files[name]), "pt") as file:
+            rows.append(file.get_slice(name)[:1000])
+    return not torch.equal(*rows)
 
 
 def wrapper_of(model: PreTrainedModel | PeftModel) -> Wrapper | None:
@@ -135,5 +161,7 @@ def card_of_adapter(policy: PeftModel, card: str) -> str:
         return card
     if wrapper.loads is None:
         return card.replace("AutoModelForCausalLM", "AutoModelForMultimodalLM")
-    note = "For vLLM, which serves the multimodal checkpoint, train with `lora.merge: true`: its layers have other names."
+    note = (
+        "For vLLM, which serves the multimodal checkpoint, train with `lora.merge: true`: its layers have other names."
+    )
     return f"{card}\n{note}\n"

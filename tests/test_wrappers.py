@@ -7,13 +7,7 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import (
-    CONFIG_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForMultimodalLM,
-    Qwen3VLConfig,
-)
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, Qwen3VLConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES as WRAPPERS
 
 from ebft_utils.config.modes import StructuredConfig, load_config
@@ -22,7 +16,7 @@ from ebft_utils.models import StridedPolicy, load_feature_network, load_policy
 from ebft_utils.run.distributed import prepare_accelerator
 from ebft_utils.server.weight_sync import ServedPolicy
 from ebft_utils.text_decoders import PREFIXES, USUAL, read_decoder, save_adapter, served_name, with_saved_adapter
-from helpers import ROOT, forget_accelerator, tiny_tokenizer
+from helpers import ROOT, end_of, forget_accelerator, tiny_tokenizer, weights
 from real_vllm import prompts_file, vllm_python
 from wrapped_models import FAMILIES, rename_weights, save_wrapped, whole_model
 
@@ -60,6 +54,14 @@ def adapted(folder) -> PeftModel:
             torch.nn.init.normal_(parameter, std=0.02)
     policy.peft_config["default"].base_model_name_or_path = str(folder)
     return policy.eval()
+
+
+def with_a_head_of_its_own(folder):
+    """A Mistral 3 whose files have a head and an embedding, which its config, as by default, calls one matrix."""
+    save_wrapped("mistral3", folder, tie_word_embeddings=False)
+    settings = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (folder / "config.json").write_text(json.dumps(settings))
+    return folder
 
 
 @torch.no_grad()
@@ -112,10 +114,8 @@ def test_a_lost_weight_is_named(tmp_path, family, lost):
 
 
 def test_a_head_of_its_own_stays_its_own(tmp_path):
-    """Guards against a config that calls head and embedding one matrix (Mistral 3's default) where files have two."""
-    folder = save_wrapped("mistral3", tmp_path / "model", tie_word_embeddings=False)
-    settings = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": True}
-    (folder / "config.json").write_text(json.dumps(settings))
+    """Guards against an export, or a second tying, that believes the config."""
+    folder = with_a_head_of_its_own(tmp_path / "model")
     model = decoder(folder)
     model.tie_weights()
     assert gap(model, whole_model("mistral3", folder)) < 1e-5 and not model.config.tie_word_embeddings
@@ -232,6 +232,20 @@ def test_an_adapter_alone_and_merged(wrapped, family, train):
     assert (again / "eval-step-0.json").is_file()
 
 
+@pytest.mark.parametrize("lora", [None, {"r": 4}])
+def test_fsdp2_reads_and_writes_the_same_names(tmp_path, write_config, start, lora):
+    """Guards against processes that differ in what they think is tied, and against a wrapper forgotten in sharding."""
+    folder = with_a_head_of_its_own(tmp_path / "model")
+    file = write_config(model__name_or_path=str(folder), lora=lora, train__max_steps=2, eval__num_documents=0)
+    code, output = end_of(start("fsdp2", file, "train.per_device_batch_size=1"))
+    assert code == 0, output[-3000:]
+    written = weights(tmp_path / "run")
+    if lora is None:
+        assert not torch.equal(written["lm_head.weight"], written["model.embed_tokens.weight"])
+    else:
+        assert all(name.startswith("base_model.model.model.language_model.layers.") for name in written)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The server
 
@@ -272,7 +286,7 @@ def test_what_is_sent_has_the_names_of_the_whole_model(wrapped, family, lora, tm
         assert set(json.load(file)["target_modules"]) == layers
 
 
-VLLM_NAMES = r'''
+VLLM_NAMES = r"""
 import importlib, importlib.machinery, json, sys
 from unittest.mock import MagicMock
 from vllm.model_executor.models.registry import _VLLM_MODELS
@@ -307,7 +321,7 @@ for architecture, names in json.load(sys.stdin).items():
         for name in names
     ]
 print("\n" + json.dumps(found))
-'''
+"""
 
 
 def test_vllm_finds_its_layers_by_what_is_sent(wrapped, tmp_path):

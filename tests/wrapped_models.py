@@ -40,7 +40,8 @@ FAMILIES = {
         dict(vision_config=TOWER | PICTURES, image_token_index=290, mm_tokens_per_image=4),
     ),
     "gemma4": (
-        PER_LAYER | dict(layer_types=["sliding_attention", "full_attention"] * 2, global_head_dim=8)
+        PER_LAYER
+        | dict(layer_types=["sliding_attention", "full_attention"] * 2, global_head_dim=8)
         | dict(num_kv_shared_layers=2),
         dict(
             vision_config=TOWER | dict(num_key_value_heads=2, head_dim=8, patch_size=4),
@@ -49,7 +50,8 @@ FAMILIES = {
         ),
     ),
     "gemma3n": (
-        PER_LAYER | dict(layer_types=["sliding_attention", "full_attention"] * 2, intermediate_size=[64] * 4)
+        PER_LAYER
+        | dict(layer_types=["sliding_attention", "full_attention"] * 2, intermediate_size=[64] * 4)
         | dict(laurel_rank=4, num_kv_shared_layers=0, altup_num_inputs=2, activation_sparsity_pattern=[0.0] * 4),
         {},
     ),
@@ -60,7 +62,8 @@ FAMILIES = {
     "llama4": (
         dict(intermediate_size_mlp=64, num_local_experts=2, num_experts_per_tok=1, attention_chunk_size=64),
         dict(
-            vision_config=TOWER | PICTURES
+            vision_config=TOWER
+            | PICTURES
             | dict(vision_output_dim=32, projector_input_dim=32, projector_output_dim=32),
             image_token_index=290,
         ),
