@@ -8,6 +8,7 @@ which is what vLLM serves, and what most users load an adapter onto.
 
 import json
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from transformers.utils import logging as hf_logging
 
 from .config.settings import UserError
-from .model_files import read_weights
+from .model_files import LOADING_ERRORS, read_weights
 
 # beginnings of names (in the causal LM, in the wrapper), by the wrapper's model type
 USUAL = ("model.", "model.language_model.")
@@ -95,23 +96,25 @@ def read_decoder(config: PretrainedConfig, name: str, source: str, **how) -> Pre
 def _has_own_head(source: str, revision: str | None) -> bool:
     """Whether the files have a head beside the embedding, and another one, whatever the config says.
 
-    transformers compares the two when it has read them; of an FSDP2 run's processes only one reads.
+    transformers compares the two when it has read them; of an FSDP2 run's processes only one reads. Damaged files are
+    the business of who reads all weights.
     """
     found = partial(cached_file, source, revision=revision, _raise_exceptions_for_missing_entries=False)
-    index, whole, rows = found(SAFE_WEIGHTS_INDEX_NAME), found(SAFE_WEIGHTS_NAME), []
-    files = {}
-    if index is not None:
-        files = json.loads(Path(index).read_text())["weight_map"]
-    elif whole is not None:
-        with safe_open(whole, "pt") as file:
-            files = dict.fromkeys(file.keys(), SAFE_WEIGHTS_NAME)
-    for end in ("lm_head.weight", "embed_tokens.weight"):
-        name = next((name for name in files if name.endswith(end)), None)
-        if name is None:
-            return False
-        with safe_open(found(files[name]), "pt") as file:
-            rows.append(file.get_slice(name)[:1000])
-    return not torch.equal(*rows)
+    with suppress(*LOADING_ERRORS):
+        index, whole, rows, files = found(SAFE_WEIGHTS_INDEX_NAME), found(SAFE_WEIGHTS_NAME), [], {}
+        if index is not None:
+            files = json.loads(Path(index).read_text())["weight_map"]
+        elif whole is not None:
+            with safe_open(whole, "pt") as file:
+                files = dict.fromkeys(file.keys(), SAFE_WEIGHTS_NAME)
+        for end in ("lm_head.weight", "embed_tokens.weight"):
+            name = next((name for name in files if name.endswith(end)), None)
+            if name is None:
+                return False
+            with safe_open(found(files[name]), "pt") as file:
+                rows.append(file.get_slice(name)[:1000])
+        return not torch.equal(*rows)
+    return False
 
 
 def wrapper_of(model: PreTrainedModel | PeftModel) -> Wrapper | None:
@@ -161,7 +164,5 @@ def card_of_adapter(policy: PeftModel, card: str) -> str:
         return card
     if wrapper.loads is None:
         return card.replace("AutoModelForCausalLM", "AutoModelForMultimodalLM")
-    note = (
-        "For vLLM, which serves the multimodal checkpoint, train with `lora.merge: true`: its layers have other names."
-    )
-    return f"{card}\n{note}\n"
+    note = "vLLM serves the whole multimodal checkpoint, and calls these layers otherwise: for it, merge the adapter in"
+    return f"{card}\n{note} (`lora.merge: true`).\n"

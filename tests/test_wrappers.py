@@ -15,7 +15,15 @@ from ebft_utils.config.settings import UserError
 from ebft_utils.models import StridedPolicy, load_feature_network, load_policy
 from ebft_utils.run.distributed import prepare_accelerator
 from ebft_utils.server.weight_sync import ServedPolicy
-from ebft_utils.text_decoders import PREFIXES, USUAL, read_decoder, save_adapter, served_name, with_saved_adapter
+from ebft_utils.text_decoders import (
+    PREFIXES,
+    USUAL,
+    card_of_adapter,
+    read_decoder,
+    save_adapter,
+    served_name,
+    with_saved_adapter,
+)
 from helpers import ROOT, end_of, forget_accelerator, tiny_tokenizer, weights
 from real_vllm import prompts_file, vllm_python
 from wrapped_models import FAMILIES, rename_weights, save_wrapped, whole_model
@@ -123,6 +131,14 @@ def test_a_head_of_its_own_stays_its_own(tmp_path):
     assert gap(AutoModelForCausalLM.from_pretrained(tmp_path / "final"), model) == 0.0
 
 
+@pytest.mark.parametrize("left", [0, 100, 30_000])
+def test_a_damaged_file_is_named(tmp_path, left):
+    file = save_wrapped("gemma3", tmp_path / "model") / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:left])
+    with pytest.raises(UserError, match="model.name_or_path: 'tiny' cannot be loaded: "):
+        decoder(tmp_path / "model")
+
+
 def test_a_wrapper_without_a_causal_lm_is_refused(refused, tmp_path, write_config):
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     Qwen3VLConfig(architectures=["Qwen3VLForConditionalGeneration"]).save_pretrained(tmp_path / "model")
@@ -193,8 +209,20 @@ def test_an_adapter_fits_what_users_load(wrapped, family, tmp_path):
     assert gap(merged, policy) < 1e-4
 
 
+def test_the_card_of_an_adapter_says_what_loads_it(wrapped):
+    card = "AutoModelForCausalLM.from_pretrained(folder)"
+    cards = {family: card_of_adapter(adapted(wrapped(family)), card) for family in ("gemma3", "qwen3_5", "llava")}
+    assert cards["gemma3"] == card and cards["qwen3_5"].startswith(f"{card}\nvLLM serves the whole multimodal")
+    assert cards["llava"] == "AutoModelForMultimodalLM.from_pretrained(folder)"
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Runs
+
+
+def test_a_dry_run_counts_the_decoder(wrapped, command, write_config):
+    code, _ = command("--cfg", write_config(model__name_or_path=str(wrapped("gemma3"))), "--dry-run")
+    assert code == 0
 
 
 @TRAINED
