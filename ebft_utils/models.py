@@ -25,7 +25,8 @@ from .algorithm.strided import strided_logprobs
 from .config.modes import Config
 from .config.sections import ModelConfig
 from .config.settings import UserError
-from .model_files import LOADING_ERRORS, first_line, named, plain_source, read_weights
+from .model_files import LOADING_ERRORS, first_line, named, plain_source
+from .text_decoders import read_decoder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -58,13 +59,21 @@ class Policy(torch.nn.Module):
         if compile_decoding:
             self.compiled_step = torch.compile(decode_step, mode="reduce-overhead", dynamic=False)
         self.kept: dict = {}
-        # the decoder layer's class: where accelerate cuts for FSDP2
-        self._no_split_modules = base_causal_lm(causal_lm)._no_split_modules
+        # where accelerate cuts for FSDP2; transformers' own list has layers of image towers that are not here
+        self._no_split_modules = sorted({type(layer).__name__ for layer in self.layers})
 
     @property
     def decoder(self) -> PreTrainedModel:
         """The transformer without its LM head."""
         return decoder_of(base_causal_lm(self.causal_lm))
+
+    @property
+    def layers(self) -> list[torch.nn.Module]:
+        """The decoder's layers; none where they are not in one list."""
+        try:
+            return list(decoder_layers(self.decoder))
+        except ValueError:
+            return []
 
     def forward(self, **inputs) -> tuple[Tensor | None, Tensor]:
         """Arguments and results of `strided.strided_logprobs`, in the layout of this policy."""
@@ -121,6 +130,8 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 def load_causal_lm(config: ModelConfig, dtype: torch.dtype, device: torch.device | None = None) -> PreTrainedModel:
     """The pretrained causal LM in the given dtype, without dropout, with the attention that transformers gives it.
 
+    Of a multimodal model it is the text decoder (text_decoders.py).
+
     device: weights are read straight to it; None: to main memory.
     """
     name = config.name_or_path
@@ -131,7 +142,7 @@ def load_causal_lm(config: ModelConfig, dtype: torch.dtype, device: torch.device
         asked = named(source) if source == name else repr(name)
         raise UserError(f"model.name_or_path: {asked} cannot be loaded: {first_line(error)}") from None
     refuse_unsupported(model_config, name)
-    model = read_weights(name, source, revision=revision, dtype=dtype, device_map=device)
+    model = read_decoder(model_config, name, source, revision=revision, dtype=dtype, device_map=device)
     cast_weights(model, dtype)
     _disable_dropout(model)
     return model

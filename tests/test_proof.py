@@ -1,4 +1,4 @@
-"""The proof at the start of a run: right models pass, in each precision and layout, and each kind of wrong one fails."""
+"""The proof at the start of a run: right models pass, in each precision and layout, and wrong ones fail."""
 
 from dataclasses import replace
 
@@ -125,7 +125,7 @@ def test_positions_that_are_the_place_in_the_row(monkeypatch, dtype):
 @DTYPES
 @pytest.mark.parametrize("setting", [PACKED, ROWS], ids=["packed", "rows"])
 def test_a_recurrent_layer_that_no_config_names(monkeypatch, dtype, setting):
-    """A running mean over the row beside attention: from rollout to rollout in one layout, rightly causal in the other."""
+    """A running mean over the row: in one layout it goes from rollout to rollout, in the other it is right."""
     model = tiny_model()
     kind = type(model.model.layers[0])
     forward = kind.forward

@@ -20,7 +20,6 @@ from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from ..algorithm.architecture import decoder_layers
 from ..algorithm.attention import STRIDED_BLOCKS
 from ..algorithm.features import FeatureNetwork
 from ..algorithm.flex import STRIDED_FLEX
@@ -244,11 +243,14 @@ def prepare_policy(accelerator: Accelerator, policy: torch.nn.Module, optimizer:
     policy, optimizer = accelerator.prepare(policy, optimizer)
     register_fsdp_forward_method(policy, "generate")
     if accelerator.distributed_type == DistributedType.FSDP:
-        layers = decoder_layers(accelerator.unwrap_model(policy).decoder)
+        layers = accelerator.unwrap_model(policy).layers
         whole = sum(not isinstance(layer, FSDPModule) for layer in layers)
-        if whole:
-            wrong = f"{whole} of {len(layers)} decoder layers would not be sharded"
-            raise UserError(f"FSDP2: {wrong}: this architecture names no layer class to split at")
+        if whole or not layers:
+            raise UserError(
+                "FSDP2: this architecture is not built of one list of decoder layers that could be sharded"
+                if not layers
+                else f"FSDP2: {whole} of {len(layers)} decoder layers would not be sharded"
+            )
         if not all(isinstance(parameter, DTensor) for parameter in policy.parameters()):
             raise UserError(
                 "FSDP2: some weights would not be sharded, and their gradients not reduced; "
@@ -267,6 +269,7 @@ def whole_weights(accelerator: Accelerator, policy: torch.nn.Module):
         yield
         return
     policy.set_reshard_after_forward(False)
+    policy.unshard()  # embedding, norm and head: the features of an adapter's base are no forward of the policy
     try:
         yield
     finally:

@@ -20,6 +20,7 @@ from ..config.settings import UserError
 from ..data.sources import is_local
 from ..model_files import resolve_source
 from ..models import DTYPES, load_causal_lm
+from ..text_decoders import card_of_adapter, save_adapter, with_saved_adapter
 from .checkpoint import free_space
 from .folders import writing
 
@@ -56,6 +57,7 @@ def export_final(config: Config, accelerator: Accelerator, policy: torch.nn.Modu
                     _export_merged(config, causal_lm, weights, temporary)
                 elif isinstance(causal_lm, PeftModel):
                     _export_adapter(config, causal_lm, weights, temporary)
+                    card = card_of_adapter(causal_lm, card)
                 else:
                     causal_lm.save_pretrained(temporary, state_dict=weights)
                 tokenizer.save_pretrained(temporary)
@@ -89,7 +91,7 @@ def _export_adapter(config: Config, causal_lm: PeftModel, weights: dict[str, Ten
     name = source[0] if source[1] is None else config.model.name_or_path
     causal_lm.peft_config["default"].base_model_name_or_path = name
     causal_lm.peft_config["default"].revision = config.model.revision
-    causal_lm.save_pretrained(folder, state_dict=weights, save_embedding_layers=False)
+    save_adapter(causal_lm, weights, folder)
     (folder / "README.md").unlink()  # peft's own card, which is empty
 
 
@@ -98,7 +100,7 @@ def _export_merged(config: Config, causal_lm: PeftModel, weights: dict[str, Tens
     bars = redirect_stderr(io.StringIO())  # they were shown when the policy was read
     with patch_environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false"), bars:
         base = load_causal_lm(config.model, torch.float32)
-        merged = PeftModel.from_pretrained(base, folder / "adapter").merge_and_unload()
+        merged = with_saved_adapter(base, folder / "adapter", causal_lm).merge_and_unload()
     merged.to(DTYPES[config.model.dtype]).save_pretrained(folder)
 
 

@@ -26,6 +26,7 @@ from ..config.settings import UserError
 from ..layouts import attention_heads
 from ..model_files import LOADING_ERRORS, first_line, plain_source
 from ..models import DTYPES, base_causal_lm, feature_device, refuse_short_context, refuse_unsupported, with_adapter
+from ..text_decoders import decoder_config
 from .checkpoint import MAY_CHANGE
 
 GB = 2**30
@@ -62,7 +63,8 @@ def shape_of(config: Config) -> Shape:
     """The shape of the model that a configuration names. Raises UserError when the model's config cannot be read."""
     source = plain_source(config.model.name_or_path)
     try:
-        settings = AutoConfig.from_pretrained(source, revision=config.model.revision).get_text_config()
+        whole = AutoConfig.from_pretrained(source, revision=config.model.revision)
+        settings = decoder_config(whole, config.model.name_or_path)
         refuse_unsupported(settings, config.model.name_or_path)
         refuse_short_context(config, settings)
         with torch.device("meta"):

@@ -16,15 +16,18 @@ from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactor
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 from vllm.utils.network_utils import get_ip, get_open_port
 
+from ..text_decoders import served_name
+
 
 class PolicySource(WeightSource):
-    """The policy's weights under transformers' names, whole, in the server's precision.
+    """The policy's weights under the names of its checkpoint, whole, in the server's precision.
 
     A tied head is sent under its own name too (weight_sync.py says why).
     """
 
     def __init__(self, causal_lm: torch.nn.Module, dtype: torch.dtype):
-        self.parameters = list(causal_lm.named_parameters(remove_duplicate=False))
+        parameters = causal_lm.named_parameters(remove_duplicate=False)
+        self.parameters = [(served_name(causal_lm, name), parameter) for name, parameter in parameters]
         self.dtype = dtype
 
     def metadata(self) -> list[ParamMeta]:

@@ -30,6 +30,7 @@ from ..config.settings import UserError
 from ..run.checkpoint import free_space
 from ..run.distributed import AgreedError, agree, whole_weights
 from ..run.export import whole_state
+from ..text_decoders import save_adapter, served_name
 from .client import START_IT, ForgottenWeights, VLLMServer
 
 PROBE_TOKENS, PROBE_SAMPLED = 64, 4
@@ -120,13 +121,13 @@ class ServedPolicy:
         def push() -> None:
             folder.mkdir(parents=True)
             if isinstance(causal_lm, PeftModel):
-                causal_lm.save_pretrained(folder, state_dict=weights, save_embedding_layers=False)
+                save_adapter(causal_lm, weights, folder, served=True)
                 if old != self.config.model.name_or_path:
                     self.server.unload_adapter(old)
                 self.server.load_adapter(name, str(folder))
             else:
                 dtype = SERVER_DTYPES[self.server.dtype]
-                copies = {key: _own_copy(tensor, dtype) for key, tensor in weights.items()}
+                copies = {served_name(causal_lm, key): _own_copy(tensor, dtype) for key, tensor in weights.items()}
                 save_file(copies, folder / "model.safetensors", metadata={"format": "pt"})
                 self.server.reload_weights(str(folder), name)
             for older in self.folder.iterdir():
