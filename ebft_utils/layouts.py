@@ -32,7 +32,7 @@ def choose_layout(config: Config, accelerator: Accelerator, model: PreTrainedMod
             return _said(accelerator, "packed", verdict)
         reason = verdict.reason
         if asked == "packed":
-            raise UserError(_not_packed(config, reason))
+            raise UserError(_not_packed(config, accelerator, model, reason))
     _refuse_packed_settings(config, reason)
     for implementation in ("eager",) if config.model.attn_implementation == "eager" else ("sdpa", "eager"):
         try:
@@ -90,13 +90,28 @@ def _said(accelerator: Accelerator, layout: str, verdict: Verdict) -> RunLayout:
     return RunLayout(layout, verdict.whole)
 
 
-def _not_packed(config: Config, reason: str) -> str:
-    name = config.model.name_or_path
-    hint = "" if config.model.attn_implementation == "eager" else ", or try model.attn_implementation=eager"
-    if config.mode == "structured":
-        return f"ebft.layout: packed is not possible with {name!r}: {reason}; set it to auto{hint}"
-    other = f"train_structured.py can train it (prompts and completions){hint}"
-    return f"model.name_or_path: {name!r} cannot be trained in strided mode: {reason}; {other}"
+def _not_packed(config: Config, accelerator: Accelerator, model: PreTrainedModel | PeftModel, reason: str) -> str:
+    """The refusal, with what is possible instead."""
+    name = f"{config.model.name_or_path!r} ({base_causal_lm(model).config.model_type})"
+    ways, strided = [], config.mode == "strided"
+    if _bears(model, "rows", accelerator):
+        ways.append(
+            "train_structured.py can train it, on prompts and completions" if strided else "ebft.layout=rows can"
+        )
+    if config.model.attn_implementation != "eager" and _bears(model, "packed", accelerator):
+        ways.append("model.attn_implementation=eager can, with all scores in memory")
+    instead = f"; {' and '.join(ways)}" if ways else ""
+    wrong = f"model.name_or_path: {name} cannot be trained in strided mode"
+    wrong = wrong if strided else f"ebft.layout: packed is not possible with {name}"
+    return f"{wrong}: {reason}{instead}"
+
+
+def _bears(model: PreTrainedModel | PeftModel, layout: str, accelerator: Accelerator) -> bool:
+    """Whether a model is right in a layout with eager attention, on rollouts that it does not write itself."""
+    causal_lm = base_causal_lm(model)
+    causal_lm.set_attn_implementation("eager")
+    setting = Setting(layout, "eager", causal_lm.dtype, writes=layout == "packed")
+    return prove(causal_lm, setting, accelerator.device).reason is None
 
 
 def _refuse_packed_settings(config: Config, reason: str | None) -> None:
@@ -115,7 +130,8 @@ def _not_at_all(config: Config, accelerator: Accelerator, model: PreTrainedModel
         and prove(base_causal_lm(model), replace(setting, writes=False), accelerator.device).reason is None
     ):
         hint = "; with completions from a vLLM server (ebft.use_vllm=true) it can"
-    return f"model.name_or_path: {config.model.name_or_path!r} cannot be trained: {reason}{hint}"
+    name = f"{config.model.name_or_path!r} ({base_causal_lm(model).config.model_type})"
+    return f"model.name_or_path: {name} cannot be trained: {reason}{hint}"
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as hf_logging
 
-from .algorithm.architecture import decoder_layers, decoder_of
+from .algorithm.architecture import SLIDING, decoder_layers, decoder_of
 from .algorithm.attention import STRIDED_BLOCKS
 from .algorithm.decoding import decode_step, generate_rollouts, in_few_shapes
 from .algorithm.features import FeatureNetwork, layer_indices
@@ -182,7 +182,8 @@ def refuse_short_context(config: Config, model_config: PretrainedConfig) -> None
         raise UserError(f"{keys}: {longest} is more than the {limit} positions of {name!r}; lower it")
     if config.mode == "strided":
         needed, window = config.ebft.stride + config.ebft.generate_max_len, settings.get("sliding_window")
-        if window and settings.get("use_sliding_window", True) and window < needed:
+        slides = settings.get("use_sliding_window", True) and SLIDING in (settings.get("layer_types") or [SLIDING])
+        if window and slides and window < needed:
             raise UserError(
                 f"ebft.generate_max_len: ebft.stride + ebft.generate_max_len = {needed} is more than the {window} "
                 f"tokens that sliding attention of {name!r} reaches back, so rollouts would lose the text before them; "

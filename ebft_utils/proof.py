@@ -360,6 +360,9 @@ def prove(model: PreTrainedModel, setting: Setting, device: torch.device) -> Ver
     try:
         if packed:
             reaches(decoder_of(model).config)  # or it raises
+    except ValueError as error:
+        return Verdict(str(error))
+    try:
         short = first_layers(model).to(device)
         setting = replace(setting, whole=not can_be_cut(short))
         exactly = replace(setting, dtype=torch.float32)

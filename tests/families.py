@@ -207,7 +207,6 @@ FAMILIES = {
         interleave_moe_layer_step=2,
         attention_chunk_size=8,
         no_rope_layer_interval=2,
-        floor_scale=8,
     ),
     "longcat_flash": dict(
         **LATENT, n_routed_experts=4, moe_topk=2, zero_expert_num=2, ffn_hidden_size=64, expert_ffn_hidden_size=16

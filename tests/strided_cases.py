@@ -1,8 +1,12 @@
 """Small rows, models and forwards that the tests of the strided layout share."""
 
+from types import SimpleNamespace
+
 import torch
 
-IMPLEMENTATIONS = ("strided_sdpa", "sdpa", "eager")
+from ebft_utils.algorithm.architecture import Head
+
+IMPLEMENTATIONS = ("strided_blocks", "sdpa", "eager")
 ARCHITECTURES = {  # settings: sliding layers (where there are any) with a window that no document reaches
     "llama": {},
     "qwen2": {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 2},
@@ -21,6 +25,11 @@ NUM_SAMPLES, NUM_GENERATED = 2, 3
 def with_attention(model, implementation: str):
     model.set_attn_implementation(implementation)
     return model
+
+
+def head_of_weights(weight: torch.Tensor, bias: torch.Tensor | None = None, **changes) -> Head:
+    """A plain head of these tensors, (V, H) and (V)."""
+    return Head(SimpleNamespace(weight=weight, bias=bias), **changes)
 
 
 def random_tokens(*shape: int, seed: int = 1, vocabulary: int = 300) -> torch.Tensor:

@@ -17,12 +17,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from accelerate import Accelerator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ebft_utils.config.data import TextDataConfig
 from ebft_utils.config.modes import StridedConfig
 from ebft_utils.config.sections import ModelConfig, StridedEBFTConfig, TrainConfig
-from ebft_utils.config.settings import UserError
+from ebft_utils.layouts import choose_layout
 from ebft_utils.models import load_feature_network, load_policy
 from helpers import ROOT, assert_holds, saved_tensors, tiny_model, tiny_tokenizer, write_rows
 
@@ -221,14 +222,15 @@ def test_damaged_model_file(refused, write_config, model_copy, name, content):
     assert_holds(refused("--cfg", write_config(model__name_or_path=str(model_copy))), "model.", model_copy)
 
 
+STRUCTURED = ["model.name_or_path", "cannot be trained in strided mode", "train_structured.py"]
+WINDOW = ["ebft.stride + ebft.generate_max_len = 8", "sliding attention", "7 tokens", "lower them"]
 OTHER_ATTENTION = {
-    "linear attention": ("qwen3_next", {}, ["model.name_or_path", "qwen3_next", "linear_attention"]),
-    "state space": ("mamba", {}, ["model.name_or_path"]),
-    "encoder": ("bert", {}, ["model.name_or_path"]),
-    "gpt2 layout": ("gpt2", {}, ["model.name_or_path", "gpt2"]),
-    "soft-capped logits": ("gemma2", {}, ["model.name_or_path", "gemma2", "softcapping"]),
-    "short window": ("mistral", {"sliding_window": 16}, [*LENGTH, "sliding", "16"]),
-    "short window in some layers": ("gemma3_text", {"sliding_window": 16}, [*LENGTH, "sliding", "16"]),
+    "linear attention": ("qwen3_next", {}, [*STRUCTURED, "linear_attention"]),
+    "state space": ("mamba", {}, [*STRUCTURED, "linear_attention"]),
+    "encoder": ("bert", {}, ["model.name_or_path", "cannot be trained in strided mode", "one sequence at a time"]),
+    "no positions": ("bloom", {}, [*STRUCTURED, "does not run with a mask over packed rollouts"]),
+    "short window": ("mistral", {"sliding_window": 7}, WINDOW),
+    "short window in some layers": ("gemma3_text", {"sliding_window": 7}, WINDOW),
     "few positions": ("llama", {"max_position_embeddings": 32}, [*LENGTH, "32", "positions"]),
 }
 
@@ -241,8 +243,20 @@ def test_model_that_cannot_take_the_strided_mask(refused, write_config, model_co
     assert_holds(refused("--cfg", write_config(model__name_or_path=str(model_copy))), model_copy, *words)
 
 
+@pytest.mark.parametrize(
+    "architecture, changes", [("gpt2", {}), ("gemma2", {"sliding_window": 8}), ("mistral", {"sliding_window": 8})]
+)
+def test_model_that_can(command, write_config, model_copy, tmp_path, architecture, changes):
+    """Other names of layers, capped scores and logits, documents that are longer than a window: a run to its end."""
+    (model_copy / "config.json").unlink()
+    tiny_model(architecture, **changes).save_pretrained(model_copy)
+    code, stderr = command("--cfg", write_config(model__name_or_path=str(model_copy), train__max_steps=1))
+    assert code == 0, stderr
+    assert (tmp_path / "run" / "final" / "model.safetensors").exists()
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gpt_neox", "opt", "phi"])
-def test_features_are_the_raw_hidden_states_or_the_model_is_refused(tmp_path, architecture):
+def test_features_are_the_raw_hidden_states(tmp_path, architecture):
     """Guards against decoders whose final norm is not called `norm`.
 
     A cut copy would pass its deepest feature layer through that norm.
@@ -254,17 +268,13 @@ def test_features_are_the_raw_hidden_states_or_the_model_is_refused(tmp_path, ar
         train=TrainConfig("unused", max_steps=1),
         ebft=StridedEBFTConfig(feature_layers=[0.0, 0.5, 0.75]),
     )
-    try:
-        policy = load_policy(config)
-        network = load_feature_network(policy, config, torch.device("cpu"))
-    except UserError as error:
-        assert_holds(str(error), "model.name_or_path", architecture)
-        return
+    policy = load_policy(config)
+    network = load_feature_network(policy, config, torch.device("cpu"), choose_layout(config, Accelerator(), policy))
     ids, positions = torch.arange(3, 13)[None], torch.arange(10)[None]
     mask = torch.ones(1, 1, 10, 10, dtype=torch.bool).tril()
     with torch.no_grad():
         expected = policy.eval()(ids, attention_mask=torch.ones_like(ids), output_hidden_states=True).hidden_states
-    found = network.hidden_states(ids, positions, positions, attention_mask=mask)
+    found = network.hidden_states(positions, input_ids=ids, position_ids=positions, attention_mask=mask)
     for layer, states in zip((0, 2, 3), found, strict=True):
         assert (states - expected[layer]).abs().max() < 1e-5, f"layer {layer}"
 

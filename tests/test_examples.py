@@ -6,6 +6,7 @@ Two steps, with a tiny model on rows in the form of its dataset's.
 import json
 import re
 import shlex
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ import train_structured
 from conversations import THINKING_TEMPLATE
 from ebft_utils.config.modes import StridedConfig, StructuredConfig, load_config
 from ebft_utils.run.memory import largest_row
+from families import build
 from helpers import ROOT, evaluations, logged, tiny_model, tiny_tokenizer
 from real_vllm import Server, vllm_python
 from serve_vllm import server_arguments
@@ -398,6 +400,25 @@ def chat_model(tmp_path_factory) -> Path:
     return folder
 
 
+FAMILY_OF = {"qwen3_5": ("qwen3_5_text", {}), "gemma3": ("gemma3_text", {"sliding_window": 32})}
+
+
+@pytest.fixture(scope="session")
+def model_of(chat_model, tmp_path_factory):
+    """model_of(LAUNCH): a small model of the recipe's family, where that is not the llama's."""
+
+    def model(launch: Launch) -> Path:
+        for beginning, (family, changes) in FAMILY_OF.items():
+            if launch.file.stem.startswith(beginning):
+                folder = tmp_path_factory.mktemp(family)
+                shutil.copytree(chat_model, folder, dirs_exist_ok=True)
+                build(family, **changes).save_pretrained(folder)
+                return folder
+        return chat_model
+
+    return model
+
+
 def local(tree: dict, folder: Path) -> list[dict]:
     """Puts files of a few rows in place of a recipe's datasets; transforms, columns and weights stay.
 
@@ -523,12 +544,12 @@ def assert_batches(batches: list, tree: dict, mode: str, rows: list[dict], token
 
 
 @every_launch
-def test_two_steps(launch, chat_model, tmp_path, monkeypatch, capsys):
+def test_two_steps(launch, model_of, tmp_path, monkeypatch, capsys):
     """The recipe's transform, columns, mode, layers, losses and schedule, without its server.
 
     Guards against rows of that form being left out, too.
     """
-    tree, rows = small(launch, chat_model, tmp_path)
+    tree, rows = small(launch, model_of(launch), tmp_path)
     mode = SCRIPTS[launch.script].mode
     if mode == "structured":
         tree["ebft"] |= {"use_vllm": False, "async_prefetch": False}

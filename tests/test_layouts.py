@@ -90,7 +90,7 @@ def strided_file(tmp_path: Path, model: Path, text_file: Path, **changes) -> Pat
 def test_auto_takes_rows_for_a_hybrid_and_says_why(structured, family_folder, capsys):
     folder = run(structured("run", family_folder(HYBRID)))
     output = " ".join(capsys.readouterr().out.split())
-    assert "ebft.layout: auto takes rows, one for each completion: it does not run with a mask over packed" in output
+    assert "ebft.layout: auto takes rows, one for each completion: its layers of type linear_attention are no" in output
     assert "linear_attention" in output and "a row for each completion" in output
     assert len(training(folder)) == 2 and len(evaluations(folder)) == 2
     AutoModelForCausalLM.from_pretrained(folder / "final")
@@ -110,7 +110,7 @@ def test_networks_that_run_whole_say_so(structured, family_folder, capsys):
 def test_packed_that_cannot_be_had(structured, family_folder):
     words = refusal(run, structured("run", family_folder(HYBRID), ebft__layout="packed"))
     assert words.startswith("ebft.layout: packed is not possible with ") and "linear_attention" in words
-    assert "set it to auto" in words
+    assert words.endswith("; ebft.layout=rows can")
 
 
 @pytest.mark.parametrize("key", ["compile_decoding", "attn_implementation"])
@@ -124,7 +124,17 @@ def test_strided_mode_refuses_hybrids(tmp_path, family_folder, text_file):
     file = strided_file(tmp_path, family_folder(HYBRID), text_file)
     words = refusal(train_strided.main, ["--cfg", str(file)])
     assert "cannot be trained in strided mode: " in words and "linear_attention" in words
-    assert "train_structured.py can train it" in words
+    assert words.endswith("; train_structured.py can train it, on prompts and completions")
+
+
+def test_eager_attention_where_it_helps(tmp_path, family_folder, text_file):
+    """StableLM chooses its attention when it is made; written out, it takes the mask."""
+    file = strided_file(tmp_path, family_folder("stablelm"), text_file)
+    words = refusal(train_strided.main, ["--cfg", str(file)])
+    assert "change its log-probs" in words and "model.attn_implementation=eager can" in words
+    forget_accelerator()
+    train_strided.main(["--cfg", str(file), "model.attn_implementation=eager"])
+    assert len(training(tmp_path / "run")) == 3
 
 
 def test_models_without_a_cache_of_their_own_need_a_server(structured, family_folder):

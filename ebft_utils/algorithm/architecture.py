@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 # layer types that are attention over a mask which the caller may give
 OTHER_WINDOWS = re.compile(
-    "^(?!(sliding_window|use_sliding_window|max_window_layers|_?sliding_window_pattern)$).*(window|local_attention)"
+    "^(?!(sliding_window|use_sliding_window|max_window_layers|.*_pattern)$).*(window|local_attention)"
 )
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
 

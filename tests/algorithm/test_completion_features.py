@@ -15,7 +15,7 @@ COMPLETIONS = [[[30], [31, 32, 33, 34, 35, 36, 37], [38, 39]], [[40, 41, 42], [4
 
 def strided_model():
     model = tiny_model()
-    model.set_attn_implementation("strided_sdpa")
+    model.set_attn_implementation("strided_blocks")
     return model
 
 

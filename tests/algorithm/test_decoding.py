@@ -18,6 +18,7 @@ from strided_cases import (
     SEGMENTS,
     VALID,
     document_start,
+    head_of_weights,
     next_token_logits,
     padded_inputs,
     random_tokens,
@@ -82,7 +83,7 @@ def test_cached_rollouts_of_other_architectures(architecture):
     Here 18 are cached, the window is 12, and no rollout has more than 10 tokens before it.
     """
     changes = {**ARCHITECTURES[architecture], "sliding_window": 12}
-    model = with_attention(tiny_model(architecture, **changes), "strided_sdpa")
+    model = with_attention(tiny_model(architecture, **changes), "strided_blocks")
     document, anchors, uniforms = random_tokens(1, 10), torch.tensor([[2, 7]]), UNIFORMS[:1, :2]
     rollouts = one_document_rollouts(model, document, anchors, 0.6, uniforms)
     for slot, sample in np.ndindex(2, NUM_SAMPLES):
@@ -91,7 +92,7 @@ def test_cached_rollouts_of_other_architectures(architecture):
 
 
 def test_single_token_rollouts():
-    model, document = with_attention(tiny_model(), "strided_sdpa"), random_tokens(1, 10)
+    model, document = with_attention(tiny_model(), "strided_blocks"), random_tokens(1, 10)
     uniforms = UNIFORMS[:1, :2, :, :1]
     rollouts = one_document_rollouts(model, document, torch.tensor([[2, 7]]), 0.6, uniforms)
     for slot, anchor in enumerate((2, 7)):
@@ -102,7 +103,7 @@ def test_single_token_rollouts():
 
 def test_low_temperature_is_greedy():
     """Whatever the uniform numbers: softmax(logits / temperature) becomes the argmax."""
-    model, document = with_attention(tiny_model(), "strided_sdpa"), random_tokens(1, 10)
+    model, document = with_attention(tiny_model(), "strided_blocks"), random_tokens(1, 10)
     rollouts = one_document_rollouts(model, document, torch.tensor([[2, 7]]), 1e-4, UNIFORMS[:1, :2])
     for slot, anchor in enumerate((2, 7)):
         tokens = document[0, :anchor]
@@ -113,7 +114,7 @@ def test_low_temperature_is_greedy():
 
 def test_mode_is_restored_after_an_error(monkeypatch):
     """A run that catches the error and goes on must not train in eval mode."""
-    model, document = with_attention(tiny_model(), "strided_sdpa").train(), random_tokens(1, 10)
+    model, document = with_attention(tiny_model(), "strided_blocks").train(), random_tokens(1, 10)
     monkeypatch.setattr(decoding, "sample_tokens", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         one_document_rollouts(model, document, torch.tensor([[4]]), 1.0, UNIFORMS[:1, :1])
@@ -129,7 +130,7 @@ def test_sampled_frequencies_are_the_softmax():
     hidden, weight, bias = (torch.randn(*shape, generator=generator) for shape in ((2, 6), (12, 6), (12,)))
     weight = 0.3 * weight
     uniforms = ((torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000).expand(2, -1)
-    drawn = sample_tokens(hidden, weight, bias, 0.7, uniforms)
+    drawn = sample_tokens(hidden, head_of_weights(weight, bias), 0.7, uniforms)
     shares = torch.stack([row.bincount(minlength=12) for row in drawn]) / 10_000
     torch.testing.assert_close(shares, ((hidden @ weight.T + bias) / 0.7).softmax(-1), atol=1.1e-4, rtol=0)
     assert shares.max() < 0.9
@@ -139,28 +140,29 @@ def test_impossible_tokens_are_never_drawn():
     """Probability 0 at both ends of the vocabulary and in the middle; the smallest and the largest uniform number."""
     bias = torch.tensor([-1e4, 0.0, -1e4, 0.0, -1e4])
     uniforms = torch.tensor([[0.0, 0.4999, 0.5, 1 - 2**-40]], dtype=torch.float64)
-    assert sample_tokens(torch.zeros(1, 2), torch.zeros(5, 2), bias, 1.0, uniforms).tolist() == [[1, 1, 3, 3]]
+    head = head_of_weights(torch.zeros(5, 2), bias)
+    assert sample_tokens(torch.zeros(1, 2), head, 1.0, uniforms).tolist() == [[1, 1, 3, 3]]
 
 
 def test_many_rows_are_sampled_in_chunks(monkeypatch):
     monkeypatch.setattr("ebft_utils.algorithm.losses.LOGITS_PER_CHUNK", 1)
     generator = torch.Generator().manual_seed(6)
-    hidden, weight = torch.randn(37, 6, generator=generator), torch.randn(12, 6, generator=generator)
+    hidden, head = torch.randn(37, 6, generator=generator), head_of_weights(torch.randn(12, 6, generator=generator))
     uniforms = torch.rand(37, 3, generator=generator)
-    chunked = sample_tokens(hidden, weight, None, 0.7, uniforms)
-    rows = [sample_tokens(hidden[row, None], weight, None, 0.7, uniforms[row, None]) for row in range(37)]
+    chunked = sample_tokens(hidden, head, 0.7, uniforms)
+    rows = [sample_tokens(hidden[row, None], head, 0.7, uniforms[row, None]) for row in range(37)]
     assert torch.equal(chunked, torch.cat(rows)) and len(chunked.unique()) > 6
 
 
 def test_the_scored_policy_is_the_sampling_policy(monkeypatch):
     """The ratio of an unchanged policy is 1: log-probs that the sampler drew from equal those the loss scores."""
-    model, document = with_attention(tiny_model(), "strided_sdpa"), random_tokens(2, 16)
+    model, document = with_attention(tiny_model(), "strided_blocks"), random_tokens(2, 16)
     anchors = torch.tensor([[2, 7, 12], [3, 6, 9]])
     drawn_logps, sample = [], decoding.sample_tokens
 
-    def spy(hidden, weight, bias, temperature, uniforms):
-        tokens = sample(hidden, weight, bias, temperature, uniforms)
-        logps = ((hidden @ weight.T) / temperature).log_softmax(-1)
+    def spy(hidden, head, temperature, uniforms):
+        tokens = sample(hidden, head, temperature, uniforms)
+        logps = ((hidden @ head.weight.T) / temperature).log_softmax(-1)
         drawn_logps.append(logps.gather(-1, tokens).view(2, 3, NUM_SAMPLES))
         return tokens
 
@@ -204,10 +206,10 @@ def test_decoding_never_waits_for_the_device(monkeypatch):
     uniforms = torch.rand(2, 3, NUM_SAMPLES, 4, generator=torch.Generator().manual_seed(2))
     inputs = random_tokens(2, 20), SEGMENTS, ANCHORS, VALID, 0.6, uniforms
     rollouts, waits = {}, {}
-    for implementation in ("strided_flex", "strided_sdpa"):
+    for implementation in ("strided_flex", "strided_blocks"):
         with Waits() as counted:
             model = with_attention(tiny_model(), implementation)
             rollouts[implementation] = generate_rollouts(model, *inputs)
         waits[implementation] = counted.number
-    assert torch.equal(rollouts["strided_flex"][VALID], rollouts["strided_sdpa"][VALID])
-    assert waits["strided_flex"] == 0 and waits["strided_sdpa"] > 3  # it cuts its blocks by the anchors
+    assert torch.equal(rollouts["strided_flex"][VALID], rollouts["strided_blocks"][VALID])
+    assert waits["strided_flex"] == 0 and waits["strided_blocks"] > 3  # it cuts its blocks by the anchors

@@ -28,7 +28,7 @@ NUM_LAYERS = 4  # of the tiny models
 
 def strided_model(model_type: str = "llama", **changes):
     model = tiny_model(model_type, **changes)
-    model.set_attn_implementation("strided_sdpa")
+    model.set_attn_implementation("strided_blocks")
     return model
 
 
@@ -49,7 +49,8 @@ def packed_states(network: FeatureNetwork, document, segments, rollouts, anchors
     layout = pack_layout(segments, anchors, valid, rollouts.shape[2], rollouts.shape[3])
     ids = torch.cat([document, rollouts.flatten(1)], dim=1)
     index = torch.arange(ids.shape[1]).expand(len(ids), -1)
-    return network.hidden_states(ids, layout.position_ids, index, **attention_arguments(network.decoder, layout))
+    inputs = dict(input_ids=ids, position_ids=layout.position_ids, **attention_arguments(network.decoder, layout))
+    return network.hidden_states(index, **inputs)
 
 
 @torch.no_grad()
@@ -68,7 +69,7 @@ def golden():
     return {name: torch.from_numpy(array) for name, array in np.load(GOLDEN / "strided_forward.npz").items()}
 
 
-@pytest.mark.parametrize("implementation", ["strided_sdpa", "sdpa", "eager"])
+@pytest.mark.parametrize("implementation", ["strided_blocks", "sdpa", "eager"])
 def test_hidden_states_equal_the_released_code(golden, implementation):
     """Guards which state is layer k (0 = embeddings), the final norm, and a rollout's place in the packed sequence."""
     model = AutoModelForCausalLM.from_pretrained(GOLDEN / "tiny-llama", dtype=torch.float32)
@@ -339,6 +340,7 @@ def test_lora_network_is_no_second_model(write_config):
     """It is the policy itself: not one parameter more in memory."""
     config = load_config(str(write_config(lora={"r": 4})))
     policy = load_policy(config)
+    base_causal_lm(policy).set_attn_implementation("strided_blocks")
     network = load_feature_network(policy, config, torch.device("cpu"))
     owned = {id(parameter) for parameter in policy.parameters()}
     assert {id(parameter) for parameter in network.decoder.parameters()} <= owned

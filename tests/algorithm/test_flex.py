@@ -134,7 +134,7 @@ def test_results_equal_those_of_sdpa(architecture):
     model = tiny_flex(architecture, max_position_embeddings=512, **ARCHITECTURES[architecture])
     found, (documents, segments, rollouts, anchors, valid), middle = {}, long_example(), middle_example()
     decode = (middle[0], middle[1], middle[3], middle[4], 0.6, uniforms_for(middle[3]))
-    for implementation in ("strided_sdpa", "strided_flex"):
+    for implementation in ("strided_blocks", "strided_flex"):
         network = FeatureNetwork(with_attention(model, implementation).get_decoder(), [1, 2])
         with torch.no_grad():
             packed, document = strided_logprobs(model, documents, segments, rollouts, anchors, valid, 0.6, False)
@@ -167,7 +167,7 @@ def test_results_under_autocast_equal_those_of_sdpa(monkeypatch):
     monkeypatch.setattr(flex, "_compiled_flex_attention", see_passed)
     found, kept = {}, {}
     decode = (documents, segments, anchors, valid, 0.6, uniforms_for(anchors))
-    for implementation in ("strided_sdpa", "strided_flex"):
+    for implementation in ("strided_blocks", "strided_flex"):
         with_attention(model, implementation)
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             packed, document = strided_logprobs(model, documents, segments, rollouts, anchors, valid, 0.6, False)
@@ -178,7 +178,7 @@ def test_results_under_autocast_equal_those_of_sdpa(monkeypatch):
     assert cached == {torch.bfloat16}  # float32 would take twice the memory
     assert given == {(torch.float32, torch.bfloat16)} and passed == {(torch.bfloat16,) * 3}
     packed, document, written = found["strided_flex"]
-    expected, expected_document, expected_written = found["strided_sdpa"]
+    expected, expected_document, expected_written = found["strided_blocks"]
     assert (packed - expected).abs().mean() < 0.02 and (document - expected_document).abs().mean() < 0.02
     assert (written == expected_written).double().mean() > 0.8
 
@@ -256,7 +256,7 @@ def test_outputs_and_gradients_on_a_gpu(geometry, dtype, tolerance):
 def test_checkpointing_on_a_gpu():
     """Guards against layers that are recomputed with another kernel, or another mask."""
     gradients = []
-    for implementation, checkpointing in (("strided_sdpa", False), ("strided_flex", False), ("strided_flex", True)):
+    for implementation, checkpointing in (("strided_blocks", False), ("strided_flex", False), ("strided_flex", True)):
         model = with_attention(tiny_model(head_dim=16, max_position_embeddings=512), implementation).cuda().train()
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

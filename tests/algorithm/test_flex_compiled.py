@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model
 
 from ebft_utils.algorithm.decoding import generate_rollouts, in_few_shapes
 from ebft_utils.algorithm.strided import strided_logprobs
-from ebft_utils.models import StridedPolicy
+from ebft_utils.models import Policy
 from flex_cases import (
     NUM_GENERATED,
     NUM_SAMPLES,
@@ -82,7 +82,7 @@ def test_one_shape_too_many_is_an_error(compiled):
 
 def test_few_shapes_change_no_rollout():
     """Documents are padded and anchors filled up for a compiled step; also where generation ends early."""
-    model = with_attention(tiny_model(num_hidden_layers=2), "strided_sdpa")
+    model = with_attention(tiny_model(num_hidden_layers=2), "strided_blocks")
     shapes = []
 
     def spy(model, documents, segments, anchors, valid, temperature, uniforms, **others):
@@ -112,7 +112,7 @@ def test_compiled_decoding_writes_the_same_rollouts(compiled, lora):
     model = with_attention(tiny_model(num_hidden_layers=1), "strided_flex")
     if lora:
         model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"))
-    compiling, plain = StridedPolicy(model, compile_decoding=True).train(), StridedPolicy(model)
+    compiling, plain = Policy(model, compile_decoding=True).train(), Policy(model)
 
     def both(*example) -> torch.Tensor:
         documents, segments, _, anchors, valid = example

@@ -9,15 +9,14 @@ from accelerate import DistributedType
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import scaled_dot_product_attention
 
-from ebft_utils import models
+from ebft_utils import layouts
 from ebft_utils.algorithm import flex
 from ebft_utils.config.modes import load_config
 from ebft_utils.config.settings import UserError
-from ebft_utils.models import set_attention
+from ebft_utils.layouts import set_attention
 from ebft_utils.run import distributed
 from flex_cases import needs_gpu
 from helpers import assert_holds, assert_same_weights, tiny_model, tiny_tokenizer, training, weights
-from strided_cases import with_attention
 
 
 def test_training_with_it_on_the_cpu_is_refused(refused, write_config):
@@ -42,8 +41,8 @@ def test_evaluation_with_it_on_the_cpu_equals_sdpa(train, compiled, capsys):
 @pytest.mark.parametrize(
     "asked, expected, printed",
     [
-        ("auto", "strided_sdpa", "sdpa in blocks"),
-        ("sdpa", "strided_sdpa", "sdpa in blocks"),
+        ("auto", "strided_blocks", "sdpa in blocks"),
+        ("sdpa", "strided_blocks", "sdpa in blocks"),
         ("eager", "eager", "eager"),
     ],
 )
@@ -54,8 +53,8 @@ def test_the_others_are_what_they_say(train, plain_descent, write_config, capsys
     """
     changes = dict(train__max_steps=2, train__learning_rate=0.1, ebft__ce_coef=0.3, model__attn_implementation=asked)
     for only in (True, False):
-        model = with_attention(tiny_model(), "strided_sdpa")
-        set_attention(load_config(str(write_config(**changes, eval__only=only))), model, torch.device("cpu"))
+        model, config = tiny_model(), load_config(str(write_config(**changes, eval__only=only)))
+        assert set_attention(config, model, torch.device("cpu")) is None
         assert model.config._attn_implementation == model.get_decoder().config._attn_implementation == expected
         assert capsys.readouterr().out == ""
     folder = train("asked", **changes)
@@ -148,13 +147,13 @@ def test_a_kernel_with_nan_in_a_gradient_alone_is_found(monkeypatch):
 )
 def test_what_happens_on_a_gpu_where_it_cannot_run(monkeypatch, write_config, capsys, why_not, proof):
     """auto falls back to sdpa and says so; who asked for it, or for compiled decoding, is refused."""
-    monkeypatch.setattr(models, "why_not_flex", lambda *_: why_not)
-    monkeypatch.setattr(models, "prove_flex_attention", lambda *_: proof)
-    model, cuda = with_attention(tiny_model(), "strided_sdpa"), torch.device("cuda")
-    set_attention(load_config(str(write_config())), model, cuda)  # in float32 it is not even tried
-    assert model.config._attn_implementation == "strided_sdpa" and capsys.readouterr().out == ""
-    set_attention(load_config(str(write_config(model__dtype="bfloat16"))), model, cuda)
-    assert model.config._attn_implementation == "strided_sdpa"
+    monkeypatch.setattr(layouts, "why_not_flex", lambda *_: why_not)
+    monkeypatch.setattr(layouts, "prove_flex_attention", lambda *_: proof)
+    model, cuda = tiny_model(), torch.device("cuda")
+    assert set_attention(load_config(str(write_config())), model, cuda) is None  # in float32 it is not even tried
+    assert model.config._attn_implementation == "strided_blocks" and capsys.readouterr().out == ""
+    assert set_attention(load_config(str(write_config(model__dtype="bfloat16"))), model, cuda) is None
+    assert model.config._attn_implementation == "strided_blocks"
     words = ("model.attn_implementation", "auto takes sdpa", "flex_attention cannot run", why_not or proof)
     assert_holds(capsys.readouterr().out, *words)
     flex_key, compile_key = ("model.attn_implementation", "set it to sdpa"), ("model.compile_decoding", "leave it out")
@@ -168,7 +167,7 @@ def test_what_happens_on_a_gpu_where_it_cannot_run(monkeypatch, write_config, ca
         with pytest.raises(UserError) as caught:
             set_attention(config, model, cuda)
         assert_holds(str(caught.value), key, "flex_attention", "cannot run on cuda", why_not or proof, remedy)
-    assert model.config._attn_implementation == "strided_sdpa"
+    assert model.config._attn_implementation == "strided_blocks"
 
 
 @pytest.mark.parametrize(
@@ -182,15 +181,16 @@ def test_what_happens_on_a_gpu_where_it_cannot_run(monkeypatch, write_config, ca
 def test_the_model_s_own_heads_are_tried(monkeypatch, write_config, model_type, changes, heads, width):
     """Guards against a proof with other heads than the model's, or without the gradients that training needs."""
     seen = []
-    monkeypatch.setattr(models, "why_not_flex", lambda *arguments: seen.append(arguments))
-    monkeypatch.setattr(models, "prove_flex_attention", lambda *arguments: seen.append(arguments))
+    monkeypatch.setattr(layouts, "why_not_flex", lambda *arguments: seen.append(arguments))
+    monkeypatch.setattr(layouts, "prove_flex_attention", lambda *arguments: seen.append(arguments))
     cuda = torch.device("cuda", 1)
     for only in (False, True):
         for lora in (False, True):
-            policy = model = with_attention(tiny_model(model_type, **changes), "strided_sdpa")
+            policy = model = tiny_model(model_type, **changes)
             if lora:
                 policy = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
-            set_attention(load_config(str(write_config(eval__only=only, model__dtype="bfloat16"))), policy, cuda)
+            config = load_config(str(write_config(eval__only=only, model__dtype="bfloat16")))
+            assert set_attention(config, policy, cuda) is None
             assert model.get_decoder().config._attn_implementation == "strided_flex"
             assert seen[-2:] == [(width, cuda, not only), (*heads, width, torch.bfloat16, cuda, not only)]
 

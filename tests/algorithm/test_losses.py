@@ -5,8 +5,14 @@ import torch
 
 from ebft_utils.algorithm import losses
 from ebft_utils.algorithm.losses import cross_entropy_loss, policy_gradient_loss, token_logprobs
+from strided_cases import head_of_weights
 
 NUM_POSITIONS, WIDTH, VOCABULARY = 37, 8, 29  # with 16 rows a chunk: 16, 16 and a last one of 5
+
+
+def chunked_logprobs(hidden, weight, bias, token_ids, temperature):
+    """The function under test, with the head's weights as arguments."""
+    return token_logprobs(hidden, head_of_weights(weight, bias), token_ids, temperature)
 
 
 def naive_logprobs(hidden, weight, bias, token_ids, temperature):
@@ -43,7 +49,7 @@ def small_chunks(monkeypatch):
 def test_logprobs_and_gradients_equal_the_full_logits(small_chunks, with_bias, temperature):
     """Guards the hand-written backward: the temperature's factor, sums over chunks, the short last chunk."""
     arguments = inputs(with_bias)
-    values, gradients = differentiated(token_logprobs, *arguments, temperature)
+    values, gradients = differentiated(chunked_logprobs, *arguments, temperature)
     naive_values, naive_gradients = differentiated(naive_logprobs, *arguments, temperature)
     torch.testing.assert_close(values, naive_values, atol=1e-5, rtol=0)
     assert len(gradients) == (3 if with_bias else 2)
@@ -55,9 +61,9 @@ def test_logprobs_and_gradients_equal_the_full_logits(small_chunks, with_bias, t
 
 def test_one_chunk_equals_many(monkeypatch):
     arguments = inputs()
-    whole, whole_gradients = differentiated(token_logprobs, *arguments, 0.6)
+    whole, whole_gradients = differentiated(chunked_logprobs, *arguments, 0.6)
     monkeypatch.setattr(losses, "LOGITS_PER_CHUNK", 1)
-    parts, part_gradients = differentiated(token_logprobs, *arguments, 0.6)
+    parts, part_gradients = differentiated(chunked_logprobs, *arguments, 0.6)
     assert losses.rows_per_chunk(VOCABULARY) == 16 < NUM_POSITIONS
     torch.testing.assert_close(parts, whole, atol=1e-6, rtol=0)
     for part, one in zip(part_gradients, whole_gradients, strict=True):
@@ -67,7 +73,7 @@ def test_one_chunk_equals_many(monkeypatch):
 def test_backward_by_finite_differences(small_chunks):
     """Independent of autograd: a step along a random direction changes the sum as the gradient says."""
     hidden, weight, bias, token_ids, coefficients = inputs()
-    _, gradients = differentiated(token_logprobs, hidden, weight, bias, token_ids, coefficients, 0.6)
+    _, gradients = differentiated(chunked_logprobs, hidden, weight, bias, token_ids, coefficients, 0.6)
     generator = torch.Generator().manual_seed(1)
     directions = [torch.randn(leaf.shape, generator=generator) for leaf in (hidden, weight, bias)]
     products = [gradient * direction for gradient, direction in zip(gradients, directions, strict=True)]
@@ -88,7 +94,7 @@ def test_frozen_weight_gets_no_gradient(small_chunks):
     hidden, weight, bias, token_ids, coefficients = inputs()
     weight.requires_grad_(False)
     bias.requires_grad_(False)
-    (token_logprobs(hidden, weight, bias, token_ids, 0.6) * coefficients).sum().backward()
+    (chunked_logprobs(hidden, weight, bias, token_ids, 0.6) * coefficients).sum().backward()
     assert weight.grad is None and bias.grad is None
     naive_sum = (naive_logprobs(hidden, weight, bias, token_ids, 0.6) * coefficients).sum()
     (naive_gradient,) = torch.autograd.grad(naive_sum, hidden)
@@ -98,7 +104,7 @@ def test_frozen_weight_gets_no_gradient(small_chunks):
 def test_frozen_hidden_states_get_no_gradient(small_chunks):
     hidden, weight, bias, token_ids, coefficients = inputs()
     hidden.requires_grad_(False)
-    (token_logprobs(hidden, weight, bias, token_ids, 1.0) * coefficients).sum().backward()
+    (chunked_logprobs(hidden, weight, bias, token_ids, 1.0) * coefficients).sum().backward()
     naive_sum = (naive_logprobs(hidden, weight, bias, token_ids, 1.0) * coefficients).sum()
     naive = torch.autograd.grad(naive_sum, (weight, bias))
     assert hidden.grad is None
@@ -109,11 +115,11 @@ def test_frozen_hidden_states_get_no_gradient(small_chunks):
 @pytest.mark.parametrize("autocast", [False, True])
 def test_bfloat16_hidden_states(small_chunks, autocast):
     """bf16 logits, float32 log-softmax: near the float32 values, and float32 gradients for float32 weights."""
-    hidden, weight, bias, token_ids, coefficients = inputs()
-    reference, reference_gradients = differentiated(token_logprobs, hidden, weight, bias, token_ids, coefficients, 0.6)
+    hidden, weight, bias, token_ids, coefficients = arguments = inputs()
+    reference, reference_gradients = differentiated(chunked_logprobs, *arguments, 0.6)
     given = hidden if autocast else hidden.detach().bfloat16().requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        values = token_logprobs(given, weight, bias, token_ids, 0.6)
+        values = chunked_logprobs(given, weight, bias, token_ids, 0.6)
     gradients = torch.autograd.grad((values * coefficients).sum(), (given, weight, bias))
     assert values.dtype == torch.float32
     assert [gradient.dtype for gradient in gradients] == [given.dtype, torch.float32, torch.float32]
@@ -125,7 +131,7 @@ def test_bfloat16_hidden_states(small_chunks, autocast):
 def test_large_logits_do_not_overflow(small_chunks):
     """exp(logits) overflows from 89 on in float32; log-sum-exp does not."""
     arguments = inputs(scale=200.0)
-    values, gradients = differentiated(token_logprobs, *arguments, 0.6)
+    values, gradients = differentiated(chunked_logprobs, *arguments, 0.6)
     naive_values, naive_gradients = differentiated(naive_logprobs, *arguments, 0.6)
     assert naive_values.min() < -500
     torch.testing.assert_close(values, naive_values, atol=1e-2, rtol=1e-5)
@@ -150,7 +156,7 @@ def test_full_logits_are_never_kept(small_chunks):
     hidden, weight, bias, token_ids, _ = inputs()
     full = NUM_POSITIONS * VOCABULARY
     assert max(saved_sizes(naive_logprobs, hidden, weight, bias, token_ids, 0.6)) >= full
-    assert max(saved_sizes(token_logprobs, hidden, weight, bias, token_ids, 0.6)) == NUM_POSITIONS * WIDTH < full
+    assert max(saved_sizes(chunked_logprobs, hidden, weight, bias, token_ids, 0.6)) == NUM_POSITIONS * WIDTH < full
 
 
 def test_at_most_one_chunk_of_logits_exists_at_a_time(small_chunks, monkeypatch):
@@ -163,7 +169,7 @@ def test_at_most_one_chunk_of_logits_exists_at_a_time(small_chunks, monkeypatch)
 
     monkeypatch.setattr(torch.nn.functional, "linear", spy)
     hidden, weight, bias, token_ids, _ = inputs()
-    token_logprobs(hidden, weight, bias, token_ids, 0.6).sum().backward()
+    chunked_logprobs(hidden, weight, bias, token_ids, 0.6).sum().backward()
     assert rows == [16, 16, 5] * 2
 
 

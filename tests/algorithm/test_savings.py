@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers.models.llama.modeling_llama import LlamaModel
 
 import train_strided
-from ebft_utils import models
+from ebft_utils import layouts, models
 from ebft_utils.algorithm.losses import policy_gradient_loss
 from ebft_utils.algorithm.strided import in_parts, number_of_parts, rollouts_to_train, strided_logprobs
 from helpers import (
@@ -94,7 +94,7 @@ def test_savings_change_no_gradient(num_generated):
     found = []
     for saving in (False, True):
         model = tiny_model()
-        model.set_attn_implementation("strided_sdpa")
+        model.set_attn_implementation("strided_blocks")
         trained = rollouts, anchors, valid, advantages
         if saving:
             tokens, own_anchors, chosen, summed = rollouts_to_train(rollouts, advantages, anchors, valid)
@@ -203,8 +203,8 @@ def test_parts_by_hand():
 
 @pytest.fixture
 def forwards(monkeypatch):
-    """Every forward of a decoder: (prefill, step or packed; whether it is trained; rows; tokens of a row)."""
-    seen, forward = [], LlamaModel.forward
+    """Every forward of a decoder but the proof's: (prefill, step or packed; is it trained; rows; tokens of a row)."""
+    seen, forward, prove = [], LlamaModel.forward, layouts.prove
 
     def see(self, input_ids=None, **others):
         cache = others.get("past_key_values")
@@ -212,7 +212,15 @@ def forwards(monkeypatch):
         seen.append((kind, torch.is_grad_enabled(), *input_ids.shape))
         return forward(self, input_ids=input_ids, **others)
 
+    def prove_unseen(*arguments):
+        before = len(seen)
+        verdict = prove(*arguments)
+        assert len(seen) > before
+        del seen[before:]
+        return verdict
+
     monkeypatch.setattr(LlamaModel, "forward", see)
+    monkeypatch.setattr(layouts, "prove", prove_unseen)
     return seen
 
 

@@ -302,7 +302,7 @@ def test_logprobs_equal_one_sequence_at_a_time(architecture):
 
     Anchors differ by row, and reach both ends of the document.
     """
-    model = with_attention(tiny_model(architecture, **ARCHITECTURES[architecture]), "strided_sdpa")
+    model = with_attention(tiny_model(architecture, **ARCHITECTURES[architecture]), "strided_blocks")
     document, rollouts = random_tokens(2, 12), random_tokens(2, 3, 2, 4, seed=2)
     anchors = torch.tensor([[1, 5, 12], [2, 6, 8]])
     with torch.no_grad():
@@ -318,7 +318,7 @@ def test_logprobs_equal_one_sequence_at_a_time(architecture):
 @pytest.mark.parametrize("num_generated", [1, 2])
 def test_logprobs_of_very_short_rollouts(num_generated):
     """ebft.generate_max_len: 1 is allowed: then no rollout token is fed at all."""
-    model = with_attention(tiny_model(), "strided_sdpa")
+    model = with_attention(tiny_model(), "strided_blocks")
     document, rollouts = random_tokens(1, 10), random_tokens(1, 2, 2, num_generated, seed=2)
     anchors = torch.tensor([[3, 7]])
     with torch.no_grad():
@@ -351,7 +351,7 @@ def test_padding_and_packing_change_no_logprob(implementation):
         torch.testing.assert_close(document[row, start : end - 1], expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("implementation", ["strided_sdpa", "sdpa"])
+@pytest.mark.parametrize("implementation", ["strided_blocks", "sdpa"])
 def test_invalid_anchors_and_padding_leave_the_gradient_alone(implementation):
     """A fully masked row would be NaN, and NaN * 0 is NaN in every weight.
 
@@ -444,7 +444,7 @@ def test_gradients_equal_the_copied_document_layout(monkeypatch, gradient_case, 
 
 def test_document_logprobs_carry_a_gradient_only_when_asked():
     """ce_coef 0 must not pay for the document's backward; ce_coef > 0 must not silently train nothing."""
-    model = with_attention(tiny_model(), "strided_sdpa")
+    model = with_attention(tiny_model(), "strided_blocks")
     tokens, segments, rollouts, anchors, valid = padded_inputs()
     for wanted in (False, True):
         packed, document = strided_logprobs(model, tokens, segments, rollouts, anchors, valid, 0.6, wanted)
@@ -456,5 +456,5 @@ def test_document_logprobs_carry_a_gradient_only_when_asked():
 def test_unknown_attention_is_refused():
     model = tiny_model()
     model.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(ValueError, match="flash_attention_2.*strided_sdpa, strided_flex, sdpa, eager"):
+    with pytest.raises(ValueError, match="flash_attention_2.*strided_blocks, strided_flex, sdpa, eager"):
         rollout_logprobs(model, random_tokens(1, 8), random_tokens(1, 1, 2, 3), torch.tensor([[4]]), 1.0)

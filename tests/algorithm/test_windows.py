@@ -15,16 +15,7 @@ from helpers import tiny_model
 from strided_cases import ANCHORS, SEGMENTS, VALID, random_tokens
 
 WINDOW, LENGTH, SAMPLES, TOKENS = 8, 60, 2, 4
-FAMILIES = {  # what differs from families.FAMILIES: llama 4 counts places, not positions, beyond its floor_scale
-    "gemma3_text": {},
-    "gemma4_text": {},
-    "olmo3": {},
-    "mistral": {},
-    "ministral3": {},
-    "phi3": {},
-    "exaone4": {},
-    "llama4_text": {"floor_scale": 8192},
-}
+FAMILIES = ("gemma3_text", "gemma4_text", "olmo3", "mistral", "ministral3", "phi3", "exaone4", "llama4_text")
 IMPLEMENTATIONS = ("strided_blocks", "sdpa", "eager", "strided_flex")
 REACHES = [Reach(), Reach(window=3), Reach(chunk=4), Reach(window=5, chunk=6)]
 
@@ -55,7 +46,7 @@ def alone(model, tokens, segments, anchor: int, rollout: torch.Tensor):
 def test_each_family_equals_one_sequence_at_a_time(monkeypatch, family, implementation):
     """Log-probs, features and cached decoding, against transformers' own forward with attention written out."""
     monkeypatch.setattr(strided, "QUERIES_PER_BLOCK", 16)
-    model = build(family, **FAMILIES[family])
+    model = build(family)
     tokens, segments, anchors, valid = documents()
     uniforms = torch.rand(*anchors.shape, SAMPLES, TOKENS, generator=torch.Generator().manual_seed(3))
     model.set_attn_implementation(implementation)
@@ -85,7 +76,7 @@ def test_each_family_equals_one_sequence_at_a_time(monkeypatch, family, implemen
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_window_matters_in_these_tests(family):
     """Guards the test above: without the windows its numbers would be others."""
-    model, tokens = build(family, **FAMILIES[family]), random_tokens(1, LENGTH)
+    model, tokens = build(family), random_tokens(1, LENGTH)
     assert any(reach != Reach() for reach in reaches(model.config).values())
     with torch.no_grad():
         narrow = model(tokens).logits

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from ebft_utils.algorithm.attention import STRIDED_SDPA
+from ebft_utils.algorithm.architecture import head_of
+from ebft_utils.algorithm.attention import STRIDED_BLOCKS
 from ebft_utils.algorithm.decoding import sample_tokens
 from ebft_utils.algorithm.features import FeatureNetwork, layer_indices, strided_features
 from ebft_utils.algorithm.losses import policy_gradient_loss, token_logprobs
@@ -25,7 +26,8 @@ from ebft_utils.algorithm.strided import (
 from ebft_utils.config.data import TextDataConfig
 from ebft_utils.config.modes import StridedConfig
 from ebft_utils.config.sections import ModelConfig, TrainConfig
-from ebft_utils.models import DTYPES, StridedPolicy, cast_weights, load_causal_lm, set_attention
+from ebft_utils.layouts import set_attention
+from ebft_utils.models import DTYPES, Policy, cast_weights, load_causal_lm
 
 TEMPERATURE, STRIDE, CONTEXT, GENERATED = 0.6, 8, 8, 8
 FEATURE_LAYERS = [0.25, 0.5, 0.75]
@@ -50,7 +52,7 @@ class Models:
     The network attends like the policy; frozen is its weights, uncut, with sdpa.
     """
 
-    policy: StridedPolicy
+    policy: Policy
     plain: PreTrainedModel
     network: FeatureNetwork
     frozen: PreTrainedModel
@@ -160,7 +162,7 @@ def load_models(arguments: Namespace, device: torch.device) -> Models:
         shape = LlamaConfig(**sizes, max_position_embeddings=131072, tie_word_embeddings=True)
         with device:
             model = LlamaForCausalLM(shape)
-        model.set_attn_implementation(STRIDED_SDPA)
+        model.set_attn_implementation(STRIDED_BLOCKS)
     else:
         model = load_causal_lm(setting, torch.float32).to(device)
     frozen = copy.deepcopy(model).requires_grad_(False).eval()
@@ -174,7 +176,7 @@ def load_models(arguments: Namespace, device: torch.device) -> Models:
     for other in (plain, frozen):
         other.set_attn_implementation("sdpa")
     network = FeatureNetwork(cut.get_decoder(), layer_indices(FEATURE_LAYERS, model.config.num_hidden_layers))
-    return Models(StridedPolicy(model, arguments.compile_decoding), plain, network, frozen, arguments.dtype)
+    return Models(Policy(model, compile_decoding=arguments.compile_decoding), plain, network, frozen, arguments.dtype)
 
 
 def sharing_weights(model: PreTrainedModel) -> PreTrainedModel:
@@ -236,7 +238,7 @@ def copied_step(models: Models, task: Task, seed: int) -> Measured:
     uniforms, anchors, length = task.uniforms(seed)[0], task.anchors[0], task.document.shape[1]
     watch = Stopwatch(task.document.device)
     layout = pack_layout(task.segments, task.anchors, task.valid, 1, GENERATED, step_major=True)
-    mask, head = dense_mask(layout), models.plain.get_output_embeddings()
+    mask, head = dense_mask(layout), head_of(models.plain)
 
     def run(network, tokens, **arguments):
         size = tokens.shape[1]
@@ -255,7 +257,7 @@ def copied_step(models: Models, task: Task, seed: int) -> Measured:
         later = hidden[:, length : length + (GENERATED - 1) * len(anchors)].unflatten(1, (GENERATED - 1, len(anchors)))
         predictors = torch.cat([hidden[:, None, anchors - 1], later], dim=1)  # (N, G, A, H)
         scored = tokens[:, length:].unflatten(1, (GENERATED, len(anchors)))
-        logprobs = token_logprobs(predictors, head.weight, head.bias, scored, TEMPERATURE)
+        logprobs = token_logprobs(predictors, head, scored, TEMPERATURE)
     loss = (-advantages * logprobs).mean()
     watch.lap("forward")
     loss.backward()
@@ -267,13 +269,13 @@ def copied_step(models: Models, task: Task, seed: int) -> Measured:
 @torch.no_grad()
 def copied_generation(run, models: Models, task: Task, uniforms: Tensor) -> Tensor:
     """(N, S + G*A) tokens. uniforms (A, N, G)."""
-    head, num_anchors = models.plain.get_output_embeddings(), len(uniforms)
+    head, num_anchors = head_of(models.plain), len(uniforms)
     tokens = task.document.expand(task.num_samples, -1)
     for step in range(GENERATED):
         hidden = run(models.plain, tokens).last_hidden_state
         newest = hidden[:, task.anchors[0] - 1] if step == 0 else hidden[:, -num_anchors:]
         numbers = uniforms[..., step].mT.reshape(-1, 1)
-        drawn = sample_tokens(newest.flatten(0, 1), head.weight, head.bias, TEMPERATURE, numbers)
+        drawn = sample_tokens(newest.flatten(0, 1), head, TEMPERATURE, numbers)
         tokens = torch.cat([tokens, drawn.view(task.num_samples, num_anchors)], dim=1)
     return tokens
 
@@ -305,7 +307,7 @@ def copied_advantages(generated: Tensor, truth: Tensor) -> Tensor:
 def forward_backward(models: Models, task: Task, seed: int) -> Measured:
     """One forward + backward of the packed tokens with the log-prob of each."""
     model = models.policy.causal_lm
-    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    decoder, head = model.get_decoder(), head_of(model)
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(head.weight.shape[0], (1, task.num_tokens), generator=generator).to(task.document.device)
     watch = Stopwatch(task.document.device)
@@ -314,7 +316,7 @@ def forward_backward(models: Models, task: Task, seed: int) -> Measured:
         arguments = attention_arguments(decoder, layout)
         hidden = decoder(input_ids=tokens, position_ids=layout.position_ids, use_cache=False, **arguments)
         hidden = hidden.last_hidden_state
-        loss = token_logprobs(hidden.flatten(0, 1), head.weight, head.bias, tokens.flatten(), TEMPERATURE).mean()
+        loss = token_logprobs(hidden.flatten(0, 1), head, tokens.flatten(), TEMPERATURE).mean()
     loss.backward()
     watch.lap("forward_backward")
     model.zero_grad()

@@ -19,7 +19,7 @@ from ebft_utils.config.data import EvalConfig, PromptDataConfig
 from ebft_utils.config.modes import StructuredConfig
 from ebft_utils.config.sections import LoraConfig, ModelConfig, StructuredEBFTConfig, TrainConfig, VLLMConfig
 from ebft_utils.config.settings import UserError
-from ebft_utils.models import StridedPolicy, load_policy
+from ebft_utils.models import Policy, load_policy
 from ebft_utils.run.distributed import AgreedError, prepare_accelerator
 from ebft_utils.server.client import ForgottenWeights, VLLMServer
 from ebft_utils.server.weight_sync import ServedPolicy
@@ -368,7 +368,7 @@ def served(fake, model_folder, tmp_path, lora: bool, probe: int = 30, longest: i
     )
     accelerator = prepare_accelerator(config)
     torch.manual_seed(0)
-    policy, probe_tokens = StridedPolicy(load_policy(config)), [3 + 5 * index % 290 for index in range(probe)]
+    policy, probe_tokens = Policy(load_policy(config)), [3 + 5 * index % 290 for index in range(probe)]
     return ServedPolicy(config, accelerator, policy, VLLMServer(config), probe_tokens)
 
 

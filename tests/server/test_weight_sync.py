@@ -26,7 +26,7 @@ from ebft_utils.config.modes import StructuredConfig, load_config
 from ebft_utils.config.settings import UserError
 from ebft_utils.data.prompts import conversation_of
 from ebft_utils.data.rows import load_rows
-from ebft_utils.models import StridedPolicy, load_policy, load_tokenizer
+from ebft_utils.models import Policy, load_policy, load_tokenizer
 from ebft_utils.run.distributed import AgreedError, prepare_accelerator, prepare_policy
 from ebft_utils.server import weight_sync
 from ebft_utils.server.client import VLLMServer
@@ -68,7 +68,7 @@ def served_policy(server: Server, **changes) -> ServedPolicy:
     config = load_config(str(server.config("unit", **changes)), [], StructuredConfig)
     accelerator = prepare_accelerator(config)
     torch.manual_seed(0)
-    policy = StridedPolicy(load_policy(config))
+    policy = Policy(load_policy(config))
     parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     policy, _ = prepare_policy(accelerator, policy, torch.optim.AdamW(parameters))
     rows, _ = load_rows(config, load_tokenizer(config.model), conversation_of)
