@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+import bench_layouts
 import bench_strided
 import bench_tokenising
 from helpers import ROOT
@@ -28,3 +29,12 @@ def test_tokenising(way, tmp_path, monkeypatch, capsys):
     bench_tokenising.measure(str(path), way)
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["way"] == way and 1000 < result["tokens"] < 2000
+
+
+def test_layouts(model_folder, capsys):
+    """Each layout in a process of its own, and the ratios of the two."""
+    options = "--prompts 2 --samples 2 --prompt 6 --completion 4 --repetitions 1"
+    bench_layouts.main(["--model", str(model_folder), *options.split()])
+    lines = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()[1:]}
+    assert lines.keys() == {"generation", "features", "training", "step", "proof", "memory"}
+    assert all(float(cells[-1]) > 0 for cells in lines.values()) and lines["memory"][2] == "GB"
