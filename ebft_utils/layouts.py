@@ -28,6 +28,12 @@ def choose_layout(config: Config, accelerator: Accelerator, model: PreTrainedMod
     if asked != "rows":
         reason = _counts_places(config, model) or set_attention(config, model, accelerator.device)
         verdict = Verdict(reason) if reason else _agreed(config, accelerator, model, "packed")
+        causal_lm = base_causal_lm(model)
+        of_flex = decoder_of(causal_lm).config._attn_implementation == STRIDED_FLEX
+        if verdict.reason and of_flex and config.model.attn_implementation == "auto":
+            accelerator.print(f"model.attn_implementation: auto takes sdpa here: with flex_attention {verdict.reason}")
+            causal_lm.set_attn_implementation(STRIDED_BLOCKS)
+            verdict = _agreed(config, accelerator, model, "packed")
         if verdict.reason is None:
             return _said(accelerator, "packed", verdict)
         reason = verdict.reason

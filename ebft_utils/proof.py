@@ -277,7 +277,8 @@ def can_be_cut(model: PreTrainedModel) -> bool:
     try:
         cut, whole = (FeatureNetwork(decoder, _layers(model), whole=whole) for whole in (False, True))
         pairs = list(zip(cut.hidden_states(place, **inputs), whole.hidden_states(place, **inputs), strict=True))
-    except STRANGE:
+    except STRANGE as error:
+        _raise_out_of_memory(error)
         return False
     return all(_gap("features", one, other) <= TOLERANCE for one, other in pairs)
 
@@ -379,6 +380,7 @@ def prove(model: PreTrainedModel, setting: Setting, device: torch.device) -> Ver
         truth = exactly.one_at_a_time(short, example, found.rollouts)
         gaps = _gaps(found_exactly, exactly.one_at_a_time(short, example, found_exactly.rollouts), torch.max)
     except STRANGE as error:
+        _raise_out_of_memory(error)
         way = "with a mask over packed rollouts" if packed else "with a row for each completion"
         return Verdict(f"it does not run {way}: {first_line(error)}")
     unseen = "the tokens that a rollout may not see change its"
@@ -401,6 +403,12 @@ def prove(model: PreTrainedModel, setting: Setting, device: torch.device) -> Ver
         name, leak = max(leaks.items(), key=lambda pair: pair[1])
         note = f"{unseen} {_NAMES[name]} by {leak:.2g}: rounding, in float32 {leaks_exactly.get(name, 0.0):.2g}"
     return Verdict(None, note, setting.whole)
+
+
+def _raise_out_of_memory(error: Exception) -> None:
+    """Raises an error of the machine again: it says nothing about the model."""
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        raise error
 
 
 def _leak(found: Scores, others: list[Scores]) -> dict[str, float]:

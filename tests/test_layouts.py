@@ -7,10 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM
+from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import train_strided
 import train_structured
+from ebft_utils import layouts
+from ebft_utils.algorithm.flex import STRIDED_FLEX
+from ebft_utils.models import base_causal_lm
 from families import build
 from helpers import (
     ROOT,
@@ -174,6 +178,27 @@ def test_bfloat16_proofs_in_both_scripts(tmp_path, structured, family_folder, te
         file = strided_file(tmp_path, model, text_file, model__dtype=dtype, lora=LORA, train__max_steps=1)
         forget_accelerator()
         train_strided.main(["--cfg", str(file), f"train.output_dir={tmp_path / ('strided-' + family)}"])
+
+
+@pytest.mark.parametrize("asked", ["auto", "flex_attention"])
+def test_a_kernel_that_fails_the_proof(tmp_path, model_folder, text_file, monkeypatch, capsys, asked):
+    """auto falls back on sdpa and says why; what was asked for by name is refused."""
+
+    def deaf(module, query, key, value, attention_mask, scaling=None, **kwargs):
+        return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, is_causal=True)
+
+    def flex(config, model, device):
+        base_causal_lm(model).set_attn_implementation(STRIDED_FLEX)
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, STRIDED_FLEX, deaf)
+    monkeypatch.setattr(layouts, "set_attention", flex)
+    file = strided_file(tmp_path, model_folder, text_file, model__attn_implementation=asked)
+    if asked == "auto":
+        train_strided.main(["--cfg", str(file)])
+        words = " ".join(capsys.readouterr().out.split())
+        assert "auto takes sdpa here: with flex_attention " in words and "sdpa in blocks" in words
+    else:
+        assert "cannot be trained in strided mode" in refusal(train_strided.main, ["--cfg", str(file)])
 
 
 def test_adapter_names_that_a_hybrid_does_not_have(structured, family_folder):

@@ -221,6 +221,22 @@ def test_windows_of_another_spelling():
     assert prove(model, ROWS, CPU) == Verdict(None)
 
 
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA"), RuntimeError("DefaultCPUAllocator: can't allocate memory")], ids=str
+)
+def test_memory_that_runs_out_is_no_verdict(monkeypatch, error):
+    """Guards against a run that takes rows because the proof of the packed layout found no memory."""
+
+    def full(*_, **__):
+        raise error
+
+    for name in ("strided_logprobs", "FeatureNetwork"):
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError) as caught:
+            patch.setattr(proof, name, full)
+            prove(tiny_model(), PACKED, CPU)
+        assert caught.value is error
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Adapters and the feature network
 

@@ -50,6 +50,17 @@ def test_log_probs_and_gradients_of_the_packed_layout(num_generated):
         assert (found - expected).norm() < 1e-5 * expected.norm()
 
 
+def test_completions_after_a_document_that_ends_with_the_prompt():
+    """As a server is probed: there is no truth behind the prompt."""
+    prompt, anchors, valid = DOCUMENTS[:1, :9], torch.tensor([[9]]), torch.ones(1, 1, dtype=torch.bool)
+    given = prompt, torch.zeros_like(prompt), ROLLOUTS[:1], anchors, valid, 0.7, False
+    with torch.no_grad():
+        for found, expected in zip(
+            rows_logprobs(tiny_model(), *given), strided_logprobs(packed_model(), *given), strict=True
+        ):
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
 def test_what_needs_no_gradient_has_none():
     model = tiny_model()
     logps, document = rows_logprobs(model, DOCUMENTS, SEGMENTS, ROLLOUTS, PROMPTS, VALID, 1.0, False)
