@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.utils import gather_object
 from peft import PeftModel
 from transformers import PretrainedConfig, PreTrainedModel
@@ -30,7 +30,12 @@ def choose_layout(config: Config, accelerator: Accelerator, model: PreTrainedMod
         verdict = Verdict(reason) if reason else _agreed(config, accelerator, model, "packed")
         causal_lm = base_causal_lm(model)
         of_flex = decoder_of(causal_lm).config._attn_implementation == STRIDED_FLEX
-        if verdict.reason and of_flex and config.model.attn_implementation == "auto":
+        if (
+            verdict.reason
+            and of_flex
+            and config.model.attn_implementation == "auto"
+            and not config.model.compile_decoding
+        ):
             accelerator.print(f"model.attn_implementation: auto takes sdpa here: with flex_attention {verdict.reason}")
             causal_lm.set_attn_implementation(STRIDED_BLOCKS)
             verdict = _agreed(config, accelerator, model, "packed")
@@ -56,7 +61,7 @@ def choose_layout(config: Config, accelerator: Accelerator, model: PreTrainedMod
 
 def _agreed(config: Config, accelerator: Accelerator, model: PreTrainedModel | PeftModel, layout: str) -> Verdict:
     """The verdict on the layout of all processes: that of one where it fails, if there is one."""
-    verdict = prove(base_causal_lm(model), setting_of(config, model, layout), accelerator.device)
+    verdict = prove(base_causal_lm(model), setting_of(config, accelerator, model, layout), accelerator.device)
     verdicts = gather_object([verdict]) if accelerator.num_processes > 1 else [verdict]
     return next((one for one in verdicts if one.reason is not None), verdicts[0])
 
@@ -68,7 +73,9 @@ def _counts_places(config: Config, model: PreTrainedModel | PeftModel) -> str | 
     if config.mode == "structured":
         most = longest * (1 + ebft.num_generations)
     else:
-        rollouts = longest // ebft.stride * ebft.n_samples_per_prompt * ebft.generate_max_len
+        # of many short packed documents, each with an anchor, or of a long one
+        anchors = longest // min(ebft.stride, config.first_anchor + ebft.generate_max_len)
+        rollouts = anchors * ebft.n_samples_per_prompt * ebft.generate_max_len
         most = min(longest + rollouts, ebft.max_packed_tokens or longest + rollouts)
     if settings.get("attn_temperature_tuning") and most >= settings["floor_scale"]:
         return (
@@ -77,20 +84,18 @@ def _counts_places(config: Config, model: PreTrainedModel | PeftModel) -> str | 
     return None
 
 
-def setting_of(config: Config, model: PreTrainedModel | PeftModel, layout: str) -> Setting:
+def setting_of(config: Config, accelerator: Accelerator, model: PreTrainedModel | PeftModel, layout: str) -> Setting:
     """How the run uses a model whose attention is set."""
     return Setting(
         layout,
         decoder_of(base_causal_lm(model)).config._attn_implementation,
         DTYPES[config.model.dtype],
-        autocast=config.lora is None,
+        autocast=accelerator.distributed_type != DistributedType.FSDP,
         writes=config.mode == "strided" or not config.ebft.use_vllm,
     )
 
 
 def _said(accelerator: Accelerator, layout: str, verdict: Verdict) -> RunLayout:
-    if verdict.note:
-        accelerator.print(f"model.name_or_path: {verdict.note}")
     if verdict.whole:
         accelerator.print("feature network: this architecture cannot be cut after a layer, so all layers run")
     return RunLayout(layout, verdict.whole)
@@ -104,7 +109,8 @@ def _not_packed(config: Config, accelerator: Accelerator, model: PreTrainedModel
         ways.append(
             "train_structured.py can train it, on prompts and completions" if strided else "ebft.layout=rows can"
         )
-    if config.model.attn_implementation != "eager" and _bears(model, "packed", accelerator):
+    places, eager = _counts_places(config, model), config.model.attn_implementation == "eager"
+    if not places and not eager and _bears(model, "packed", accelerator):
         ways.append("model.attn_implementation=eager can, with all scores in memory")
     instead = f"; {' and '.join(ways)}" if ways else ""
     wrong = f"model.name_or_path: {name} cannot be trained in strided mode"
@@ -130,12 +136,14 @@ def _refuse_packed_settings(config: Config, reason: str | None) -> None:
 
 
 def _not_at_all(config: Config, accelerator: Accelerator, model: PreTrainedModel | PeftModel, reason: str) -> str:
-    setting, hint = setting_of(config, model, "rows"), ""
+    setting, hint = setting_of(config, accelerator, model, "rows"), ""
     if (
         setting.writes
         and prove(base_causal_lm(model), replace(setting, writes=False), accelerator.device).reason is None
     ):
         hint = "; with completions from a vLLM server (ebft.use_vllm=true) it can"
+    if config.lora is not None:
+        hint += f" (tried with its adapter, lora.target_modules: {config.lora.target_modules})"
     name = f"{config.model.name_or_path!r} ({base_causal_lm(model).config.model_type})"
     return f"model.name_or_path: {name} cannot be trained: {reason}{hint}"
 

@@ -174,12 +174,27 @@ def refuse_unsupported(model_config: PretrainedConfig, name: str) -> None:
         raise UserError(f"model.name_or_path: {kind} is an encoder-decoder, and training needs a decoder alone")
 
 
+def _end_of_short_factors(settings: dict) -> int | None:
+    """With longrope (Phi-3 ..), the length from which on transformers takes other positions for the whole batch."""
+    rope = settings.get("rope_parameters") or {}
+    parts = [rope, *(part for part in rope.values() if isinstance(part, dict))]
+    key = "original_max_position_embeddings"
+    ends = [part.get(key) or settings.get(key) for part in parts if part.get("rope_type") == "longrope"]
+    return min(filter(None, ends), default=None)
+
+
 def refuse_short_context(config: Config, model_config: PretrainedConfig) -> None:
     """Raises UserError for sequences longer than the model's positions, and for windows that rollouts would fill."""
     settings, name = model_config.get_text_config().to_dict(), config.model.name_or_path
     (longest, keys), limit = config.longest_sequence, settings.get("max_position_embeddings")
     if limit and longest > limit:
         raise UserError(f"{keys}: {longest} is more than the {limit} positions of {name!r}; lower it")
+    limit = _end_of_short_factors(settings)
+    if limit and longest > limit:
+        raise UserError(
+            f"{keys}: {longest} is more than the {limit} tokens up to which {name!r} keeps its short rope factors "
+            "(longrope): one longer sequence would move the positions of all others in its batch; lower it"
+        )
     if config.mode == "strided":
         needed, window = config.ebft.stride + config.ebft.generate_max_len, settings.get("sliding_window")
         slides = settings.get("use_sliding_window", True) and SLIDING in (settings.get("layer_types") or [SLIDING])
@@ -235,7 +250,8 @@ def with_adapter(config: Config, model: PreTrainedModel) -> PeftModel:
     try:
         policy = get_peft_model(model, adapter)
     except (ValueError, re.error) as error:
-        raise UserError(f"lora.target_modules: {lora.target_modules!r}: {first_line(error)}") from None
+        names = f"its linear layers: {', '.join(_ends_of_linear_layers(model))}"
+        raise UserError(f"lora.target_modules: {lora.target_modules!r}: {first_line(error)}; {names}") from None
     if isinstance(policy.get_output_embeddings(), BaseTunerLayer):
         raise UserError(
             "lora.target_modules: the LM head cannot carry an adapter, because its weight is read directly; "
@@ -244,14 +260,21 @@ def with_adapter(config: Config, model: PreTrainedModel) -> PeftModel:
     return policy
 
 
+def _linear_layers(model: PreTrainedModel) -> list[str]:
+    linear = [name for name, module in model.named_modules() if isinstance(module, (torch.nn.Linear, Conv1D))]
+    return [name for name in linear if model.get_submodule(name) is not model.get_output_embeddings()]
+
+
+def _ends_of_linear_layers(model: PreTrainedModel) -> list[str]:
+    return list(dict.fromkeys(name.rpartition(".")[2] for name in _linear_layers(model)))
+
+
 def _check_targets(targets: str | list[str], model: PreTrainedModel) -> None:
     """Raises UserError, with the layers that there are, when an adapter's target is none of them.
 
     As in peft, text is a pattern of whole names, and an item of a list is the end of a name.
     """
-    linear = [name for name, module in model.named_modules() if isinstance(module, (torch.nn.Linear, Conv1D))]
-    layers = [name for name in linear if model.get_submodule(name) is not model.get_output_embeddings()]
-    ends = list(dict.fromkeys(name.rpartition(".")[2] for name in layers))
+    layers, ends = _linear_layers(model), _ends_of_linear_layers(model)
     names, wrong = [name for name, _ in model.named_modules()], None
     if isinstance(targets, list):
         missing = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in names)]
@@ -288,8 +311,8 @@ def load_feature_network(
     with patch_environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false"):
         copy = load_causal_lm(config.model, DTYPES[config.model.dtype], place)
     attention = decoder.config._attn_implementation
-    on_gpu = attention == STRIDED_FLEX and place.type != device.type
-    copy.set_attn_implementation(STRIDED_BLOCKS if on_gpu else attention)
+    elsewhere = place.type != device.type  # where FlexAttention was not tried
+    copy.set_attn_implementation(STRIDED_BLOCKS if attention == STRIDED_FLEX and elsewhere else attention)
     network = FeatureNetwork(decoder_of(copy).requires_grad_(False).eval(), layers, **how)
     if config.feature_network.shard:
         for layer in decoder_layers(decoder_of(copy))[: max(layers)]:

@@ -15,6 +15,7 @@ from strided_cases import random_tokens
 
 # their own code does not run in bfloat16
 FLOAT32_ALONE = {"xlstm"}
+RECURRENT = {"nemotron_h", "zamba2"}  # transformers computes them in another way when it has padding or a cache
 KINDS = kinds_in(PAGE.read_text())
 
 
@@ -50,9 +51,11 @@ def test_a_family_is_as_the_table_says(family):
             valid = torch.ones(3, 1, dtype=torch.bool)
             logps, _ = rows_logprobs(model, *given, anchors.T, valid, 1.0, None)
             logps = logps.transpose(0, 1)
-    # the experts' choice of two equal numbers may turn on rounding: a few tokens may differ, most do not
     gaps = (logps - expected).abs().flatten()
-    assert gaps.median() < 1e-4 and gaps.quantile(0.9) < 1e-3, gaps
+    if "experts" in repr(model).lower():  # their choice may turn on rounding: a few tokens may differ, most do not
+        assert gaps.median() < 1e-4 and gaps.quantile(0.9) < 1e-3, gaps
+    else:
+        assert gaps.max() < (1e-3 if family in RECURRENT else 1e-4), gaps
     if family not in FLOAT32_ALONE:
         verdict = prove(build(family).bfloat16(), replace(found.setting, dtype=torch.bfloat16), CPU)
         assert verdict.reason is None, verdict.reason

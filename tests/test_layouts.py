@@ -167,6 +167,7 @@ def test_llama_4_s_scale_counts_places_of_the_row(tmp_path, family_folder, text_
     folder = family_folder("llama4_text", floor_scale=100)
     words = refusal(train_strided.main, ["--cfg", str(strided_file(tmp_path, folder, text_file))])
     assert "from place 100 of a row on it scales attention, and packed rows have up to" in words
+    assert "train_structured.py can" in words and "eager" not in words  # the place in the row is the same there
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

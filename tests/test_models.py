@@ -218,6 +218,19 @@ def test_windows_that_rollouts_would_fill(write_config, model_type):
     assert refuse_short_context(load_config(str(write_config(ebft__generate_max_len=3))), model_config) is None
 
 
+def test_sequences_that_would_move_the_positions_of_others(write_config):
+    """longrope takes its long factors for a whole batch as soon as one sequence in it is long.
+
+    Rollouts at early anchors, and in other rows, would be scored at other positions than they were sampled at.
+    """
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "rope_theta": 1e4}
+    config = tiny_config("phi3", rope_parameters=rope, original_max_position_embeddings=47)
+    words = r"^data.sequence_length: 48 is more than the 47 tokens up to which .* \(longrope\).*; lower it$"
+    with pytest.raises(UserError, match=words):
+        refuse_short_context(load_config(str(write_config())), config)
+    assert refuse_short_context(load_config(str(write_config(data__sequence_length=47))), config) is None
+
+
 def nested_config(**changes):
     """Gemma 3 4B and larger are loaded with a config whose text part stands one level down."""
     text = {key: value for key, value in TINY.items() if not key.endswith("_token_id")}

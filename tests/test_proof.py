@@ -9,7 +9,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ebft_utils import proof
-from ebft_utils.algorithm import attention, flex
+from ebft_utils.algorithm import attention, decoding, strided
 from ebft_utils.algorithm.architecture import decoder_layers
 from ebft_utils.models import base_causal_lm
 from ebft_utils.proof import Setting, Verdict, first_layers, prove
@@ -19,11 +19,17 @@ from helpers import tiny_model
 CPU = torch.device("cpu")
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 PACKED, ROWS = Setting("packed", "strided_blocks", torch.float32), Setting("rows", "sdpa", torch.float32)
+FLEX = replace(PACKED, implementation="strided_flex")
 
 
 def proved(model, setting: Setting, dtype: torch.dtype, autocast: bool = False) -> Verdict:
-    """The verdict on a model whose weights are in a precision, or that is autocast to it."""
-    return prove(model if autocast else model.to(dtype), replace(setting, dtype=dtype, autocast=autocast), CPU)
+    """The verdict on a model whose weights are in a precision, or that is autocast to it.
+
+    As in choose_layout, its attention is set already.
+    """
+    model = model if autocast else model.to(dtype)
+    model.set_attn_implementation(setting.implementation)
+    return prove(model, replace(setting, dtype=dtype, autocast=autocast), CPU)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -78,6 +84,32 @@ def test_attention_that_ignores_the_mask(monkeypatch, dtype):
     replaced(monkeypatch, "strided_blocks", ignoring)
     verdict = proved(tiny_model(), PACKED, dtype)
     assert "the tokens that a rollout may not see change its log-probs by" in verdict.reason
+
+
+@pytest.mark.parametrize("setting", [PACKED, FLEX], ids=["blocks", "flex"])
+@pytest.mark.parametrize("wrong", ["packed documents", "one anchor"])
+def test_masks_that_leak_in_the_run_s_precision_alone(monkeypatch, setting, wrong):
+    """A wrong mask in the run's own kernel, and none in float32: exactness is asked of what really runs."""
+    right, arguments, run = strided.may_attend, strided.attention_arguments, {}
+
+    def leaking(layout, row, query, key, reach=strided.EVERYTHING):
+        seen = right(layout, row, query, key, reach)
+        if run["dtype"] != torch.bfloat16:
+            return seen
+        document = layout.rollout_ids[key] < 0
+        if wrong == "packed documents":
+            return seen | (document & (layout.rollout_ids[query] >= 0) & (key < layout.visible[row, query]))
+        return seen | (document & (layout.rollout_ids[query] == 4) & (row == 0))  # its own document and the other
+
+    def noted(decoder, layout, **how):
+        run["dtype"] = decoder.dtype
+        return arguments(decoder, layout, **how)
+
+    monkeypatch.setattr(strided, "may_attend", leaking)
+    for module in (strided, decoding, proof):
+        monkeypatch.setattr(module, "attention_arguments", noted)
+    assert "may not see change its" in proved(tiny_model(), setting, torch.bfloat16).reason
+    assert proved(tiny_model(), setting, torch.float32) == Verdict(None)
 
 
 @DTYPES
@@ -247,11 +279,12 @@ def with_adapter(dtype: torch.dtype):
 
 
 @DTYPES
+@pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("on", [False, True])
-def test_adapters_on_and_off(monkeypatch, dtype, on):
+def test_adapters_on_and_off(monkeypatch, dtype, autocast, on):
     """A leak in the adapter's path shows although a new adapter adds nothing, and one of the base alone in features."""
     model = with_adapter(dtype)
-    assert proved(model, PACKED, dtype) == Verdict(None)
+    assert proved(model, PACKED, dtype, autocast) == Verdict(None)
     kind = type(model.model.layers[0].self_attn.q_proj)
     forward = kind.forward
 
@@ -260,7 +293,7 @@ def test_adapters_on_and_off(monkeypatch, dtype, on):
         return result + 0.1 * result.roll(9, dims=1) if self.disable_adapters != on else result
 
     monkeypatch.setattr(kind, "forward", leaking)
-    reason = proved(model, PACKED, dtype).reason
+    reason = proved(model, PACKED, dtype, autocast).reason
     assert ("log-probs" in reason) if on else ("features" in reason)
 
 
@@ -279,10 +312,9 @@ def test_first_layers_are_one_of_each_kind():
 def test_networks_that_cannot_be_cut(family, whole):
     """nanochat's final norm is its first one too; Mamba numbers its states in another way."""
     setting = ROWS if family != "mamba" else replace(ROWS, implementation="eager")
-    assert prove(build(family), setting, CPU) == Verdict(None, None, whole)
+    assert prove(build(family), setting, CPU) == Verdict(None, whole)
 
 
 def test_flex_attention_is_tried_where_it_runs():
     """On the CPU it runs forwards only; decoding and prefill are of its own."""
-    setting = replace(PACKED, implementation=flex.STRIDED_FLEX)
-    assert prove(build("gemma3_text"), setting, CPU) == Verdict(None)
+    assert prove(build("gemma3_text"), FLEX, CPU) == Verdict(None)

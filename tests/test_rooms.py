@@ -16,7 +16,7 @@ ROOMS = {
     "proof": {"algorithm", "model_files"},
     "layouts": {"config", "algorithm", "model_files", "models", "proof"},
     "data": {"config", "algorithm"},
-    "run": {"config", "algorithm", "model_files", "text_decoders", "models", "layouts", "data"},
+    "run": {"config", "algorithm", "model_files", "text_decoders", "models", "proof", "layouts", "data"},
     "server": {"config", "algorithm", "model_files", "text_decoders", "models", "data", "run"},
 }
 FILES = sorted((ROOT / "ebft_utils").glob("**/*.py"))

@@ -40,11 +40,12 @@ def reaches(config: PreTrainedConfig) -> dict[str | None, Reach]:
     """
     settings = config.to_dict()
     window, chunk = settings.get("sliding_window"), settings.get("attention_chunk_size")
-    if settings.get("use_sliding_window") is False:
-        window = None
-    other = [key for key, value in settings.items() if value and OTHER_WINDOWS.match(key)]
+    unset = None, False, 0, window
+    other = [key for key, value in settings.items() if OTHER_WINDOWS.match(key) and value not in unset]
     if other:
         raise ValueError(f"its {', '.join(other)} may limit attention in a way that a mask of ours does not")
+    if settings.get("use_sliding_window") is False:
+        window = None
     by_type = {FULL: Reach(), SLIDING: Reach(window=window), CHUNKED: Reach(chunk=chunk)}
     types = layer_types(config)
     unknown = [layer_type for layer_type in types if layer_type not in by_type]

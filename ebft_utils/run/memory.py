@@ -26,14 +26,13 @@ from ..config.settings import UserError
 from ..layouts import attention_heads
 from ..model_files import LOADING_ERRORS, first_line, plain_source
 from ..models import DTYPES, base_causal_lm, feature_device, refuse_short_context, refuse_unsupported, with_adapter
+from ..proof import NO_MEMORY
 from ..text_decoders import decoder_config
 from .checkpoint import MAY_CHANGE
 
 GB = 2**30
 FSDP2 = "accelerate_configs/fsdp2.yaml"
 IN_TURN = ("rollouts", "forward and backward", "update")
-# out of memory, in errors that are not a torch.OutOfMemoryError
-NO_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "CUDA error: out of memory")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

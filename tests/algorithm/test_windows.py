@@ -87,8 +87,12 @@ def test_the_window_matters_in_these_tests(family):
     assert gap > 0.1
 
 
-def test_gradients_equal_one_sequence_at_a_time():
-    """Blocks leave out document tokens that are out of reach: their keys still get the gradient of other queries."""
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_equal_one_sequence_at_a_time(checkpointing):
+    """Blocks leave out document tokens that are out of reach: their keys still get the gradient of other queries.
+
+    With gradient checkpointing each layer's own mask has to reach its second forward, too.
+    """
     tokens, segments, anchors, valid = documents()
     rollouts = random_tokens(*anchors.shape, SAMPLES, TOKENS, seed=2)
     gradients = []
@@ -96,6 +100,8 @@ def test_gradients_equal_one_sequence_at_a_time():
         model = build("gemma3_text")
         model.set_attn_implementation(implementation)
         if implementation == "strided_blocks":
+            if checkpointing:
+                model.train().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             logps, _ = strided_logprobs(model, tokens, segments, rollouts, anchors, valid, 1.0, None)
             total = logps[valid].sum()
         else:
