@@ -5,6 +5,7 @@ algorithm      the mathematics: tensors in, tensors out; imports none of the oth
 model_files    where a model's files are, and the ordinary copy of a GGUF file
 text_decoders  the text decoder of a multimodal checkpoint, and its names outside
 models         policy, tokenizer, adapter, feature network
+trial          short examples, as the run computes them and as the model itself does
 proof          does a model compute what the algorithm takes for granted?
 layouts        which layout and attention a run takes
 data           datasets -> documents -> rows -> batches

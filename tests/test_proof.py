@@ -8,11 +8,12 @@ from peft import LoraConfig, get_peft_model
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from ebft_utils import proof
+from ebft_utils import proof, trial
 from ebft_utils.algorithm import attention, decoding, strided
 from ebft_utils.algorithm.architecture import decoder_layers
 from ebft_utils.models import base_causal_lm
-from ebft_utils.proof import Setting, Verdict, first_layers, prove
+from ebft_utils.proof import Setting, Verdict, prove
+from ebft_utils.trial import first_layers
 from families import build
 from helpers import tiny_model
 
@@ -106,7 +107,7 @@ def test_masks_that_leak_in_the_run_s_precision_alone(monkeypatch, setting, wron
         return arguments(decoder, layout, **how)
 
     monkeypatch.setattr(strided, "may_attend", leaking)
-    for module in (strided, decoding, proof):
+    for module in (strided, decoding, trial):
         monkeypatch.setattr(module, "attention_arguments", noted)
     assert "may not see change its" in proved(tiny_model(), setting, torch.bfloat16).reason
     assert proved(tiny_model(), setting, torch.float32) == Verdict(None)
@@ -262,9 +263,9 @@ def test_memory_that_runs_out_is_no_verdict(monkeypatch, error):
     def full(*_, **__):
         raise error
 
-    for name in ("strided_logprobs", "FeatureNetwork"):
+    for module, name in ((trial, "strided_logprobs"), (proof, "FeatureNetwork")):
         with monkeypatch.context() as patch, pytest.raises(RuntimeError) as caught:
-            patch.setattr(proof, name, full)
+            patch.setattr(module, name, full)
             prove(tiny_model(), PACKED, CPU)
         assert caught.value is error
 
@@ -305,7 +306,7 @@ def test_first_layers_are_one_of_each_kind():
     assert len(first_layers(build("deepseek_v3")).model.layers) == 2  # a dense one, then experts
     assert len(first_layers(build("gemma4_text")).model.layers) == 4  # later layers use the keys of earlier ones
     short = first_layers(with_adapter(torch.float32))
-    assert all(module.lora_B["default"].weight.abs().max() > 0 for module in proof._adapters(short))
+    assert all(module.lora_B["default"].weight.abs().max() > 0 for module in trial.adapters_of(short))
 
 
 @pytest.mark.parametrize(("family", "whole"), [("llama", False), ("nanochat", True), ("mamba", True)])
