@@ -45,17 +45,19 @@ def choose_layout(config: Config, accelerator: Accelerator, model: PreTrainedMod
         if asked == "packed":
             raise UserError(_not_packed(config, accelerator, model, reason))
     _refuse_packed_settings(config, reason)
+    if reason is not None:
+        accelerator.print(f"ebft.layout: auto takes rows, one for each completion: {reason}")
     for implementation in ("eager",) if config.model.attn_implementation == "eager" else ("sdpa", "eager"):
         try:
             base_causal_lm(model).set_attn_implementation(implementation)
         except ValueError as error:  # this architecture has no such attention
-            verdict = Verdict(str(error))
-            continue
-        verdict = _agreed(config, accelerator, model, "rows")
+            verdict = Verdict(first_line(error))
+        else:
+            verdict = _agreed(config, accelerator, model, "rows")
         if verdict.reason is None:
-            if reason is not None:
-                accelerator.print(f"ebft.layout: auto takes rows, one for each completion: {reason}")
             return _said(accelerator, "rows", verdict)
+        if implementation == "sdpa":
+            accelerator.print(f"model.attn_implementation: eager is tried, because with sdpa {verdict.reason}")
     raise UserError(_not_at_all(config, accelerator, model, verdict.reason))
 
 

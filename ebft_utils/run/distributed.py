@@ -58,6 +58,8 @@ def prepare_accelerator(config: Config) -> Accelerator:
         project_config=ProjectConfiguration(logging_dir=str(logs)),
     )
     kind = accelerator.distributed_type
+    # it makes a plan for each new shape, and NaN gradients with masks at some lengths are reported of it
+    torch.backends.cuda.enable_cudnn_sdp(False)
     _refuse_missing_gpus(accelerator)
     if fsdp and kind != DistributedType.FSDP:
         raise UserError(
