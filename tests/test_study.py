@@ -346,10 +346,10 @@ def test_the_page_is_that_of_the_results():
     """Guards against a table that nobody can make again."""
     results = estimates.Results(grid.RESULTS)
     page = report.PAGE.read_text()
-    assert report.with_tables(page, results) == page, "run: python examples/study/report.py"
+    assert report.with_tables(page, report.tables(results)) == page, "run: python examples/study/report.py"
     assert {name for name, lines in report.tables(results).items() if not lines} == {"pass_at_k"}  # not run yet
     with pytest.raises(ValueError, match="no place for the table changes"):
-        report.with_tables(page.replace(report.BEGIN.format(name="changes"), ""), results)
+        report.with_tables(page.replace(report.BEGIN.format(name="changes"), ""), report.tables(results))
     for name, run in results.runs.items():
         assert run["name"] == name and run["measured"]
         assert all(math.isfinite(value) for entry in run["log"] for value in entry.values())

@@ -35,13 +35,15 @@ from measure import MEASURES, Trained
 
 def run_one(run: grid.Run) -> None:
     """Trains, measures, and writes the result's file when it is whole."""
-    trained, log = Trained(run.config(*run.overrides)), []
-    started = time.perf_counter()
+    trained, log, on_the_way, seconds = Trained(run.config(*run.overrides)), [], {}, 0.0
     num_steps = 0 if run.name.startswith("gradient-") or run.name.endswith("base") else trained.num_steps
     for step in tqdm(range(num_steps), desc=run.name):
+        started = time.perf_counter()
         metrics = trained.take_step(step)
-        log.append({"step": step + 1, "train/grad_norm": trained.grad_norm, **metrics})
-    seconds = time.perf_counter() - started
+        seconds += time.perf_counter() - started
+        log.append({"step": step + 1, "train/grad_norm": trained.grad_norm, **metrics, "seconds": seconds})
+        if run.on_the_way is not None and (step + 1) % run.on_the_way[1] == 0 and step + 1 < num_steps:
+            on_the_way[step + 1] = MEASURES[run.on_the_way[0]](trained, run)
     measured = MEASURES[run.measure](trained, run)
     result = {
         "name": run.name,
@@ -51,9 +53,10 @@ def run_one(run: grid.Run) -> None:
         "seconds": round(seconds, 1),
         "documents": num_steps * trained.config.train.batch_size,
         "measured": measured,
+        **({"on_the_way": on_the_way} if on_the_way else {}),
         "log": [{name: float(f"{value:.5g}") for name, value in entry.items()} for entry in log],
     }
-    grid.RESULTS.mkdir(exist_ok=True)
+    run.file.parent.mkdir(exist_ok=True)
     unfinished = run.file.with_suffix(".tmp")
     unfinished.write_text(json.dumps(result) + "\n")
     unfinished.rename(run.file)
