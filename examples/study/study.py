@@ -35,13 +35,14 @@ from measure import MEASURES, Trained
 
 def run_one(run: grid.Run) -> None:
     """Trains, measures, and writes the result's file when it is whole."""
-    trained, log, on_the_way, seconds = Trained(run.config(*run.overrides)), [], {}, 0.0
+    trained, log, on_the_way, seconds, cpu_seconds = Trained(run.config(*run.overrides)), [], {}, 0.0, 0.0
     num_steps = 0 if run.name.startswith("gradient-") or run.name.endswith("base") else trained.num_steps
     for step in tqdm(range(num_steps), desc=run.name):
-        started = time.perf_counter()
+        started, cpu_started = time.perf_counter(), time.process_time()
         metrics = trained.take_step(step)
-        seconds += time.perf_counter() - started
-        log.append({"step": step + 1, "train/grad_norm": trained.grad_norm, **metrics, "seconds": seconds})
+        seconds, cpu_seconds = seconds + time.perf_counter() - started, cpu_seconds + time.process_time() - cpu_started
+        times = {"seconds": seconds, "cpu_seconds": cpu_seconds}
+        log.append({"step": step + 1, "train/grad_norm": trained.grad_norm, **metrics, **times})
         if run.on_the_way is not None and (step + 1) % run.on_the_way[1] == 0 and step + 1 < num_steps:
             on_the_way[step + 1] = MEASURES[run.on_the_way[0]](trained, run)
     measured = MEASURES[run.measure](trained, run)

@@ -9,6 +9,7 @@ import estimates
 import grid
 import report
 import runs
+from curves import draw
 from downstream import calibration_error
 from estimates import NAMES, Results
 
@@ -17,6 +18,7 @@ MAIN = {"cross_entropy": "cross-entropy", "accuracy": "next token right", "cfm_u
 MAIN |= {"mean_reward": "reward"}
 TEXT = {"valid_python": "valid Python", "next_line_exact": "next line right", "next_line_similarity": "edit similarity"}
 LEVELS = {**MAIN, **TEXT}
+TIMES = ("cpu_seconds", "seconds")
 COMPARED = {NAMES[method]: f"main-{method}" for method in grid.METHODS}
 ALL = {**COMPARED, "SFT, for EBFT's time": "time-sft"}
 
@@ -48,10 +50,10 @@ def on_the_way(results: Results) -> list[str]:
         for step in found[0].get("on_the_way", {}) if found and base else ():
             then = [{**run, "measured": run["on_the_way"][step]} for run in found]
             documents = int(step) * found[0]["documents"] // len(found[0]["log"])
-            seconds = estimates.over_seeds([run["log"][int(step) - 1]["seconds"] for run in found])[0]
+            seconds = estimates.over_seeds([run["log"][int(step) - 1]["cpu_seconds"] for run in found])[0]
             cells = [report.shown_change(*estimates.difference(then, [base], metric)) for metric in estimates.CHANGES]
             rows.append([label, f"{len(found)}", f"{documents}", f"{seconds:.0f}", *cells])
-    return report.table(["", "seeds", "documents", "seconds", *estimates.CHANGES.values()], rows)
+    return report.table(["", "seeds", "documents", "CPU seconds", *estimates.CHANGES.values()], rows)
 
 
 def rates(results: Results) -> list[str]:
@@ -68,13 +70,17 @@ def rates(results: Results) -> list[str]:
 
 
 def groups(results: Results) -> list[str]:
-    """Seconds and groups of each method, as trained."""
+    """What each method was trained with, and for how long. CPU seconds do not depend on what else the machine did."""
     rows = []
     for label, prefix in ALL.items():
         if found := results.seeds(prefix):
-            steps, seconds = len(found[0]["log"]), estimates.over_seeds([run["seconds"] for run in found])[0]
-            rows.append([label, f"{len(found)}", f"{steps}", f"{found[0]['documents']}", f"{seconds:.0f}"])
-    return report.table(["", "seeds", "steps", "documents", "seconds of training"], rows)
+            log = found[0]["log"]
+            seconds = (
+                [estimates.over_seeds([run["log"][-1][name] for run in found])[0] for name in TIMES] if log else []
+            )
+            cells = [f"{len(found)}", f"{len(log)}", f"{found[0]['documents']}", *(f"{value:.0f}" for value in seconds)]
+            rows.append([label, *cells])
+    return report.table(["", "seeds", "steps", "documents", "CPU seconds of training", "seconds"], rows)
 
 
 def base_training(results: Results) -> list[str]:
@@ -106,5 +112,7 @@ def tables(results: Results) -> dict[str, list[str]]:
 
 
 def write_page() -> None:
-    """README.md with its tables."""
-    PAGE.write_text(report.with_tables(PAGE.read_text(), tables(Results(runs.RESULTS))))
+    """README.md with its tables, and its plot."""
+    results = Results(runs.RESULTS)
+    PAGE.write_text(report.with_tables(PAGE.read_text(), tables(results)))
+    draw(results, PAGE.with_name("curves.png"))
