@@ -183,9 +183,9 @@ def tiny_study(tmp_path, monkeypatch, modules):
     text = (ROOT / "examples" / "study" / "small" / "small.yaml").read_text()
     changes = {
         "max_steps": (200, 2),
-        " batch_size": (36, 2),
+        " batch_size": (34, 2),
         "num_documents": (176, 8),
-        "per_device_batch_size": (12, 2),
+        "per_device_batch_size": (17, 2),
     }
     for key, (old, new) in changes.items():
         assert f"{key}: {old}" in text
@@ -225,6 +225,7 @@ def test_one_command_runs_it(tiny_study, capsys):
         assert all(0 <= total <= weight for total, weight in zip(*measured[name], strict=True))
     truth, weights = measured["valid_truth"]
     assert sum(truth) > 0.8 * sum(weights)
+    assert (tiny_study / "runs" / "small" / "models" / "main-sft-seed0" / "model.safetensors").is_file()
     page = tables.PAGE.read_text()
     assert "| EBFT, ce_coef 0.1 | 1 | 2 | 4 |" in page
     before = {name: (tiny_study / "results" / f"{name}.json").stat().st_mtime_ns for name in names}

@@ -385,6 +385,31 @@ def test_a_run_that_breaks_off_leaves_no_result(tiny, monkeypatch):
     assert not run.file.exists()
 
 
+def test_a_run_that_was_stopped_goes_on(tiny, monkeypatch):
+    """Guards against a run that goes on with other weights, another order of the data, or a forgotten optimizer."""
+    monkeypatch.setattr(study, "SAVE_EVERY", 2)
+    run = replace(tiny("train.max_steps=5", "train.learning_rate=1e-2")[0], on_the_way=("held_out", 2))
+    study.run_one(run)
+    whole = json.loads(run.file.read_text())
+    assert list(whole["on_the_way"]) == ["2", "4"] and not run.unfinished.exists()
+    run.file.unlink()
+    take_step = measure.Trained.take_step
+    monkeypatch.setattr(measure.Trained, "take_step", lambda self, step: take_step(self, step) if step < 3 else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        study.run_one(run)
+    steps = []
+    monkeypatch.setattr(measure.Trained, "take_step", lambda self, step: steps.append(step) or take_step(self, step))
+    study.run_one(run)
+    assert steps == [2, 3, 4] and not run.unfinished.exists()
+    again = json.loads(run.file.read_text())
+    for result in (whole, again):
+        del result["seconds"]
+        result["log"] = [
+            {name: value for name, value in entry.items() if "seconds" not in name} for entry in result["log"]
+        ]
+    assert again == whole
+
+
 def test_a_run_that_is_not_finite_is_no_result(tiny):
     """Guards against NaN in the tables."""
     _, trained = tiny()

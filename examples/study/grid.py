@@ -70,6 +70,11 @@ class Run:
     def file(self) -> Path:
         return RESULTS / f"{self.name}.json"
 
+    @property
+    def unfinished(self) -> Path:
+        """Where a run that takes long keeps what it needs to go on."""
+        return ROOT / "runs" / "study-unfinished" / f"{self.name}.pt"
+
     def config(self, *overrides: str) -> StridedConfig | StructuredConfig:
         """Of its base file and these overrides."""
         return load_config(str(HERE / self.base), overrides, config_class(self.base))

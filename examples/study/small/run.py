@@ -6,7 +6,7 @@
     python examples/study/small/run.py --tables      only the tables of README.md, from results/
 
 In the environment of the study (../README.md, "Run it yourself"), from any folder. The first call makes data, tokenizer
-and base model (make.py, base.yaml). A run that was stopped begins anew; one that has its file in results/ does not.
+and base model (make.py, base.yaml). A run that was stopped goes on; one that has its file in results/ is not run again.
 """
 
 import argparse
@@ -66,6 +66,7 @@ def main(argv: list[str]) -> None:
         make_base()
         while (run := next_run()) is not None and time.monotonic() - started < 60 * arguments.minutes:
             study.run_one(run)
+            write_page()
     write_page()
 
 

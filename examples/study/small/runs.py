@@ -22,6 +22,7 @@ from ebft_utils.run.distributed import precision
 from make import evenly
 
 RESULTS = HERE / "results"
+MODELS = Path("runs/small/models")
 BASE = "small/small.yaml"
 # method -> learning rates that are tried, the likeliest first
 RATES = {"sft": (1e-3, 3e-4, 3e-3), "ebft_0.1": (1e-3, 3e-4, 3e-3), "ebft_0": (3e-4, 1e-4, 1e-3)}
@@ -41,6 +42,10 @@ class Run(grid.Run):
     @property
     def file(self) -> Path:
         return RESULTS / f"{self.name}.json"
+
+    @property
+    def unfinished(self) -> Path:
+        return grid.ROOT / "runs" / "small" / "unfinished" / f"{self.name}.pt"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -131,7 +136,10 @@ def held_out_modules(trained: measure.Trained, run: Run) -> dict[str, list]:
 
 
 def all_of_modules(trained: measure.Trained, run: Run) -> dict[str, list]:
-    """Also continuations of 64 tokens, and calibration."""
+    """Also continuations of 64 tokens, and calibration. The model is kept, for what will be measured later."""
+    folder = MODELS / run.name
+    base_causal_lm(trained.policy.causal_lm).save_pretrained(folder)
+    trained.tokenizer.save_pretrained(folder)
     rows, modules = documents_of(trained)
     table = {**continuations(trained, run, rows), **calibration(trained, rows)}
     return held_out_modules(trained, run) | by_module(table, modules)

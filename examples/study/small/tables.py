@@ -91,12 +91,21 @@ def base_training(results: Results) -> list[str]:
     return report.table(["step", "held-out cross-entropy of the base half"], rows)
 
 
+def ceiling(results: Results) -> list[str]:
+    """How often the text's own continuations count as valid Python."""
+    if "base" not in results.runs:
+        return []
+    share = estimates.mean_of(results.runs["base"], "valid_truth")
+    return ["", f"Of the text's own continuations {share:.4f} count as valid Python: more cannot be reached.", ""]
+
+
 def tables(results: Results) -> dict[str, list[str]]:
     """Name of a place in README.md -> what stands there."""
     lengths = estimates.BY_LENGTH
     return {
         "state": groups(results),
         "levels": report.levels(results, ALL, "base", LEVELS),
+        "ceiling": ceiling(results),
         "changes": report.against(results, ALL, "base", report.SINCE, LEVELS),
         "to_sft": report.against(results, ALL, "main-sft", report.TO_SFT, LEVELS),
         "lengths": [
