@@ -171,7 +171,7 @@ def test_modules_are_added_up():
 def tiny_study(tmp_path, monkeypatch, modules):
     """The whole study with a tiny model, a few modules and two steps a run."""
     few = {name: dict(list(found.items())[:6]) for name, found in modules.items()}
-    monkeypatch.setattr(make, "HELD_OUT", {"base_held_out": 4, "validation": 6, "test": 8})
+    monkeypatch.setattr(make, "HELD_OUT", {"base_held_out": 2, "validation": 4, "test": 4})
     folder = tmp_path / "runs" / "small"
     make.make(folder, few, {**TINY, "vocab_size": 400})
     (folder / "base").mkdir()
@@ -184,7 +184,7 @@ def tiny_study(tmp_path, monkeypatch, modules):
     changes = {
         "max_steps": (200, 2),
         " batch_size": (34, 2),
-        "num_documents": (176, 8),
+        "num_documents": (176, 4),
         "per_device_batch_size": (17, 2),
     }
     for key, (old, new) in changes.items():
@@ -199,7 +199,7 @@ def tiny_study(tmp_path, monkeypatch, modules):
         monkeypatch.setattr(runs, name, value)
     monkeypatch.setattr(runs, "RATES", {"sft": (1e-3,), "ebft_0.1": (1e-3,)})
     monkeypatch.setattr(grid, "METHODS", {name: grid.METHODS[name] for name in ("sft", "ebft_0.1")})
-    monkeypatch.setattr(runs, "VALIDATION", ("eval.dataset=runs/small/validation.jsonl", "eval.num_documents=6"))
+    monkeypatch.setattr(runs, "VALIDATION", ("eval.dataset=runs/small/validation.jsonl", "eval.num_documents=4"))
     monkeypatch.setattr(runs, "for_the_time", lambda: [])
     monkeypatch.setattr(command, "ROOT", tmp_path)
     monkeypatch.setattr(command, "FOLDER", folder)
@@ -243,7 +243,7 @@ def test_confidence_is_that_of_the_cross_entropy(tiny_study, monkeypatch):
     run = runs.Run("x", runs.BASE, (), "held_out_modules")
     trained = measure.Trained(run.config("lora=null"))
     rows, modules = runs.documents_of(trained)
-    assert len(rows) == len(modules) == 8
+    assert len(rows) == len(modules) == 4
     table = measure.evaluated(trained, run, rows)
     expected = []
     for row in range(len(rows)):
@@ -259,6 +259,27 @@ def test_confidence_is_that_of_the_cross_entropy(tiny_study, monkeypatch):
         gap = logps.exp().amax(-1).double().sum() - best
         assert found["confidence_gaps"][:, row].sum().item() == pytest.approx(gap.item(), abs=1e-4)
     torch.testing.assert_close(table["cross_entropy"][0].float(), torch.stack(expected), rtol=1e-4, atol=1e-3)
+
+
+def test_the_truth_is_judged_as_right(tiny_study):
+    """Guards against continuations that are compared with another place of the document."""
+    run = runs.Run("x", runs.BASE, (), "held_out_modules")
+    trained = measure.Trained(run.config())
+    rows, _ = runs.documents_of(trained)
+    batch, place = measure.batch_of(trained, run.config(), rows, [0, 1, 2, 3])
+    place = runs.with_places(batch, place, trained.tokenizer, 64)
+    windows = (place["anchors"].unsqueeze(-1) + torch.arange(64)).flatten(1)
+    truth = place["document_ids"].gather(1, windows).unflatten(1, (runs.ANCHORS, 64))
+    starts = trained.tokenizer.convert_ids_to_tokens(truth[..., 0][place["valid"]].tolist())
+    assert starts and all(token.startswith("\u010a") for token in starts)  # byte-level BPE's name of a line's end
+    table = runs.judged(trained.tokenizer, place, truth.unsqueeze(2).expand(-1, -1, 2, -1))
+    for name in ("next_line_exact", "next_line_similarity"):
+        assert table[name].tolist() == [[2.0 * own.sum().item() for own in place["valid"]]] * 2
+    assert table["valid_python"].tolist() == (2 * table["valid_truth"]).tolist()
+    other = runs.judged(trained.tokenizer, place, truth.roll(1, 0).unsqueeze(2))
+    assert other["next_line_exact"][0].sum() < other["next_line_exact"][1].sum()
+    short = measure.cfm_of_first_tokens(trained, "completion_mean", place, truth.unsqueeze(2).expand(-1, -1, 2, -1))
+    assert all(values[0].abs().max() < 1e-5 for name, values in short.items() if name.startswith("cfm_unbiased"))
 
 
 def test_every_run_is_a_valid_configuration(monkeypatch):

@@ -66,7 +66,7 @@ def main(argv: list[str]) -> None:
         make_base()
         while (run := next_run()) is not None and time.monotonic() - started < 60 * arguments.minutes:
             study.run_one(run)
-            write_page()
+            write_page(plot=False)
     write_page()
 
 

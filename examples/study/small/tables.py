@@ -120,8 +120,9 @@ def tables(results: Results) -> dict[str, list[str]]:
     }
 
 
-def write_page() -> None:
+def write_page(plot: bool = True) -> None:
     """README.md with its tables, and its plot."""
     results = Results(runs.RESULTS)
     PAGE.write_text(report.with_tables(PAGE.read_text(), tables(results)))
-    draw(results, PAGE.with_name("curves.png"))
+    if plot:
+        draw(results, PAGE.with_name("curves.png"))
