@@ -214,7 +214,7 @@ def test_one_command_runs_it(tiny_study, capsys):
     command.main([])
     names = {file.stem for file in (tiny_study / "results").glob("*.json")}
     of_methods = {name.format(method) for name in ("sweep-{}-0.001", "main-{}-seed0") for method in ("sft", "ebft_0.1")}
-    assert names == {"base", "base-training", *of_methods}
+    assert names == {"base", "validation-base", "base-training", *of_methods}
     done = json.loads((tiny_study / "results" / "main-ebft_0.1-seed0.json").read_text())
     assert list(done["on_the_way"]) == ["1"] and len(done["log"]) == 2 and done["documents"] == 4
     measured = done["measured"]

@@ -99,6 +99,7 @@ def for_the_time() -> list[Run]:
 def every_run() -> Iterator[Run]:
     """In the order in which they say most. What follows a learning rate that is not chosen yet is left out."""
     yield Run("base", BASE, (), "all_of_modules")
+    yield Run("validation-base", BASE, VALIDATION, "held_out_modules")
     yield from sweep()
     yield from comparison(grid.SEEDS[:1])
     yield from comparison(grid.SEEDS[1:])

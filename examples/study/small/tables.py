@@ -59,6 +59,10 @@ def on_the_way(results: Results) -> list[str]:
 def rates(results: Results) -> list[str]:
     """The sweep, on the validation documents."""
     rows = []
+    if start := results.runs.get("validation-base"):
+        rows.append(
+            [NAMES["base"], "", *(f"{estimates.mean_of(start, metric):.4f}" for metric in estimates.CHANGES), ""]
+        )
     for method, tried in runs.RATES.items():
         chosen = runs.chosen_rate(method)
         for rate in sorted(tried):
