@@ -25,7 +25,7 @@ RESULTS = HERE / "results"
 MODELS = Path("runs/small/models")
 BASE = "small/small.yaml"
 # method -> learning rates that are tried, the likeliest first
-RATES = {"sft": (1e-3, 3e-4, 3e-3), "ebft_0.1": (1e-3, 3e-4, 3e-3), "ebft_0": (3e-4, 1e-4, 1e-3)}
+RATES = {"sft": (3e-4, 1e-3, 1e-4), "ebft_0.1": (3e-4, 1e-3, 1e-4, 3e-5), "ebft_0": (3e-4, 1e-4, 3e-5)}
 SWEEP_STEPS = 30
 IN_ORDER = ("sft", "ebft_0.1", "ebft_0", "ebft_0.03")
 ON_THE_WAY = ("held_out_modules", 50)  # measured every so many steps
