@@ -346,10 +346,10 @@ def test_the_page_is_that_of_the_results():
     """Guards against a table that nobody can make again."""
     results = estimates.Results(grid.RESULTS)
     page = report.PAGE.read_text()
-    assert report.with_tables(page, results) == page, "run: python examples/study/report.py"
+    assert report.with_tables(page, report.tables(results)) == page, "run: python examples/study/report.py"
     assert {name for name, lines in report.tables(results).items() if not lines} == {"pass_at_k"}  # not run yet
     with pytest.raises(ValueError, match="no place for the table changes"):
-        report.with_tables(page.replace(report.BEGIN.format(name="changes"), ""), results)
+        report.with_tables(page.replace(report.BEGIN.format(name="changes"), ""), report.tables(results))
     for name, run in results.runs.items():
         assert run["name"] == name and run["measured"]
         assert all(math.isfinite(value) for entry in run["log"] for value in entry.values())
@@ -383,6 +383,31 @@ def test_a_run_that_breaks_off_leaves_no_result(tiny, monkeypatch):
     with pytest.raises(MemoryError):
         study.run_one(run)
     assert not run.file.exists()
+
+
+def test_a_run_that_was_stopped_goes_on(tiny, monkeypatch):
+    """Guards against a run that goes on with other weights, another order of the data, or a forgotten optimizer."""
+    monkeypatch.setattr(study, "SAVE_EVERY", 2)
+    run = replace(tiny("train.max_steps=5", "train.learning_rate=1e-2")[0], on_the_way=("held_out", 2))
+    study.run_one(run)
+    whole = json.loads(run.file.read_text())
+    assert list(whole["on_the_way"]) == ["2", "4"] and not run.unfinished.exists()
+    run.file.unlink()
+    take_step = measure.Trained.take_step
+    monkeypatch.setattr(measure.Trained, "take_step", lambda self, step: take_step(self, step) if step < 3 else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        study.run_one(run)
+    steps = []
+    monkeypatch.setattr(measure.Trained, "take_step", lambda self, step: steps.append(step) or take_step(self, step))
+    study.run_one(run)
+    assert steps == [2, 3, 4] and not run.unfinished.exists()
+    again = json.loads(run.file.read_text())
+    for result in (whole, again):
+        del result["seconds"]
+        result["log"] = [
+            {name: value for name, value in entry.items() if "seconds" not in name} for entry in result["log"]
+        ]
+    assert again == whole
 
 
 def test_a_run_that_is_not_finite_is_no_result(tiny):

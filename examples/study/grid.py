@@ -55,16 +55,25 @@ ONE_DOCUMENT = ("train.batch_size=1", "train.per_device_batch_size=1")
 
 @dataclass(frozen=True)
 class Run:
-    """One result: its name is that of its file. measure: what is measured after training (a function below)."""
+    """One result: its name is that of its file. measure: what is measured after training (measure.MEASURES).
+
+    on_the_way: what is measured every so many steps, too; None: nothing.
+    """
 
     name: str
     base: str
     overrides: tuple[str, ...]
     measure: str
+    on_the_way: tuple[str, int] | None = None
 
     @property
     def file(self) -> Path:
         return RESULTS / f"{self.name}.json"
+
+    @property
+    def unfinished(self) -> Path:
+        """Where a run that takes long keeps what it needs to go on."""
+        return ROOT / "runs" / "study-unfinished" / f"{self.name}.pt"
 
     def config(self, *overrides: str) -> StridedConfig | StructuredConfig:
         """Of its base file and these overrides."""
@@ -89,29 +98,33 @@ def sweep(base: str = "strided.yaml", prefix: str = "", kinds=RATES, steps: int 
 
 
 def chosen_rate(kind: str, method: str, prefix: str = "", kinds=RATES) -> float:
-    """The learning rate with the best value of what the method is trained for.
-
-    That is rl_coef * reward / tokens of a rollout - ce_coef * cross-entropy, on the validation documents that count.
-    """
+    """The learning rate with the best value of what the method is trained for."""
     reached = {}
     for rate in kinds[kind][SWEPT[method]]:
         file = RESULTS / f"{prefix}sweep-{kind}-{SWEPT[method]}-{rate:g}.json"
         if not file.is_file():
             raise UserError(f"{file.name} is missing in {RESULTS}: run the part {prefix.replace('-', '_')}sweep first")
-        done = json.loads(file.read_text())
-        config = load_config(str(HERE / done["base"]), done["overrides"], config_class(done["base"]))
-        ebft = config.ebft
-        length = ebft.max_completion_length if config.mode == "structured" else ebft.generate_max_len
-        reward, cross_entropy = (mean_of_fresh(done["measured"], name) for name in ("mean_reward", "cross_entropy"))
-        reached[rate] = ebft.rl_coef * reward / length - ebft.ce_coef * cross_entropy
+        reached[rate] = trained_for(json.loads(file.read_text()))
     return max(reached, key=reached.get)
+
+
+def trained_for(done: dict) -> float:
+    """What a method is trained for, as a result reached it: the more the better.
+
+    That is rl_coef * reward / tokens of a rollout - ce_coef * cross-entropy, on the validation documents that count.
+    """
+    config = load_config(str(HERE / done["base"]), done["overrides"], config_class(done["base"]))
+    ebft = config.ebft
+    length = ebft.max_completion_length if config.mode == "structured" else ebft.generate_max_len
+    reward, cross_entropy = (mean_of_fresh(done["measured"], name) for name in ("mean_reward", "cross_entropy"))
+    return ebft.rl_coef * reward / length - ebft.ce_coef * cross_entropy
 
 
 def fresh(measured: dict[str, list], metric: str) -> tuple[list[float], list[float]]:
     """Totals and weights of the documents that are not mostly made of what stands in training documents too."""
     totals, weights = measured[metric]
-    shares, _ = measured["copied_share"]
-    if len(shares) != len(totals):  # HumanEval
+    shares = measured["copied_share"][0] if "copied_share" in measured else []
+    if len(shares) != len(totals):  # HumanEval; documents of which the copies were left out before
         return totals, weights
     kept = [number for number, share in enumerate(shares) if share <= MOST_COPIED]
     return [totals[number] for number in kept], [weights[number] for number in kept]

@@ -107,6 +107,12 @@ def held_out(trained: Trained, run: Run, rows: Rows | None = None) -> dict[str, 
     The scripts' own evaluation, with the settings of the base file: one ruler for all runs.
     """
     rows = trained.test if rows is None else rows
+    measured = {name: rounded(values) for name, values in evaluated(trained, run, rows).items()}
+    return {**measured, "copied_share": copied_share(trained.rows, rows)}
+
+
+def evaluated(trained: Trained, run: Run, rows: Rows) -> dict[str, torch.Tensor]:
+    """The scripts' own evaluation: name -> (2, documents), totals and weights. Raises Stopped when asked to stop."""
     with StopSignals() as signals:
         if trained.config.mode == "structured":
             table = train_structured.evaluate(trained.structured, rows, 0, signals)
@@ -116,8 +122,7 @@ def held_out(trained: Trained, run: Run, rows: Rows | None = None) -> dict[str, 
             table = train_strided.evaluate(run.config(), *models, rows, pad_token_id, signals)
     if table is None or signals.received:
         raise Stopped(signals.received)
-    measured = {name: rounded(values) for name, values in table.items()}
-    return {**measured, "copied_share": copied_share(trained.rows, rows)}
+    return table
 
 
 def copied_share(rows: Rows, held_out: Rows, width: int = 16) -> list:
@@ -167,23 +172,30 @@ def cfm_by_length(trained: Trained, run: Run) -> dict[str, list]:
     They are at the same places, so that the lengths can be compared.
     """
     config = run.config("ebft.context_length=32", "ebft.stride=32", f"ebft.generate_max_len={max(LENGTHS)}")
-    accelerator, ebft, found = trained.accelerator, config.ebft, {}
+    accelerator, ebft = trained.accelerator, config.ebft
     policy = accelerator.unwrap_model(trained.policy).eval()
     batch, place = batch_of(trained, config, trained.test, list(range(len(trained.test))))
     sizes = batch.anchors.shape[1], ebft.n_samples_per_prompt, ebft.generate_max_len
     uniforms = rollout_uniforms(config.eval.seed, batch.keys, *sizes).to(accelerator.device)
     with precision(accelerator, policy):
         rollouts = policy.generate(**place, temperature=ebft.temperature, uniforms=uniforms)
-        for length in LENGTHS:
-            short = rollouts[..., :length]
-            features, truth = strided_features(trained.network, rollouts=short, embed_method=ebft.embed_method, **place)
-            features = share_equal_rollouts(features, short)
-            coefficients = dict(whitening="feature", alignment_coef=1.0, diversity_coef=1.0)
-            whitened = feature_matching_rewards(features, truth, **coefficients).cfm
-            for name, cfm in (("cfm_unbiased", unbiased_cfm(features, truth)), ("cfm_loss", whitened)):
-                totals = torch.where(batch.valid, cfm, 0.0).double().sum(1)
-                found[f"{name}@{length}"] = rounded(torch.stack([totals, batch.valid.double().sum(1)]))
+        found = cfm_of_first_tokens(trained, ebft.embed_method, place, rollouts)
     policy.train()
+    return {name: rounded(values) for name, values in found.items()}
+
+
+def cfm_of_first_tokens(trained: Trained, embed_method: str, place: dict, rollouts) -> dict[str, torch.Tensor]:
+    """name -> (2, rows), totals and weights, for each of LENGTHS. place: as of `batch_of`; rollouts (B, A, N, G)."""
+    found, valid = {}, place["valid"]
+    for length in LENGTHS:
+        short = rollouts[..., :length]
+        features, truth = strided_features(trained.network, rollouts=short, embed_method=embed_method, **place)
+        features = share_equal_rollouts(features, short)
+        coefficients = dict(whitening="feature", alignment_coef=1.0, diversity_coef=1.0)
+        whitened = feature_matching_rewards(features, truth, **coefficients).cfm
+        for name, cfm in (("cfm_unbiased", unbiased_cfm(features, truth)), ("cfm_loss", whitened)):
+            totals = torch.where(valid, cfm, 0.0).double().sum(1)
+            found[f"{name}@{length}"] = torch.stack([totals, valid.double().sum(1)])
     return found
 
 

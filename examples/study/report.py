@@ -231,13 +231,13 @@ def tables(results: Results) -> dict[str, list[str]]:
     }
 
 
-def with_tables(page: str, results: Results) -> str:
-    """README.md with the tables in their places. Raises ValueError for a table that has none."""
-    for name, lines in tables(results).items():
+def with_tables(page: str, found: dict[str, list[str]]) -> str:
+    """A page with the tables in their places. Raises ValueError for a table that has none."""
+    for name, lines in found.items():
         before, begin, rest = page.partition(BEGIN.format(name=name))
         _, end, after = rest.partition(END.format(name=name))
         if not begin or not end:
-            raise ValueError(f"{PAGE} has no place for the table {name}")
+            raise ValueError(f"README.md has no place for the table {name}")
         page = f"{before}{begin}\n" + "\n".join(lines).replace("\n\n\n", "\n\n") + f"\n{end}{after}"
     return page
 
@@ -246,7 +246,7 @@ def main() -> None:
     results = Results(grid.RESULTS)
     folder = HERE / "plots"
     folder.mkdir(exist_ok=True)
-    PAGE.write_text(with_tables(PAGE.read_text(), results))
+    PAGE.write_text(with_tables(PAGE.read_text(), tables(results)))
     draw(results, folder)
     print(f"{len(results.runs)} results in {PAGE} and {folder}")
 

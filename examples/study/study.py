@@ -32,16 +32,25 @@ from ebft_utils.config.settings import UserError
 from ebft_utils.run.distributed import run_as_command
 from measure import MEASURES, Trained
 
+SAVE_EVERY = 25  # steps
+
 
 def run_one(run: grid.Run) -> None:
-    """Trains, measures, and writes the result's file when it is whole."""
-    trained, log = Trained(run.config(*run.overrides)), []
-    started = time.perf_counter()
+    """Trains, measures, and writes the result's file when it is whole. A run that was stopped goes on where it was."""
+    trained = Trained(run.config(*run.overrides))
+    log, on_the_way = go_on(run, trained)
+    seconds, cpu_seconds = (log[-1][name] if log else 0.0 for name in ("seconds", "cpu_seconds"))
     num_steps = 0 if run.name.startswith("gradient-") or run.name.endswith("base") else trained.num_steps
-    for step in tqdm(range(num_steps), desc=run.name):
+    for step in tqdm(range(len(log), num_steps), desc=run.name, initial=len(log), total=num_steps):
+        started, cpu_started = time.perf_counter(), time.process_time()
         metrics = trained.take_step(step)
-        log.append({"step": step + 1, "train/grad_norm": trained.grad_norm, **metrics})
-    seconds = time.perf_counter() - started
+        seconds, cpu_seconds = seconds + time.perf_counter() - started, cpu_seconds + time.process_time() - cpu_started
+        times = {"seconds": seconds, "cpu_seconds": cpu_seconds}
+        log.append({"step": step + 1, "train/grad_norm": trained.grad_norm, **metrics, **times})
+        if run.on_the_way is not None and (step + 1) % run.on_the_way[1] == 0 and step + 1 < num_steps:
+            on_the_way[step + 1] = MEASURES[run.on_the_way[0]](trained, run)
+        if (step + 1) % SAVE_EVERY == 0:
+            keep(run, trained, log, on_the_way)
     measured = MEASURES[run.measure](trained, run)
     result = {
         "name": run.name,
@@ -51,13 +60,37 @@ def run_one(run: grid.Run) -> None:
         "seconds": round(seconds, 1),
         "documents": num_steps * trained.config.train.batch_size,
         "measured": measured,
+        **({"on_the_way": on_the_way} if on_the_way else {}),
         "log": [{name: float(f"{value:.5g}") for name, value in entry.items()} for entry in log],
     }
-    grid.RESULTS.mkdir(exist_ok=True)
+    run.file.parent.mkdir(exist_ok=True)
     unfinished = run.file.with_suffix(".tmp")
     unfinished.write_text(json.dumps(result) + "\n")
     unfinished.rename(run.file)
+    run.unfinished.unlink(missing_ok=True)
     trained.accelerator.free_memory()
+
+
+def keep(run: grid.Run, trained: Trained, log: list[dict], on_the_way: dict) -> None:
+    """Writes what a run needs to go on: random numbers depend on seed and step alone."""
+    run.unfinished.parent.mkdir(parents=True, exist_ok=True)
+    state = {"settings": [run.base, *run.overrides], "log": log, "on_the_way": on_the_way}
+    state |= {"policy": trained.policy.state_dict(), "optimizer": trained.optimizer.state_dict()}
+    temporary = run.unfinished.with_suffix(".tmp")
+    torch.save(state, temporary)
+    temporary.rename(run.unfinished)
+
+
+def go_on(run: grid.Run, trained: Trained) -> tuple[list[dict], dict]:
+    """Brings a run to where it was stopped. Returns its log and what was measured on the way: nothing for a new one."""
+    if not run.unfinished.is_file():
+        return [], {}
+    state = torch.load(run.unfinished, map_location="cpu", weights_only=True)
+    if state["settings"] != [run.base, *run.overrides]:
+        return [], {}
+    trained.policy.load_state_dict(state["policy"])
+    trained.optimizer.load_state_dict(state["optimizer"])
+    return state["log"], state["on_the_way"]
 
 
 def is_done(run: grid.Run) -> bool:
