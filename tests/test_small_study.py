@@ -193,6 +193,7 @@ def tiny_study(tmp_path, monkeypatch, modules):
     (tmp_path / "small" / "small.yaml").write_text(text)
     monkeypatch.chdir(tmp_path)  # and back again, wherever the command goes
     monkeypatch.setattr(grid, "HERE", tmp_path)
+    monkeypatch.setattr(grid, "ROOT", tmp_path)  # or the study's own unfinished runs would be taken for these
     monkeypatch.setattr(grid, "SEEDS", (0,))
     changed = {"RESULTS": tmp_path / "results", "ON_THE_WAY": ("held_out_modules", 1), "SWEEP_STEPS": 1}
     for name, value in changed.items():

@@ -29,7 +29,7 @@ RATES = {"sft": (3e-4, 1e-3, 1e-4), "ebft_0.1": (3e-4, 1e-3, 1e-4, 3e-5), "ebft_
 SWEEP_STEPS = 30
 IN_ORDER = ("sft", "ebft_0.1", "ebft_0", "ebft_0.03")
 ON_THE_WAY = ("held_out_modules", 50)  # measured every so many steps
-STEPS_FOR_THE_TIME = 1400  # of SFT: as many seconds as EBFT takes for 200
+STEPS_FOR_THE_TIME = 1600  # of SFT: as many seconds as EBFT takes for 200
 VALIDATION = ("eval.dataset=runs/small/validation.jsonl", "eval.num_documents=96")
 ANCHORS = 4  # most continuations of a document
 AFTER = 32  # tokens of a document before the first of them
@@ -92,7 +92,7 @@ def for_the_time() -> list[Run]:
     for seed in grid.SEEDS if rate is not None else ():
         steps = (f"train.max_steps={STEPS_FOR_THE_TIME}", f"train.seed={seed}")
         overrides = (*grid.METHODS["sft"], f"train.learning_rate={rate}", *steps)
-        runs.append(Run(f"time-sft-seed{seed}", BASE, overrides, "all_of_modules", ("held_out_modules", 350)))
+        runs.append(Run(f"time-sft-seed{seed}", BASE, overrides, "all_of_modules", ("held_out_modules", 400)))
     return runs
 
 
