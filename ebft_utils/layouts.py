@@ -26,8 +26,8 @@ def choose_layout(config: Config, accelerator: Accelerator, model: PreTrainedMod
     """
     if config.mode == "structured" and config.lora and accelerator.distributed_type == DistributedType.FSDP:
         raise UserError(
-            "lora: in structured mode under FSDP2 an adapter's gradients are not right yet (a test compares them with one "
-            "process); use accelerate_configs/ddp.yaml"
+            "lora: in structured mode under FSDP2 an adapter's gradients are not right yet (a test compares them with "
+            "one process); use accelerate_configs/ddp.yaml"
         )
     asked, reason = "packed" if config.mode == "strided" else config.ebft.layout, None
     if asked != "rows":
