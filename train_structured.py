@@ -205,7 +205,9 @@ def train_step(
     started, groups = time.perf_counter(), [None] * len(batches)
     if completions is not None:
         unwrapped = accelerator.unwrap_model(run.policy)
-        with distributed.precision(accelerator, unwrapped), distributed.whole_weights(accelerator, unwrapped):
+        with distributed.precision(accelerator, unwrapped), ExitStack() as gathered:
+            if run.network.is_policy:
+                gathered.enter_context(distributed.whole_weights(accelerator, unwrapped))
             groups = [score(run, batch, group) for batch, group in zip(batches, completions, strict=True)]
     num_tokens, num_completions, num_targets = global_counts(accelerator, batches, groups)
     cap = ebft.vllm_importance_cap if ebft.use_vllm else None

@@ -24,23 +24,13 @@ def choose_layout(config: Config, accelerator: Accelerator, model: PreTrainedMod
     Strided mode needs the packed layout. Structured mode takes rows where ebft.layout says so, or where it is auto and
     the packed layout fails. All processes take the same. Raises UserError where none is left.
     """
-    if config.mode == "structured" and config.lora and accelerator.distributed_type == DistributedType.FSDP:
-        raise UserError(
-            "lora: in structured mode under FSDP2 an adapter's gradients are not right yet (a test compares them with "
-            "one process); use accelerate_configs/ddp.yaml"
-        )
     asked, reason = "packed" if config.mode == "strided" else config.ebft.layout, None
     if asked != "rows":
         reason = _counts_places(config, model) or set_attention(config, model, accelerator.device)
         verdict = Verdict(reason) if reason else _agreed(config, accelerator, model, "packed")
-        causal_lm = base_causal_lm(model)
-        of_flex = decoder_of(causal_lm).config._attn_implementation == STRIDED_FLEX
-        if (
-            verdict.reason
-            and of_flex
-            and config.model.attn_implementation == "auto"
-            and not config.model.compile_decoding
-        ):
+        causal_lm, free = base_causal_lm(model), config.model.attn_implementation == "auto"
+        free = free and not config.model.compile_decoding  # which only flex_attention has
+        if verdict.reason and free and decoder_of(causal_lm).config._attn_implementation == STRIDED_FLEX:
             accelerator.print(f"model.attn_implementation: auto takes sdpa here: with flex_attention {verdict.reason}")
             causal_lm.set_attn_implementation(STRIDED_BLOCKS)
             verdict = _agreed(config, accelerator, model, "packed")

@@ -240,9 +240,16 @@ def test_micro_batches_change_nothing(run, descent, mode):
         assert_same_weights(weights(whole), weights(part), 1e-6)
 
 
-@pytest.mark.parametrize("launch, mode", [("ddp", {"lora": {"r": 4}}), ("fsdp2", {})], ids=["DDP, LoRA", "FSDP2, full"])
+@pytest.mark.parametrize(
+    "launch, mode",
+    [("ddp", {"lora": {"r": 4}}), ("fsdp2", {}), ("fsdp2", {"lora": {"r": 4}})],
+    ids=["DDP, LoRA", "FSDP2, full", "FSDP2, LoRA"],
+)
 def test_two_processes_equal_one(run, tmp_path, turns, launch, mode):
-    """Real processes, several turns of different numbers."""
+    """Real processes, several turns of different numbers.
+
+    Guards against an adapter whose split weights lose their gradient when it is switched off for the features.
+    """
     mode = dict(mode, data__dataset=str(turns), data__columns={"turns": "more"})
     alone = run("alone", "train.per_device_batch_size=1", **mode)
     command = accelerate_launch(launch, "--num_processes", "2")

@@ -263,15 +263,19 @@ def prepare_policy(accelerator: Accelerator, policy: torch.nn.Module, optimizer:
 
 @contextmanager
 def whole_weights(accelerator: Accelerator, policy: torch.nn.Module):
-    """Keeps the weights that FSDP2 gathers: one all-gather of each layer for a whole rollout, not one for each token.
+    """Gathers the weights that FSDP2 has split, and keeps them: once for a whole rollout, not once for each token.
 
-    It does nothing without FSDP2.
+    All are gathered here, before an adapter is switched off inside: peft switches off the gradient of the parameters
+    that it finds in the layers, and back on. Were they the split ones at first and the gathered ones at last, the split
+    ones would stay without a gradient. It does nothing without FSDP2.
     """
     if not isinstance(policy, FSDPModule):
         yield
         return
     policy.set_reshard_after_forward(False)
-    policy.unshard()  # embedding, norm and head: the features of an adapter's base are no forward of the policy
+    for module in policy.modules():
+        if isinstance(module, FSDPModule):
+            module.unshard()
     try:
         yield
     finally:
