@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as hf_logging
 
-from .algorithm.architecture import SLIDING, decoder_layers, decoder_of
+from .algorithm.architecture import SLIDING, cast_weights, decoder_layers, decoder_of
 from .algorithm.attention import STRIDED_BLOCKS
 from .algorithm.decoding import decode_step, generate_rollouts, in_few_shapes
 from .algorithm.features import FeatureNetwork, layer_indices
@@ -146,12 +146,6 @@ def load_causal_lm(config: ModelConfig, dtype: torch.dtype, device: torch.device
     cast_weights(model, dtype)
     _disable_dropout(model)
     return model
-
-
-def cast_weights(module: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Casts the parameters only. Rotary frequencies are buffers: in bfloat16 they would change the positions."""
-    for parameter in module.parameters():
-        parameter.data = parameter.data.to(dtype)
 
 
 def _disable_dropout(model: torch.nn.Module) -> None:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .algorithm.architecture import decoder_of, reaches
+from .algorithm.architecture import cast_weights, decoder_of, reaches
 from .algorithm.attention import STRIDED_BLOCKS
 from .algorithm.features import FeatureNetwork
 from .algorithm.flex import STRIDED_FLEX
@@ -31,7 +31,6 @@ from .trial import (
     Example,
     Scores,
     adapters_of,
-    cast,
     first_layers,
     number_of_first_layers,
     one_at_a_time,
@@ -88,7 +87,7 @@ class Setting:
         if not self._casts or adapters_of(model):
             return model
         frozen = copy.deepcopy(model)
-        cast(frozen, self.dtype)
+        cast_weights(frozen, self.dtype)
         return frozen
 
     @property
@@ -145,7 +144,7 @@ def prove(model: PreTrainedModel, setting: Setting, device: torch.device) -> Ver
     try:
         short = first_layers(model).to(device)
         if not setting.autocast:
-            cast(short, setting.dtype)
+            cast_weights(short, setting.dtype)
         short.set_attn_implementation("eager")
         setting = replace(setting, whole=not can_be_cut(short))
         found = setting.scores(short, example)
@@ -153,15 +152,17 @@ def prove(model: PreTrainedModel, setting: Setting, device: torch.device) -> Ver
             return Verdict("its log-probs are not finite: are its weights damaged?")
         leaks = _leak(found, [setting.scores(short, other) for other in changed])
         alone = setting.one_at_a_time(short, example, found.rollouts)
-        # a copy of all layers is large in float32: then on the CPU, where there is room for the model
-        of_few = number_of_first_layers(decoder_of(model)) is not None
-        exactly, short = replace(setting, dtype=torch.float32), short.to(device if of_few else "cpu").float()
-        truth = exactly.one_at_a_time(short, example, found.rollouts)
-        if setting.implementation == STRIDED_FLEX:  # flex.prove_flex_attention compares the kernels
-            exactly = replace(exactly, implementation=STRIDED_BLOCKS)
-        found_exactly = exactly.scores(short, example)
-        leaks_exactly = _leak(found_exactly, [exactly.scores(short, other) for other in changed]) if leaks else {}
-        truth_exactly = exactly.one_at_a_time(short, example, found_exactly.rollouts)
+        found_exactly, leaks_exactly, truth, truth_exactly = found, leaks, alone, alone
+        if setting.dtype != torch.float32 or setting.implementation == STRIDED_FLEX:
+            # a copy of all layers is large in float32: then on the CPU, where there is room for the model
+            of_few = number_of_first_layers(decoder_of(model)) is not None
+            short, exactly = short.to(device if of_few else "cpu").float(), replace(setting, dtype=torch.float32)
+            truth = exactly.one_at_a_time(short, example, found.rollouts)
+            if setting.implementation == STRIDED_FLEX:  # flex.prove_flex_attention compares the kernels
+                exactly = replace(exactly, implementation=STRIDED_BLOCKS)
+            found_exactly = exactly.scores(short, example)
+            leaks_exactly = _leak(found_exactly, [exactly.scores(short, other) for other in changed]) if leaks else {}
+            truth_exactly = exactly.one_at_a_time(short, example, found_exactly.rollouts)
     except STRANGE as error:
         _raise_out_of_memory(error)
         way = "with a mask over packed rollouts" if packed else "with a row for each completion"

@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .algorithm.architecture import decoder_layers, decoder_of, head_of
+from .algorithm.architecture import decoder_layers, decoder_of, head_of, layer_types
 from .algorithm.decoding import evaluation_mode, generate_rollouts
 from .algorithm.features import FeatureNetwork
 from .algorithm.losses import token_logprobs
@@ -230,7 +230,7 @@ def number_of_first_layers(decoder: PreTrainedModel) -> int | None:
         layers = decoder_layers(decoder)
     except ValueError:
         return None
-    types = getattr(decoder.config, "layer_types", None) or [None] * len(layers)
+    types = layer_types(decoder.config) or [None] * len(layers)
     kinds = [(layer_type, repr(layer)) for layer_type, layer in zip(types, layers, strict=True)]
     number = max(2, *(1 + kinds.index(kind) for kind in kinds))
     return None if number >= len(layers) or decoder.config.to_dict().get("num_kv_shared_layers") else number
@@ -251,9 +251,3 @@ def without_adapters(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for adapter in adapters_of(model):
             adapter.enable_adapters(True)
-
-
-def cast(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Casts the parameters only: rotary frequencies are buffers."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)

@@ -47,7 +47,7 @@ def reaches(config: PreTrainedConfig) -> dict[str | None, Reach]:
     if settings.get("use_sliding_window") is False:
         window = None
     by_type = {FULL: Reach(), SLIDING: Reach(window=window), CHUNKED: Reach(chunk=chunk)}
-    types = layer_types(config)
+    types = list(dict.fromkeys(layer_types(config)))
     unknown = [layer_type for layer_type in types if layer_type not in by_type]
     if unknown:
         raise ValueError(f"its layers of type {', '.join(unknown)} are no attention over a mask")
@@ -57,8 +57,8 @@ def reaches(config: PreTrainedConfig) -> dict[str | None, Reach]:
 
 
 def layer_types(config: PreTrainedConfig) -> list[str]:
-    """The different types of layers, empty where a config names none."""
-    return list(dict.fromkeys(getattr(config, "layer_types", None) or ()))  # of some configs it is a property
+    """The type of each layer; empty where a config names none."""
+    return list(getattr(config, "layer_types", None) or ())  # of some configs it is a property
 
 
 @dataclass(frozen=True)
@@ -117,3 +117,9 @@ def decoder_layers(decoder: torch.nn.Module) -> torch.nn.ModuleList:
     if len(lists) != 1:
         raise ValueError(f"{type(decoder).__name__} is not built of one list of {count} layers")
     return lists[0]
+
+
+def cast_weights(module: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Casts the parameters only. Rotary frequencies are buffers: in bfloat16 they would change the positions."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype)

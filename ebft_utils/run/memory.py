@@ -43,7 +43,7 @@ IN_TURN = ("rollouts", "forward and backward", "update")
 class Shape:
     """The sizes of a model that the estimate needs.
 
-    kept: parameters of the layers that the feature network keeps. packed: its config speaks against no packed layout.
+    kept: parameters of the layers that the feature network keeps. packed: whether its config allows the packed layout.
     """
 
     parameters: int

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from ebft_utils.algorithm.architecture import head_of
+from ebft_utils.algorithm.architecture import cast_weights, head_of
 from ebft_utils.algorithm.attention import STRIDED_BLOCKS
 from ebft_utils.algorithm.decoding import sample_tokens
 from ebft_utils.algorithm.features import FeatureNetwork, layer_indices, strided_features
@@ -27,7 +27,7 @@ from ebft_utils.config.data import TextDataConfig
 from ebft_utils.config.modes import StridedConfig
 from ebft_utils.config.sections import ModelConfig, TrainConfig
 from ebft_utils.layouts import set_attention
-from ebft_utils.models import DTYPES, Policy, cast_weights, load_causal_lm
+from ebft_utils.models import DTYPES, Policy, load_causal_lm
 
 TEMPERATURE, STRIDE, CONTEXT, GENERATED = 0.6, 8, 8, 8
 FEATURE_LAYERS = [0.25, 0.5, 0.75]
